@@ -1,0 +1,35 @@
+"""rlkit2: offline reinforcement learning and reward learning on Minari datasets.
+
+Names load on first use, so `import rlkit2` costs little more than the interpreter's own start.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rlkit2.api import evaluate as evaluate
+    from rlkit2.api import load_dataset as load_dataset
+    from rlkit2.api import load_policy as load_policy
+    from rlkit2.api import load_run as load_run
+    from rlkit2.api import train as train
+
+_LAZY = {name: "rlkit2.api" for name in ("load_dataset", "train", "evaluate", "load_run", "load_policy")}
+_MODULES = ("agents", "data", "envs", "evaluation", "losses", "nn", "preferences", "reporting", "rewards", "studies", "sweeps", "training")
+
+__all__ = ["__version__", "evaluate", "load_dataset", "load_policy", "load_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"rlkit2.{name}")
+    raise AttributeError(f"module 'rlkit2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_MODULES})

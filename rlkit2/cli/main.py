@@ -1,0 +1,55 @@
+"""`rlkit2 COMMAND ...`: finds the command, imports only its file, and turns every rlkit2 error into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from rlkit2.errors import RLKitError
+
+# command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("rlkit2.cli.data", "list, inspect, check, build and import datasets"),
+}
+
+
+def usage() -> str:
+    """The text of `rlkit2 --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: rlkit2 COMMAND [OPTIONS]", "", *lines, "", "rlkit2 COMMAND --help explains a command and shows an example.", ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 fine, 1 the command found errors, 2 bad input, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from rlkit2 import __version__
+
+        sys.stdout.write(f"rlkit2 {__version__}\n")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
+        sys.stderr.write(f"rlkit2: unknown command {name!r}{hint}\n")
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[name][0]).run(rest) or 0
+    except RLKitError as error:
+        sys.stderr.write(f"rlkit2: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("rlkit2: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Environments of our own, behaviour policies and the built-in datasets."""

@@ -1,0 +1,50 @@
+"""Typed errors. Every message is one line that names the thing at fault and the mend; the command line prints it as it is."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class RLKitError(Exception):
+    """Base of every error that rlkit2 raises on purpose."""
+
+
+class DatasetError(RLKitError, ValueError):
+    """A dataset cannot be used as it is."""
+
+
+class DatasetNotFoundError(DatasetError, LookupError):
+    """No dataset with that id or path in any place that was searched."""
+
+
+class CorruptDatasetError(DatasetError):
+    """Files of a dataset are damaged, truncated or contradict each other."""
+
+
+class UnsupportedSpaceError(DatasetError):
+    """A space that cannot be flattened to fixed-size rows."""
+
+
+class ConfigError(RLKitError, ValueError):
+    """A configuration value is out of range or does not fit the data."""
+
+
+class RunError(RLKitError):
+    """A run folder is missing, damaged, in use, or cannot be written."""
+
+
+class EnvironmentUnavailableError(RLKitError):
+    """An environment cannot be built here."""
+
+
+class MissingExtraError(RLKitError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional dependency, or raise `MissingExtraError` naming the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{module} is not installed; install it with: pip install 'rlkit2[{extra}]'") from error

@@ -1,0 +1,1 @@
+"""Preference pairs, teachers and the diagnostics of preference losses."""

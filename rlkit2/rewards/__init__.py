@@ -1,0 +1,1 @@
+"""Tabular MDPs, canonical reward forms and the distances between rewards."""

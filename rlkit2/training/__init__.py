@@ -1,0 +1,1 @@
+"""The trainer, run folders, checkpoints and loggers."""
