@@ -17,8 +17,21 @@ if TYPE_CHECKING:
     from rlkit2.api import load_run as load_run
     from rlkit2.api import train as train
 
-_LAZY = {name: "rlkit2.api" for name in ("load_dataset", "train", "evaluate", "load_run", "load_policy")}
-_MODULES = ("agents", "data", "envs", "evaluation", "losses", "nn", "preferences", "reporting", "rewards", "studies", "sweeps", "training")
+_LAZY = dict.fromkeys(("load_dataset", "train", "evaluate", "load_run", "load_policy"), "rlkit2.api")
+_MODULES = (
+    "agents",
+    "data",
+    "envs",
+    "evaluation",
+    "losses",
+    "nn",
+    "preferences",
+    "reporting",
+    "rewards",
+    "studies",
+    "sweeps",
+    "training",
+)
 
 __all__ = ["__version__", "evaluate", "load_dataset", "load_policy", "load_run", "train"]
 

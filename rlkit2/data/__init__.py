@@ -1,1 +1,12 @@
-"""Minari in, tensors out."""
+"""Minari in, tensors out: one replay and dataset layer for every part of rlkit2."""
+
+from rlkit2.data.batch import Batch as Batch
+from rlkit2.data.dataset import TransitionDataset as TransitionDataset
+from rlkit2.data.dataset import dataset_from_arrays as dataset_from_arrays
+from rlkit2.data.load import local_datasets as local_datasets
+from rlkit2.data.load import read_dataset as read_dataset
+from rlkit2.data.normalizers import observation_statistics as observation_statistics
+from rlkit2.data.normalizers import reward_transform as reward_transform
+from rlkit2.data.replay import ReplayBuffer as ReplayBuffer
+from rlkit2.data.spaces import DatasetWarning as DatasetWarning
+from rlkit2.data.spec import DatasetSpec as DatasetSpec

@@ -1,0 +1,364 @@
+"""`TransitionDataset`: aligned transitions of whole episodes, and everything one does with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from rlkit2.data.batch import Batch
+from rlkit2.data.records import FIELDS, Packed, Records, RecordWriter, record_dtype
+from rlkit2.data.spaces import action_layout
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import DatasetError
+
+
+@dataclass(frozen=True, eq=False)
+class TransitionDataset:
+    """Aligned transitions `(s, a, r, s')` of E whole episodes, N rows in all, in raw environment units.
+
+    Tensors (views where possible): `observations`, `next_observations` `[N, obs]` float32 (uint8 images keep dtype and shape), `actions` `[N, act]`
+    float32 or int64 `[N]` (`[N, act]` for several discrete choices), `rewards` `[N]` float32, `terminations`, `truncations` `[N]` bool, and
+    `episode_starts` `[E + 1]` int64, the row of each episode's first step and N. Records may be memory-mapped; a dataset is never changed
+    in place: `select`, `split` and `with_rewards` give new ones that share the records.
+    """
+
+    records: Records
+    episode_starts: Tensor
+    spec: DatasetSpec
+    rows: Tensor | None = None
+    new_rewards: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.records) if self.rows is None else len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"TransitionDataset({self.spec.id!r}, {len(self)} transitions in {self.num_episodes} episodes, device {self.device})"
+
+    def _field(self, name: str) -> Tensor:
+        return self.records.view(name) if self.rows is None else self.records.view(name)[self.rows]
+
+    @cached_property
+    def observations(self) -> Tensor:
+        """`s_t`, `[N, obs]`."""
+        return self._field("observations")
+
+    @cached_property
+    def next_observations(self) -> Tensor:
+        """`s_{t+1}`, `[N, obs]`; for the last step of an episode the observation after its last action."""
+        return self._field("next_observations")
+
+    @cached_property
+    def actions(self) -> Tensor:
+        """`a_t`: `[N, act]` float32, or int64 for discrete actions, as the environment takes them (a Discrete `start` is kept)."""
+        return self._field("actions")
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """`r_t`, `[N]` float32."""
+        return self._field("rewards") if self.new_rewards is None else self.new_rewards
+
+    @cached_property
+    def terminations(self) -> Tensor:
+        """Whether the step ended the episode in a terminal state, `[N]` bool: nothing follows, nothing is bootstrapped."""
+        return self._field("terminations")
+
+    @cached_property
+    def truncations(self) -> Tensor:
+        """Whether the step was cut off (time limit or other), `[N]` bool: the next observation still counts."""
+        return self._field("truncations")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the records are."""
+        return self.records.words.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dataset's records."""
+        return len(self) * self.records.dtype.itemsize
+
+    @property
+    def num_episodes(self) -> int:
+        """E."""
+        return len(self.episode_starts) - 1
+
+    @property
+    def episode_lengths(self) -> Tensor:
+        """Steps of each episode, `[E]` int64."""
+        return self.episode_starts.diff()
+
+    @cached_property
+    def episode_returns(self) -> Tensor:
+        """Undiscounted return of each episode, `[E]` float64 (summed in float64, returned unrounded)."""
+        totals = torch.zeros(len(self) + 1, dtype=torch.float64, device=self.rewards.device)
+        torch.cumsum(self.rewards.double(), 0, out=totals[1:])
+        return totals[self.episode_starts[1:]] - totals[self.episode_starts[:-1]]
+
+    def episode(self, index: int) -> dict[str, Tensor]:
+        """The fields of episode `index` (negative counts from the end), each with T rows; `IndexError` outside."""
+        if not -self.num_episodes <= index < self.num_episodes:
+            raise IndexError(f"episode {index} of a dataset with {self.num_episodes} episodes")
+        index %= self.num_episodes
+        rows = slice(int(self.episode_starts[index]), int(self.episode_starts[index + 1]))
+        if self.rows is None:
+            return {name: (self.rewards if name == "rewards" else self.records.view(name))[rows] for name in FIELDS}
+        chosen = self.rows[rows]
+        return {name: self.rewards[rows] if name == "rewards" else self.records.view(name)[chosen] for name in FIELDS}
+
+    def sample_indices(self, batch_size: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Rows `[S, batch_size]` int64 drawn uniformly with replacement, row k from `generators[k]` alone.
+
+        They are drawn on the CPU, so that every device sees the same rows.
+        """
+        rows = torch.empty(len(generators), batch_size, dtype=torch.int64)
+        for row, generator in zip(rows, generators, strict=True):
+            torch.randint(len(self), (batch_size,), generator=generator, out=row)
+        return rows
+
+    def gather(self, indices: Tensor) -> Batch:
+        """The transitions at `indices` (any shape `[...]`, normally `[S, B]`) as a `Batch` of fields `[..., *field]`, copied in one gather."""
+        indices = indices.to(self.device, non_blocking=True)
+        words = self.records.gather(indices if self.rows is None else self.rows[indices])
+        fields = self.records.views(words)
+        if self.new_rewards is not None:
+            fields["rewards"] = self.new_rewards[indices]
+        return Batch(**fields)
+
+    def sample(
+        self, batch_size: int, *, seeds: int = 1, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> Batch:
+        """An independent uniform minibatch for each of S seeds: fields `[S, batch_size, ...]`.
+
+        `generator`: a sequence of S generators gives every seed its own stream (seed k draws the same rows alone or with others); a single
+        one is used for all seeds in turn; None uses torch's global generator. Raises `ValueError` when their number is not `seeds`.
+        """
+        if isinstance(generator, Sequence):
+            if seeds not in (1, len(generator)):
+                raise ValueError(f"{len(generator)} generators for {seeds} seeds; give one per seed")
+            return self.gather(self.sample_indices(batch_size, generator))
+        return self.gather(torch.randint(len(self), (seeds, batch_size), generator=generator))
+
+    def to(self, device: torch.device | str) -> TransitionDataset:
+        """The dataset in the memory of `device` (a selection is copied out of its records)."""
+        if torch.device(device) == self.device:
+            return self
+        words = self.records.words if self.rows is None else self.records.gather(self.rows)
+        return replace(
+            self,
+            records=Records(words.to(device), self.records.dtype),
+            episode_starts=self.episode_starts.to(device),
+            rows=None,
+            new_rewards=None if self.new_rewards is None else self.new_rewards.to(device),
+        )
+
+    def _derived(self, *what: bytes) -> DatasetSpec:
+        """The specification of a dataset made from this one: a new content hash, so that a run knows what it was trained on."""
+        return replace(
+            self.spec, content_hash=hashlib.sha256(b"".join([self.spec.content_hash.encode(), *what])).hexdigest()
+        )
+
+    def select(self, episodes: ArrayLike | Tensor) -> TransitionDataset:
+        """The given episodes (indices `[K]`, or a bool mask `[E]`), in the given order, sharing the records.
+
+        Raises `DatasetError` for an empty selection, `IndexError` for an episode that does not exist.
+        """
+        chosen = torch.as_tensor(np.asarray(episodes) if not isinstance(episodes, Tensor) else episodes)
+        if chosen.dtype == torch.bool:
+            if len(chosen) != self.num_episodes:
+                raise DatasetError(f"episode mask has {len(chosen)} entries for {self.num_episodes} episodes")
+            chosen = chosen.nonzero().squeeze(1)
+        if chosen.numel() == 0:
+            raise DatasetError(f"no episode of {self.spec.id} is selected")
+        chosen = chosen.reshape(-1).to(torch.int64)
+        if int(chosen.min()) < -self.num_episodes or int(chosen.max()) >= self.num_episodes:
+            raise IndexError(
+                f"episodes {int(chosen.min())}..{int(chosen.max())} of a dataset with {self.num_episodes} episodes"
+            )
+        chosen = chosen % self.num_episodes
+        lengths = self.episode_lengths[chosen]
+        starts = torch.zeros(len(chosen) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=starts[1:])
+        rows = torch.arange(int(starts[-1])) + torch.repeat_interleave(
+            self.episode_starts[:-1][chosen] - starts[:-1], lengths
+        )
+        return replace(
+            self,
+            episode_starts=starts,
+            spec=self._derived(b"select", chosen.numpy().tobytes()),
+            rows=rows if self.rows is None else self.rows[rows],
+            new_rewards=None if self.new_rewards is None else self.new_rewards[rows],
+        )
+
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[TransitionDataset, TransitionDataset]:
+        """Split by whole episodes into `(train, held_out)`; `fraction` in (0, 1) is the held-out share of the episodes.
+
+        Both parts have at least one episode; `DatasetError` where the dataset has a single one.
+        """
+        if not 0 < fraction < 1:
+            raise DatasetError(f"held-out fraction {fraction} is not between 0 and 1")
+        if self.num_episodes < 2:
+            raise DatasetError(f"{self.spec.id} has one episode; a split by episode needs two")
+        count = min(max(round(fraction * self.num_episodes), 1), self.num_episodes - 1)
+        order = torch.randperm(self.num_episodes, generator=torch.Generator().manual_seed(seed))
+        return self.select(order[count:].sort().values), self.select(order[:count].sort().values)
+
+    def with_rewards(self, rewards: ArrayLike | Tensor) -> TransitionDataset:
+        """The same transitions with other rewards `[N]` (finite; stored as float32); records are shared."""
+        values = (
+            torch.as_tensor(rewards if isinstance(rewards, Tensor) else np.asarray(rewards))
+            .detach()
+            .to(self.device, torch.float32)
+        )
+        if values.shape != (len(self),):
+            raise DatasetError(
+                f"rewards of shape {tuple(values.shape)} for {len(self)} transitions; give one per transition"
+            )
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            raise DatasetError(f"reward {int(bad[0])} is {float(values[bad[0]])}; rewards must be finite")
+        values = values.clone()
+        return replace(self, spec=self._derived(b"rewards", values.cpu().numpy().tobytes()), new_rewards=values)
+
+    def segments(self, length: int, stride: int = 1) -> Tensor:
+        """Row indices `[K, length]` of every window of `length` consecutive steps that stays inside one episode, starting every `stride` steps.
+
+        Index any field with it: `dataset.rewards[dataset.segments(50)]` is `[K, 50]`. `DatasetError` where no episode is long enough.
+        """
+        if length < 1 or stride < 1:
+            raise DatasetError(f"segment length {length} and stride {stride} must be positive")
+        counts = torch.clamp((self.episode_lengths - length) // stride + 1, min=0)
+        if int(counts.sum()) == 0:
+            raise DatasetError(
+                f"no episode of {self.spec.id} has {length} steps; the longest has {int(self.episode_lengths.max())}"
+            )
+        first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+        offset = (torch.arange(int(counts.sum())) - first) * stride
+        starts = torch.repeat_interleave(self.episode_starts[:-1], counts) + offset
+        return starts[:, None] + torch.arange(length)
+
+    def to_minari(self, dataset_id: str, **metadata: Any) -> Any:
+        """Write the dataset as a Minari dataset `dataset_id` and return the `minari.MinariDataset`; see `rlkit2.data.export.to_minari`."""
+        from rlkit2.data.export import to_minari
+
+        return to_minari(self, dataset_id, **metadata)
+
+
+def write_in_memory(dtype: np.dtype[Any], fill: Callable[[RecordWriter], None]) -> tuple[Records, Packed]:
+    """Records in memory: `fill` adds the episodes to the writer it is given."""
+    blocks: list[NDArray[np.uint8]] = []
+    writer = RecordWriter(dtype, lambda block: blocks.append(block.copy()))
+    fill(writer)
+    packed = writer.finish()
+    return Records.from_numpy(np.concatenate(blocks).view(dtype)), packed
+
+
+def spec_of_arrays(observations: NDArray[Any], actions: NDArray[Any], dataset_id: str = "arrays") -> DatasetSpec:
+    """The spaces that plain arrays allow: unbounded observations (bytes: 0..255), actions in [-1, 1] (as in D4RL) or Discrete for integers."""
+    shape = observations.shape[1:]
+    if observations.dtype == np.uint8:
+        observation_space: spaces.Box = spaces.Box(0, 255, shape, np.uint8)
+    else:
+        observation_space = spaces.Box(-np.inf, np.inf, shape or (1,), np.float32)
+    action_space: spaces.Space[Any]
+    if np.issubdtype(actions.dtype, np.integer) and actions.size == len(actions):
+        action_space = spaces.Discrete(int(actions.max()) + 1)
+    elif np.issubdtype(actions.dtype, np.floating) and actions.ndim == 2:
+        action_space = spaces.Box(-1.0, 1.0, actions.shape[1:], np.float32)
+    else:
+        raise DatasetError(
+            f"actions of dtype {actions.dtype} and shape {actions.shape} have no default space; give a spec"
+        )
+    return DatasetSpec(observation_space=observation_space, action_space=action_space, id=dataset_id)
+
+
+def dataset_from_arrays(
+    observations: ArrayLike | Tensor,
+    actions: ArrayLike | Tensor,
+    rewards: ArrayLike | Tensor,
+    next_observations: ArrayLike | Tensor,
+    terminations: ArrayLike | Tensor,
+    truncations: ArrayLike | Tensor,
+    spec: DatasetSpec | None = None,
+) -> TransitionDataset:
+    """A dataset in memory from aligned arrays: `observations`, `next_observations` `[N, ...]`, `actions` `[N, act]` or integer `[N]`, the rest `[N]`.
+
+    An episode ends where either flag is true; a last episode without a flag counts as truncated. `spec` gives the spaces (or `spec_of_arrays`).
+    Raises `DatasetError` for no rows, unequal lengths or shapes that do not fit the spaces.
+    """
+    given = dict(
+        zip(FIELDS, (observations, next_observations, actions, rewards, terminations, truncations), strict=True)
+    )
+    arrays = {
+        name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for name, value in given.items()
+    }
+    lengths = {name: len(value) if value.ndim else -1 for name, value in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise DatasetError(
+            f"arrays have unequal lengths: {', '.join(f'{name} {length}' for name, length in lengths.items())}"
+        )
+    total = lengths["rewards"]
+    if total == 0:
+        raise DatasetError("arrays have no rows; a dataset needs at least one transition")
+    for name in ("rewards", "terminations", "truncations"):
+        if arrays[name].size != total:
+            raise DatasetError(f"{name} have shape {arrays[name].shape}; expected [{total}]")
+        arrays[name] = arrays[name].reshape(total)
+    if arrays["observations"].shape != arrays["next_observations"].shape:
+        raise DatasetError(
+            f"observations {arrays['observations'].shape} and next_observations {arrays['next_observations'].shape} differ in shape"
+        )
+    spec = spec or spec_of_arrays(arrays["observations"], arrays["actions"])
+    return pack_arrays(arrays, spec)
+
+
+def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> TransitionDataset:
+    """Pack aligned arrays (already checked for equal lengths) into records, one episode after the other."""
+    flat = spec.flattener
+    actions = action_layout(spec.action_space)
+    total = len(arrays["rewards"])
+    try:
+        observations, next_observations = (
+            np.asarray(arrays[name]).reshape(total, *flat.shape) for name in ("observations", "next_observations")
+        )
+    except ValueError as error:
+        raise DatasetError(
+            f"observations of shape {np.asarray(arrays['observations']).shape} do not fit the observation space {spec.observation_space}"
+        ) from error
+    flattened_actions = actions.flatten(arrays["actions"])
+    truncations = np.array(arrays["truncations"], bool)
+    terminations = np.array(arrays["terminations"], bool)
+    notes = dict(spec.notes)
+    if not (terminations[-1] or truncations[-1]):
+        truncations[-1] = True
+        notes["episodes_without_end_flag"] = notes.get("episodes_without_end_flag", 0) + 1
+    dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
+    ends = (np.flatnonzero(terminations | truncations) + 1).tolist()
+
+    def fill(writer: RecordWriter) -> None:
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            rows = slice(start, stop)
+            writer.add(
+                observations[rows],
+                next_observations[rows],
+                flattened_actions[rows],
+                arrays["rewards"][rows],
+                terminations[rows],
+                truncations[rows],
+            )
+
+    records, packed = write_in_memory(dtype, fill)
+    if packed.non_finite:
+        notes["non_finite_values"] = packed.non_finite
+    return TransitionDataset(
+        records, torch.from_numpy(packed.episode_starts), replace(spec, content_hash=packed.content_hash, notes=notes)
+    )

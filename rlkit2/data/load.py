@@ -1,0 +1,95 @@
+"""Finding a dataset: what `rlkit2.load_dataset` accepts, where it looks, and what it says when it finds nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from minari import MinariDataset
+
+from rlkit2.data.d4rl import read_arrays, read_d4rl_file
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.minari_source import HDF5_FILE, read_minari_dataset, read_minari_folder
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import DatasetError, DatasetNotFoundError
+
+Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
+
+
+def minari_root() -> Path:
+    """Minari's own root: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets` (not created by asking)."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
+def read_dataset(
+    source: Source,
+    *,
+    observation_keys: Sequence[str] | None = None,
+    cache: bool = True,
+    spec: DatasetSpec | None = None,
+) -> TransitionDataset:
+    """A dataset that exists on disk, at Minari's remotes or in memory; see `rlkit2.load_dataset`.
+
+    `spec` gives spaces and environment to sources that have none (D4RL files, arrays).
+    """
+    if isinstance(source, TransitionDataset):
+        return source
+    if isinstance(source, MinariDataset):
+        return read_minari_dataset(source, observation_keys=observation_keys, cache=cache)
+    if isinstance(source, Mapping):
+        return read_arrays(source, spec)
+    path = Path(source)
+    if path.is_file():
+        return read_d4rl_file(path, cache=cache, spec=spec)
+    for folder in (path, minari_root() / path):
+        data_path = _minari_data(folder)
+        if data_path is not None:
+            return read_minari_folder(data_path, observation_keys=observation_keys, cache=cache)
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder but no dataset: neither metadata.json nor data/metadata.json is in it")
+    if isinstance(source, os.PathLike) or path.is_absolute() or path.suffix in (".hdf5", ".h5"):
+        raise DatasetNotFoundError(f"{path} does not exist")
+    return read_minari_folder(_download(str(source)), observation_keys=observation_keys, cache=cache)
+
+
+def _minari_data(folder: Path) -> Path | None:
+    """The folder with Minari's metadata in or under `folder`; None where there is none."""
+    for candidate in (folder / "data", folder):
+        if (candidate / "metadata.json").exists() or (candidate / HDF5_FILE).exists():
+            return candidate
+    return None
+
+
+def local_datasets() -> dict[str, Path]:
+    """Ids of the Minari datasets under Minari's root and their `data` folders."""
+    root = minari_root()
+    found = {}
+    for folder, folders, files in os.walk(root):
+        if "metadata.json" in files and os.path.basename(folder) == "data":
+            data_path = Path(folder)
+            found[data_path.parent.relative_to(root).as_posix()] = data_path
+        if "metadata.json" in files:
+            folders.clear()  # episodes live below, not datasets
+    return dict(sorted(found.items()))
+
+
+def _download(dataset_id: str) -> Path:
+    """Fetch `dataset_id` through Minari (its own progress bar); `DatasetNotFoundError` says what was searched and which ids are close."""
+    import minari
+
+    known = list(local_datasets())
+    try:
+        minari.download_dataset(dataset_id)
+        return minari_root() / dataset_id / "data"
+    except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    close = (
+        get_close_matches(dataset_id, known, 3, 0.5)
+        or [name for name, last in zip(known, tail, strict=True) if last == dataset_id.rsplit("/", 1)[-1]][:3]
+    )
+    hint = f"; close ids here: {', '.join(close)}" if close else f"; ids here: {', '.join(known[:8]) or 'none'}"
+    message = f"no dataset {dataset_id!r} in {minari_root()}, and Minari could not download it ({reason}){hint}"
+    raise DatasetNotFoundError(message)

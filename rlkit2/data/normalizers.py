@@ -1,0 +1,66 @@
+"""Statistics for observation normalisation and the reward transforms of common offline pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.errors import ConfigError, DatasetError
+
+CHUNK = 1 << 18
+
+
+def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation plus `epsilon` of every observation column, each `[obs]` float32, accumulated in float64.
+
+    Source: the state normalisation of TD3+BC (Fujimoto & Gu 2021, section 5), `(s - mean) / (std + 1e-3)`.
+    """
+    observations = dataset.observations
+    if observations.dtype == torch.uint8:
+        raise ConfigError(f"{dataset.spec.id} has image observations; normalise them in the network, not by statistics")
+    total = torch.zeros(observations.shape[1], dtype=torch.float64)
+    square = total.clone()
+    shift = observations[0].double().cpu()  # keeps the squares small where a column is far from zero
+    for start in range(0, len(observations), CHUNK):
+        part = observations[start : start + CHUNK].double().cpu() - shift
+        total += part.sum(0)
+        square += (part * part).sum(0)
+    mean = total / len(observations)
+    variance = (square / len(observations) - mean * mean).clamp(min=0)
+    return (mean + shift).float(), (variance.sqrt() + epsilon).float()
+
+
+def _return_range(dataset: TransitionDataset) -> Tensor:
+    """Rewards x 1000 / (largest - smallest episode return)."""
+    returns = dataset.episode_returns
+    spread = float(returns.max() - returns.min())
+    if not spread > 0:
+        raise DatasetError(
+            f"{dataset.spec.id}: all episodes have return {float(returns[0]):g}; reward transform 'return_range' needs a range"
+        )
+    return dataset.rewards * (1000.0 / spread)
+
+
+def _goal_penalty(dataset: TransitionDataset) -> Tensor:
+    """Reward 0 at the goal and -3 elsewhere, for rewards that are 0 or positive at the goal (AntMaze)."""
+    return torch.where(dataset.rewards == 0, -3.0, 0.0)
+
+
+REWARD_TRANSFORMS: dict[str, Callable[[TransitionDataset], Tensor]] = {
+    "none": lambda dataset: dataset.rewards,
+    "return_range": _return_range,
+    "goal_penalty": _goal_penalty,
+}
+
+
+def reward_transform(name: str, dataset: TransitionDataset) -> Tensor:
+    """Transformed rewards `[N]`: `none`, `return_range` (x 1000 / return range, as IQL's MuJoCo pipeline) or `goal_penalty` (0 -> -3, else 0).
+
+    Raises `ConfigError` for an unknown name, `DatasetError` where the returns have no range.
+    """
+    if name not in REWARD_TRANSFORMS:
+        raise ConfigError(f"unknown reward transform {name!r}; choose from {', '.join(REWARD_TRANSFORMS)}")
+    return REWARD_TRANSFORMS[name](dataset)

@@ -1,0 +1,218 @@
+"""From the spaces of a dataset or an environment to fixed-size rows, in one stated order.
+
+Order: a Dict is read key by key in the order of the space (Gymnasium sorts plain mappings alphabetically), a Tuple by position, nested spaces
+depth first. Goal dictionaries (`observation`, `achieved_goal`, `desired_goal`) give `observation` then `desired_goal` unless
+`observation_keys` says otherwise. Box entries are raveled in C order; Discrete and MultiDiscrete observations become one-hot; MultiBinary stays 0/1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from rlkit2.errors import ConfigError, UnsupportedSpaceError
+
+GOAL_KEYS = frozenset({"observation", "achieved_goal", "desired_goal"})
+Path = tuple[str | int, ...]
+
+
+class DatasetWarning(UserWarning):
+    """Something about a dataset was handled in a way its owner should know."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One elementary space inside an observation or action space and the columns it fills."""
+
+    path: Path
+    space: spaces.Space[Any]
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The path as text, e.g. `desired_goal/microwave`."""
+        return "/".join(map(str, self.path))
+
+    def pick(self, tree: Any) -> Any:
+        """The part of a (possibly nested) batch that belongs to this leaf."""
+        for key in self.path:
+            tree = tree[key]
+        return tree
+
+    def columns(self, values: Any) -> NDArray[Any]:
+        """Values `[n, ...]` of this leaf as `[n, stop - start]`."""
+        array = np.asarray(values)
+        if isinstance(self.space, spaces.Discrete):
+            return _one_hot(array.reshape(-1, 1) - self.space.start, np.array([self.space.n]))
+        if isinstance(self.space, spaces.MultiDiscrete):
+            nvec = self.space.nvec.reshape(-1)
+            return _one_hot(array.reshape(len(array), -1) - self.space.start.reshape(-1), nvec)
+        return array.reshape(len(array), self.stop - self.start)
+
+
+def _one_hot(indices: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.float32]:
+    indices = indices.astype(np.int64)
+    if (indices < 0).any() or (indices >= sizes).any():
+        raise UnsupportedSpaceError(
+            f"a discrete value lies outside its space of size {sizes.tolist()}; the dataset's metadata and data disagree"
+        )
+    out = np.zeros((len(indices), int(sizes.sum())), np.float32)
+    np.put_along_axis(out, indices + np.concatenate([[0], np.cumsum(sizes)[:-1]]), 1.0, axis=1)
+    return out
+
+
+def _width(space: spaces.Space[Any]) -> int:
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    return int(np.prod(space.shape or (1,)))
+
+
+def _walk(space: spaces.Space[Any], path: Path) -> Iterator[tuple[Path, spaces.Space[Any]]]:
+    if isinstance(space, spaces.Dict):
+        for key, value in space.spaces.items():
+            if isinstance(value, spaces.Text):
+                warnings.warn(
+                    f"text entry {'/'.join(map(str, (*path, key)))!r} is left out of the observations",
+                    DatasetWarning,
+                    stacklevel=2,
+                )
+                continue
+            yield from _walk(value, (*path, key))
+    elif isinstance(space, spaces.Tuple):
+        for position, value in enumerate(space.spaces):
+            yield from _walk(value, (*path, position))
+    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        yield path, space
+    else:
+        where = f" at {'/'.join(map(str, path))!r}" if path else ""
+        raise UnsupportedSpaceError(
+            f"{type(space).__name__} space{where} has no fixed-size rows; supported: Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of them"
+        )
+
+
+def _choose(space: spaces.Space[Any], keys: Sequence[str] | None) -> list[tuple[Path, spaces.Space[Any]]]:
+    if keys is None and isinstance(space, spaces.Dict) and set(space.spaces) >= GOAL_KEYS:
+        keys = ["observation", "desired_goal", *(key for key in space.spaces if key not in GOAL_KEYS)]
+    if keys is None:
+        return list(_walk(space, ()))
+    if not isinstance(space, spaces.Dict):
+        raise ConfigError(f"observation_keys={list(keys)} needs a Dict observation space, not {type(space).__name__}")
+    if len(set(keys)) != len(keys) or not keys:
+        raise ConfigError(f"observation_keys={list(keys)} must name each key once and at least one")
+    chosen: list[tuple[Path, spaces.Space[Any]]] = []
+    for key in keys:
+        part: spaces.Space[Any] = space
+        for step in key.split("/"):
+            if not isinstance(part, spaces.Dict) or step not in part.spaces:
+                raise ConfigError(
+                    f"observation key {key!r} is not in the observation space; keys: {', '.join(space.spaces)}"
+                )
+            part = part.spaces[step]
+        chosen.extend(_walk(part, tuple(key.split("/"))))
+    return chosen
+
+
+class SpaceFlattener:
+    """Flattens batches of raw observations into rows; the same object serves datasets and environments.
+
+    `size`: columns of a row. `dtype`: uint8 when every leaf is a uint8 Box, else float32. `shape`: `(size,)`, or the image shape for a single
+    uint8 Box of two or more dimensions, which keeps it. `ranges`: columns `(start, stop)` of every key. `keys`: the keys used, None unless a Dict.
+    """
+
+    def __init__(self, space: spaces.Space[Any], observation_keys: Sequence[str] | None = None) -> None:
+        self.space = space
+        self.leaves: list[Leaf] = []
+        column = 0
+        for path, leaf in _choose(space, observation_keys):
+            self.leaves.append(Leaf(path, leaf, column, column + _width(leaf)))
+            column += _width(leaf)
+        if not column:
+            raise UnsupportedSpaceError(f"nothing is left of the observation space {space} to train on")
+        self.size = column
+        all_bytes = all(isinstance(leaf.space, spaces.Box) and leaf.space.dtype == np.uint8 for leaf in self.leaves)
+        self.dtype = np.dtype(np.uint8 if all_bytes else np.float32)
+        single = self.leaves[0].space if len(self.leaves) == 1 and not self.leaves[0].path else None
+        image = all_bytes and single is not None and len(single.shape or ()) > 1
+        self.shape: tuple[int, ...] = tuple(single.shape or ()) if image and single is not None else (self.size,)
+        self.keys: tuple[str, ...] | None = (
+            tuple(dict.fromkeys(str(leaf.path[0]) for leaf in self.leaves)) if isinstance(space, spaces.Dict) else None
+        )
+        if observation_keys is not None:
+            self.keys = tuple(observation_keys)
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Columns `(start, stop)` of every leaf and of every enclosing key."""
+        found: dict[str, tuple[int, int]] = {}
+        for leaf in self.leaves:
+            for depth in range(1, len(leaf.path) + 1):
+                name = "/".join(map(str, leaf.path[:depth]))
+                start, stop = found.get(name, (leaf.start, leaf.stop))
+                found[name] = (min(start, leaf.start), max(stop, leaf.stop))
+        return found
+
+    def flatten(self, observations: Any) -> NDArray[Any]:
+        """A batch of raw observations (arrays, dicts or tuples with a leading axis n) as rows `[n, *shape]`; a float64 leaf may stay float64."""
+        if len(self.leaves) == 1:
+            rows = self.leaves[0].columns(self.leaves[0].pick(observations))
+            return rows.reshape(len(rows), *self.shape) if self.dtype == np.uint8 else rows
+        parts = [leaf.columns(leaf.pick(observations)) for leaf in self.leaves]
+        out = np.empty((len(parts[0]), self.size), self.dtype)
+        for leaf, part in zip(self.leaves, parts, strict=True):
+            out[:, leaf.start : leaf.stop] = part
+        return out
+
+
+def flattener(space: spaces.Space[Any], observation_keys: Sequence[str] | None = None) -> SpaceFlattener:
+    """The `SpaceFlattener` of an observation space.
+
+    Raises `UnsupportedSpaceError` naming a space without fixed-size rows, `ConfigError` for unknown `observation_keys`.
+    """
+    return SpaceFlattener(space, observation_keys)
+
+
+@dataclass(frozen=True)
+class ActionLayout:
+    """How actions are stored: float32 columns for Box, int64 values (never shifted) for the discrete families."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    leaves: tuple[Leaf, ...]
+
+    def flatten(self, actions: Any) -> NDArray[Any]:
+        """A batch of raw actions as `[n, *shape]`."""
+        arrays = [np.asarray(leaf.pick(actions)) for leaf in self.leaves]
+        parts = [array.reshape(len(array), -1) for array in arrays]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        if joined.shape[1] != int(np.prod(self.shape or (1,))):
+            raise UnsupportedSpaceError(
+                f"actions have {joined.shape[1]} columns where the action space has {int(np.prod(self.shape or (1,)))}"
+            )
+        return joined.reshape(len(joined), *self.shape)
+
+
+def action_layout(space: spaces.Space[Any]) -> ActionLayout:
+    """The `ActionLayout` of an action space; `UnsupportedSpaceError` for mixtures of continuous and discrete parts."""
+    leaves: list[Leaf] = []
+    for path, leaf in _walk(space, ()):
+        start = leaves[-1].stop if leaves else 0
+        leaves.append(Leaf(path, leaf, start, start + int(np.prod(leaf.shape or (1,)))))
+    if not leaves:
+        raise UnsupportedSpaceError(f"action space {space} has no entries")
+    continuous = {
+        isinstance(leaf.space, spaces.Box) and np.issubdtype(leaf.space.dtype, np.floating) for leaf in leaves
+    }
+    if len(continuous) > 1:
+        raise UnsupportedSpaceError(f"action space {space} mixes continuous and discrete parts")
+    dtype = np.dtype(np.float32 if continuous == {True} else np.int64)
+    shape = () if isinstance(space, spaces.Discrete) else (leaves[-1].stop,)
+    return ActionLayout(shape, dtype, tuple(leaves))

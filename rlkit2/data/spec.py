@@ -1,0 +1,119 @@
+"""What a dataset is about: its spaces, environments, identity and reference scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from minari.serialization import deserialize_space, serialize_space
+
+from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Spaces, environment specifications and identity of a dataset.
+
+    `observation_space` and `action_space` are those of the stored data. `content_hash` is the SHA-256 of the aligned records, so two machines agree
+    on it. `ref_min_score` and `ref_max_score` are the returns of a random and an expert policy in the evaluation environment, None where
+    unknown. `observation_keys` are the Dict keys used, in order. `notes` counts what the loader had to handle.
+    """
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    env_spec: EnvSpec | None = None
+    eval_env_spec: EnvSpec | None = None
+    id: str = "arrays"
+    content_hash: str = ""
+    ref_min_score: float | None = None
+    ref_max_score: float | None = None
+    observation_keys: tuple[str, ...] | None = None
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def flattener(self) -> SpaceFlattener:
+        """Turns raw observations of this space into rows, for datasets and environments alike."""
+        return flattener(self.observation_space, self.observation_keys)
+
+    @property
+    def observation_ranges(self) -> dict[str, tuple[int, int]]:
+        """Columns `(start, stop)` of every key of a Dict or Tuple observation space."""
+        return self.flattener.ranges
+
+    @property
+    def observation_size(self) -> int:
+        """Columns of a flattened observation."""
+        return self.flattener.size
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are one categorical choice."""
+        return isinstance(self.action_space, spaces.Discrete)
+
+    @property
+    def action_size(self) -> int:
+        """Number of choices of a Discrete action space, else columns of an action."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return int(self.action_space.n)
+        return action_layout(self.action_space).shape[0]
+
+    def to_json(self) -> str:
+        """The specification as JSON text; `from_json` reverses it."""
+        return json.dumps(
+            {
+                "observation_space": serialize_space(self.observation_space),
+                "action_space": serialize_space(self.action_space),
+                "env_spec": env_spec_text(self.env_spec),
+                "eval_env_spec": env_spec_text(self.eval_env_spec),
+                "id": self.id,
+                "content_hash": self.content_hash,
+                "ref_min_score": self.ref_min_score,
+                "ref_max_score": self.ref_max_score,
+                "observation_keys": self.observation_keys,
+                "notes": self.notes,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> DatasetSpec:
+        """Read what `to_json` wrote; an environment specification that cannot be read here becomes None."""
+        values = json.loads(text)
+        keys = values["observation_keys"]
+        return cls(
+            observation_space=deserialize_space(values["observation_space"]),
+            action_space=deserialize_space(values["action_space"]),
+            env_spec=read_env_spec(values["env_spec"]),
+            eval_env_spec=read_env_spec(values["eval_env_spec"]),
+            id=values["id"],
+            content_hash=values["content_hash"],
+            ref_min_score=values["ref_min_score"],
+            ref_max_score=values["ref_max_score"],
+            observation_keys=None if keys is None else tuple(keys),
+            notes=values["notes"],
+        )
+
+
+def env_spec_text(spec: EnvSpec | None) -> str | None:
+    """Gymnasium's JSON of an environment specification; None for one that has no JSON (a callable entry point)."""
+    if spec is None:
+        return None
+    try:
+        return spec.to_json()
+    except (ValueError, TypeError):
+        return None
+
+
+def read_env_spec(text: str | None) -> EnvSpec | None:
+    """The specification in `text`, or None where this installation cannot read it (fields of other Gymnasium versions are dropped)."""
+    if not text:
+        return None
+    try:
+        known = {f.name for f in fields(EnvSpec) if f.init}
+        values = {key: value for key, value in json.loads(text).items() if key in known}
+        return EnvSpec.from_json(json.dumps({"additional_wrappers": [], **values}))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
