@@ -1,1 +1,138 @@
 """One file per algorithm, readable top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from gymnasium import spaces
+
+from rlkit2.agents.base import Agent, as_seeds
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import ConfigError
+from rlkit2.nn import Normalizer
+
+__all__ = ["Agent", "agent_class", "list_agents", "make_agent", "make_config", "make_normalizer"]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    module: str
+    name: str
+    preset: dict[str, Any] = field(default_factory=dict)
+
+
+_REGISTRY = {
+    "bc": _Entry("rlkit2.agents.bc", "BC"),
+}
+
+
+def list_agents() -> list[str]:
+    """Names that `make_agent` knows, in alphabetical order."""
+    return sorted(_REGISTRY)
+
+
+def agent_class(name_or_config: str | object) -> type[Agent]:
+    """The class of a registered name, or of a config object (any `Agent` in the config's own module that names its class).
+
+    Raises:
+        ConfigError: unknown name, or no agent has this config.
+    """
+    if isinstance(name_or_config, str):
+        entry = _entry(name_or_config)
+        found: type[Agent] = getattr(importlib.import_module(entry.module), entry.name)
+        return found
+    module = sys.modules[type(name_or_config).__module__]
+    for candidate in vars(module).values():
+        if (
+            isinstance(candidate, type)
+            and issubclass(candidate, Agent)
+            and getattr(candidate, "config_class", None) is type(name_or_config)
+        ):
+            return candidate
+    raise ConfigError(f"{type(name_or_config).__name__} is no agent's config; give one of: {', '.join(list_agents())}")
+
+
+def make_config(name: str, **overrides: Any) -> Any:
+    """The config of a registered name with its preset, then `overrides`.
+
+    Raises:
+        ConfigError: unknown name, unknown field, or a value out of range.
+    """
+    config_class: Any = agent_class(name).config_class
+    try:
+        return config_class(**{**_entry(name).preset, **overrides})
+    except TypeError as error:
+        raise ConfigError(
+            f"{name}: {error}; its fields are: {', '.join(f.name for f in fields(config_class))}"
+        ) from error
+
+
+def make_agent(
+    name_or_config: str | object,
+    spec: DatasetSpec,
+    *,
+    seeds: int | Sequence[int] = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    normalizer: Normalizer | None = None,
+) -> Agent:
+    """Build an agent for the spaces of a dataset.
+
+    Args:
+        name_or_config: a name of `list_agents()` or a config object.
+        spec: the dataset's specification.
+        seeds: n for seeds 0 to n-1, or the integers themselves.
+        device, dtype: of all floating tensors.
+        normalizer: None maps the action bounds of `spec` to [-1, 1] and leaves observations alone.
+
+    Raises:
+        ConfigError: unknown name, or a configuration that does not fit the data.
+    """
+    config = make_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    return agent_class(name_or_config)(
+        config,
+        spec.observation_size,
+        spec.action_size,
+        seeds=seeds,
+        dtype=dtype,
+        device=device,
+        discrete=spec.discrete,
+        normalizer=make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer,
+    )
+
+
+def make_normalizer(
+    spec: DatasetSpec,
+    *,
+    seeds: int = 1,
+    observation_mean: torch.Tensor | None = None,
+    observation_std: torch.Tensor | None = None,
+) -> Normalizer:
+    """Action bounds of `spec` to [-1, 1] and, if given, standardised observations (statistics `[obs]`, raw units)."""
+    low = high = None
+    start = 0
+    if isinstance(spec.action_space, spaces.Box):
+        low = torch.as_tensor(spec.action_space.low, dtype=torch.float64).flatten()
+        high = torch.as_tensor(spec.action_space.high, dtype=torch.float64).flatten()
+    elif isinstance(spec.action_space, spaces.Discrete):
+        start = int(spec.action_space.start)
+    return Normalizer(
+        observation_mean=observation_mean,
+        observation_std=observation_std,
+        action_low=low,
+        action_high=high,
+        action_start=start,
+        seeds=seeds,
+        dtype=torch.float64,
+    )
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown agent {name!r}; choose one of: {', '.join(list_agents())}")
+    return _REGISTRY[name]

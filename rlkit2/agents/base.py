@@ -1,0 +1,159 @@
+"""What all agents share: seeds, units, state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.nn import Adam, Normalizer, Policy, named_tensors
+
+
+class Agent:
+    """Base of every agent: trains S independent seeds on batches `[S, B, ...]`.
+
+    A subclass names its config class, builds its parts in `__init__` and registers them by `_register`; `update` does one training step.
+    Initial weights and any noise depend on the seed's integer and the step alone, so a seed learns the same alone or beside others.
+
+    Args:
+        config: the agent's configuration.
+        observation_size, action_size: widths (number of actions if `discrete`).
+        seeds: n for seeds 0 to n-1, or the integers themselves.
+        dtype, device: of all floating tensors.
+        discrete: actions are int64 choices.
+        normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1].
+
+    Attributes:
+        config, seeds, policy.
+        step: `[S]` int64, updates done (the same number for every seed, kept on the device).
+    """
+
+    config_class: ClassVar[type]
+    seeds: tuple[int, ...]
+    policy: Policy
+
+    def __init__(
+        self,
+        config: Any,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        self.config = config
+        self.seeds = as_seeds(seeds)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.observation_size, self.action_size, self.discrete = observation_size, action_size, discrete
+        normalizer = Normalizer(seeds=len(self.seeds)) if normalizer is None else normalizer
+        self.normalizer = normalizer.to(device=self.device, dtype=dtype)
+        self.step = torch.zeros(len(self.seeds), dtype=torch.int64, device=self.device)
+        self.seed_keys = torch.tensor(self.seeds, device=self.device)
+        self._modules: dict[str, nn.Module] = {"normalizer": self.normalizer}
+        self._optimizers: dict[str, Adam] = {}
+        self._buffers: dict[str, Tensor] = {"step": self.step}
+
+    def _register(
+        self,
+        modules: Mapping[str, nn.Module] | None = None,
+        optimizers: Mapping[str, Adam] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make parts belong to the state dict; `buffers` are `[S, ...]` tensors that are only ever changed in place."""
+        self._modules.update(modules or {})
+        self._optimizers.update(optimizers or {})
+        self._buffers.update(buffers or {})
+
+    @classmethod
+    def prepare_dataset(cls, config: Any, dataset: Any) -> Any:
+        """The dataset an agent with `config` trains on; the trainer calls it once, before training."""
+        return dataset
+
+    @classmethod
+    def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Known signs of trouble in one seed's logged metrics: name of the warning -> one line with the mend.
+
+        A pure function of numbers that have left the device; the trainer shows each name once per run.
+        """
+        return {}
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One training step on a batch in raw units; returns metrics `group/name` as tensors `[S]` on the device."""
+        raise NotImplementedError
+
+    def normalize(self, batch: Batch) -> Batch:
+        """The batch in the networks' units and dtype, flags as 0/1 numbers, with the seed axis."""
+        batch = batch.with_seed_axis()
+        actions = batch.actions if self.discrete else batch.actions.to(self.dtype)
+        return replace(
+            batch,
+            observations=self.normalizer.observations(batch.observations.to(self.dtype)),
+            actions=self.normalizer.actions(actions),
+            rewards=batch.rewards.to(self.dtype),
+            next_observations=self.normalizer.observations(batch.next_observations.to(self.dtype)),
+            terminations=batch.terminations.to(self.dtype),
+        )
+
+    # State
+
+    def _live_state(self) -> dict[str, Tensor]:
+        state = dict(self._buffers)
+        for prefix, module in self._modules.items():
+            state.update({f"{prefix}.{name}": tensor for name, tensor in named_tensors(module).items()})
+        for prefix, optimizer in self._optimizers.items():
+            state.update({f"optimizer.{prefix}.{name}": tensor for name, tensor in optimizer.named_state().items()})
+        return state
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """A snapshot (contiguous copies) of everything that training changes; every tensor leads with the seed axis."""
+        seeds = len(self.seeds)
+        return {
+            name: (tensor if tensor.ndim else tensor.expand(seeds)).clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._live_state().items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` in; tensors broadcast, so a scalar `step` serves all seeds.
+
+        Raises:
+            ConfigError: a tensor is missing, unknown, or does not fit.
+        """
+        live = self._live_state()
+        odd = sorted(live.keys() ^ state.keys())
+        if odd:
+            where = "missing from" if odd[0] in live else "unknown in"
+            raise ConfigError(
+                f"{odd[0]} is {where} the state ({len(odd)} names differ); was it written by another configuration?"
+            )
+        for name, target in live.items():
+            source = state[name]
+            if not target.ndim and source.ndim:
+                source = source.flatten()[0]
+            try:
+                target.copy_(source)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{name} has shape {list(source.shape)} in the state but {list(target.shape)} here; was it written by another configuration?"
+                ) from error
+
+
+def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """`n` means seeds 0 to n-1.
+
+    Raises:
+        ConfigError: no seed, or one twice.
+    """
+    named = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    if not named or len(set(named)) != len(named):
+        raise ConfigError(f"seeds must be a positive number or distinct integers, not {seeds!r}")
+    return named

@@ -1,0 +1,106 @@
+"""Behaviour cloning: maximise the likelihood of the dataset's actions.
+
+    L(pi) = -E_(s,a)~D[ log pi(a|s) ]
+
+With `fraction < 1` the policy sees the transitions of the best episodes alone (by undiscounted return), the filtered cloning that
+Chen et al., "Decision Transformer" (NeurIPS 2021), call %BC. A deterministic policy minimises the squared error instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.base import Agent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.nn import Adam, Normalizer, Policy, make_actor
+
+
+@dataclass(frozen=True)
+class BCConfig:
+    """Behaviour cloning."""
+
+    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the policy's hidden layers
+    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
+    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
+    learning_rate: float = 3e-4  # Adam's step size
+    weight_decay: float = 0.0  # L2 inside Adam
+    fraction: float = 1.0  # share of episodes to train on, best returns first; at least one episode
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(f"fraction must lie in (0, 1], not {self.fraction}")
+
+
+class BC(Agent):
+    """Behaviour cloning for S seeds; arguments as for `Agent`."""
+
+    config_class = BCConfig
+    config: BCConfig
+
+    def __init__(
+        self,
+        config: BCConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self.actor = make_actor(
+            "categorical" if discrete else config.policy_head,
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=config.tanh_mean,
+            log_std_init=config.log_std_init,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.policy_optimizer = Adam(self.actor, config.learning_rate, weight_decay=config.weight_decay)
+        self._register({"policy": self.actor}, {"policy": self.policy_optimizer})
+
+    @classmethod
+    def prepare_dataset(cls, config: BCConfig, dataset: Any) -> Any:
+        """Keep the best `fraction` of the episodes by return."""
+        if config.fraction == 1.0:
+            return dataset
+        returns = torch.as_tensor(dataset.episode_returns)
+        best = returns.argsort(descending=True, stable=True)[: math.ceil(config.fraction * len(returns))]
+        return dataset.select(best.sort().values)
+
+    def policy_loss(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of the batch's actions, `[S]` (normalised batch)."""
+        return -self.actor.log_prob(batch.observations, batch.actions).mean(1)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of maximum likelihood."""
+        batch = self.normalize(batch)
+        loss = self.policy_loss(batch)
+        gradient_norm = self.policy_optimizer.minimize(loss)
+        self.step += 1
+        return {"policy/loss": loss.detach(), "policy/grad_norm": gradient_norm}

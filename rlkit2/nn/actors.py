@@ -1,0 +1,246 @@
+"""Policy heads: from network outputs to actions and log-likelihoods, in the agent's units (observations normalised, actions in [-1, 1])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlkit2.errors import ConfigError
+from rlkit2.nn.mlp import StackedMLP, named_tensors
+
+SQUASHED_ACTION_LIMIT = 1.0 - 1e-6
+"""Actions are clipped to this before atanh: in float32, 1 - 1e-7 gives atanh 8.3 and 1 gives infinity."""
+
+
+class Actor(nn.Module):
+    """A network and what its outputs mean. Shapes: observations `[S, B, obs]`, actions `[S, B, act]` (categorical: int64 `[S, B]`).
+
+    `network` is a `StackedMLP` without members; any module with the same shapes may take its place (`Policy.save` then refuses).
+    """
+
+    head: ClassVar[str]
+    network: nn.Module
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log-likelihood of `actions`, `[S, B]`."""
+        raise NotImplementedError
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The mode, or a sample driven by `noise` (shape and law of `draw_noise`)."""
+        raise NotImplementedError
+
+    def draw_noise(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for one sample per row: standard normal `[S, B, act]`."""
+        shape = (*observations.shape[:-1], self.action_size)
+        return torch.randn(shape, generator=generator, device=observations.device, dtype=observations.dtype)
+
+    @property
+    def action_size(self) -> int:
+        """Number of action dimensions, or of discrete actions."""
+        return int(self.settings["action_size"])
+
+    settings: dict[str, Any]
+    """What `make_actor` needs to build this actor again."""
+
+    def named_views(self) -> dict[str, Tensor]:
+        """The network's tensors, then the head's own."""
+        own = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        return {**named_tensors(self.network), **own}
+
+
+class GaussianActor(Actor):
+    """Diagonal Gaussian with a state-independent `log_std [S, 1, act]`, clamped when used (no gradient outside the bounds)."""
+
+    head = "gaussian"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        action_size: int,
+        seeds: int,
+        *,
+        tanh_mean: bool = False,
+        log_std_init: float = 0.0,
+        log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.tanh_mean, self.log_std_bounds = tanh_mean, log_std_bounds
+        self.log_std = nn.Parameter(torch.full((seeds, 1, action_size), log_std_init, dtype=dtype, device=device))
+
+    def mean(self, observations: Tensor) -> Tensor:
+        """Mean action `[S, B, act]`."""
+        mean: Tensor = self.network(observations)
+        return mean.tanh() if self.tanh_mean else mean
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Sum over action dimensions of log N(action; mean, std)."""
+        log_std = self.log_std.clamp(*self.log_std_bounds)
+        standardized = (actions - self.mean(observations)) * torch.exp(-log_std)
+        constant = 0.5 * math.log(2.0 * math.pi) * actions.shape[-1]
+        return -0.5 * standardized.square().sum(-1) - (log_std.sum(-1) + constant)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        mean = self.mean(observations)
+        return mean if noise is None else mean + self.log_std.clamp(*self.log_std_bounds).exp() * noise
+
+
+class SquashedGaussianActor(Actor):
+    """tanh of a diagonal Gaussian whose mean and log standard deviation are both network outputs `[S, B, 2 act]`."""
+
+    head = "squashed_gaussian"
+
+    def __init__(self, network: nn.Module, *, log_std_bounds: tuple[float, float] = (-5.0, 2.0)) -> None:
+        super().__init__()
+        self.network, self.log_std_bounds = network, log_std_bounds
+
+    def _parameters_at(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.network(observations).chunk(2, -1)
+        return mean, log_std.clamp(*self.log_std_bounds)
+
+    @staticmethod
+    def _log_density(noise: Tensor, log_std: Tensor, pre_tanh: Tensor) -> Tensor:
+        gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+        log_slope = 2.0 * (math.log(2.0) - pre_tanh - F.softplus(-2.0 * pre_tanh))  # log(1 - tanh^2), stable
+        return (gaussian - log_slope).sum(-1)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log-density of `actions`, which are clipped into (-1, 1) first."""
+        mean, log_std = self._parameters_at(observations)
+        pre_tanh = torch.atanh(actions.clamp(-SQUASHED_ACTION_LIMIT, SQUASHED_ACTION_LIMIT))
+        return self._log_density((pre_tanh - mean) * torch.exp(-log_std), log_std, pre_tanh)
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A reparameterised sample `[S, B, act]` and its log-density `[S, B]`."""
+        mean, log_std = self._parameters_at(observations)
+        pre_tanh = mean + log_std.exp() * noise
+        return pre_tanh.tanh(), self._log_density(noise, log_std, pre_tanh)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        mean, log_std = self._parameters_at(observations)
+        return (mean if noise is None else mean + log_std.exp() * noise).tanh()
+
+
+class DeterministicActor(Actor):
+    """tanh of the network's output."""
+
+    head = "deterministic"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Minus the squared error summed over dimensions: the log-density of N(action, 1/2) up to a constant."""
+        error: Tensor = actions - self(observations)
+        return -error.square().sum(-1)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The action; `noise` is ignored, as there is nothing to sample."""
+        action: Tensor = self.network(observations)
+        return action.tanh()
+
+
+class CategoricalActor(Actor):
+    """Softmax over the network's outputs `[S, B, n]`; actions are int64 `[S, B]` counted from 0."""
+
+    head = "categorical"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        log_probabilities = torch.log_softmax(self.network(observations), -1)
+        taken: Tensor = log_probabilities.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return taken
+
+    def draw_noise(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform numbers `[S, B, n]` in [0, 1)."""
+        shape = (*observations.shape[:-1], self.action_size)
+        return torch.rand(shape, generator=generator, device=observations.device, dtype=observations.dtype)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.network(observations)
+        if noise is not None:  # Gumbel's trick; the floor keeps log(0) out
+            logits = logits - torch.log(-torch.log(noise.clamp(1e-20, 1.0 - 1e-7)))
+        return logits.argmax(-1)
+
+
+HEADS = ("gaussian", "squashed_gaussian", "deterministic", "categorical")
+
+
+def make_actor(
+    head: str,
+    observation_size: int,
+    action_size: int,
+    hidden_sizes: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    layer_norm: bool = False,
+    tanh_mean: bool = False,
+    log_std_init: float = 0.0,
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Actor:
+    """An actor with a `StackedMLP`.
+
+    Args:
+        head: one of `HEADS`.
+        observation_size, action_size: widths; for "categorical" the number of actions.
+        hidden_sizes, layer_norm, seeds, dtype, device: as for `StackedMLP`.
+        tanh_mean, log_std_init: "gaussian" only.
+        log_std_bounds: both Gaussian heads.
+
+    Raises:
+        ConfigError: unknown head.
+    """
+    if head not in HEADS:
+        raise ConfigError(f"unknown policy head {head!r}; choose one of: {', '.join(HEADS)}")
+    outputs = 2 * action_size if head == "squashed_gaussian" else action_size
+    network = StackedMLP(
+        observation_size,
+        hidden_sizes,
+        outputs,
+        seeds=seeds,
+        layer_norm=layer_norm,
+        stream="policy",
+        dtype=dtype,
+        device=device,
+    )
+    actor: Actor
+    if head == "gaussian":
+        actor = GaussianActor(
+            network,
+            action_size,
+            len(seeds),
+            tanh_mean=tanh_mean,
+            log_std_init=log_std_init,
+            log_std_bounds=log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+    elif head == "squashed_gaussian":
+        actor = SquashedGaussianActor(network, log_std_bounds=log_std_bounds)
+    elif head == "deterministic":
+        actor = DeterministicActor(network)
+    else:
+        actor = CategoricalActor(network)
+    actor.settings = {
+        "head": head,
+        "observation_size": observation_size,
+        "action_size": action_size,
+        "hidden_sizes": list(hidden_sizes),
+        "layer_norm": layer_norm,
+        "tanh_mean": tanh_mean,
+        "log_std_bounds": list(log_std_bounds),
+    }
+    return actor

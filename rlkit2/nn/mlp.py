@@ -1,0 +1,365 @@
+"""Multilayer perceptrons for all seeds and ensemble members at once, on one flat parameter vector per seed.
+
+Weights are `[S, M, in, out]` (S seeds, M members), held as views of `flat [S, P]`: the optimiser, target updates and inner products of
+gradients are single operations on that tensor. Forward and backward are written by hand; `differentiable` is the same network in plain
+autograd, for second derivatives and as the reference in the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rlkit2.nn.random import uniform
+
+LAYER_NORM_EPSILON = 1e-5
+
+Pullback = Callable[..., Tensor]
+"""`pullback(cotangent [S, M, rows], rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `linearize`."""
+
+
+@dataclass
+class _Layer:
+    """Views of one layer, member axes merged: weight `[SM, in, out]` (a scalar output: `[SM, 1, in]`), bias `[SM, 1, out]`."""
+
+    weight: Tensor
+    bias: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass
+class _Trace:
+    """What the backward pass needs of one layer: its input and, with layer norm, the statistics of its linear output."""
+
+    inputs: Tensor
+    linear: Tensor | None = None
+    normalized: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+@dataclass
+class _Cotangent:
+    """Derivatives with respect to a layer's linear output and (with layer norm) its gain-and-shift output."""
+
+    linear: Tensor | None
+    affine: Tensor | None = None
+
+
+class StackedMLP(nn.Module):
+    """Linear - [LayerNorm] - ReLU blocks and a linear output, for S seeds and M members.
+
+    Args:
+        input_size: width of the inputs.
+        hidden_sizes: widths of the hidden layers; empty gives a linear map.
+        output_size: width of the outputs; None is a scalar network, whose outputs have no last axis.
+        seeds: one integer per seed; initial weights of a seed depend on it and on `stream` alone.
+        members: M, or None for a network without a member axis.
+        layer_norm: put a layer norm (eps 1e-5) between each hidden linear map and its ReLU.
+        stream: name of the network; networks of one agent need different ones to start different.
+
+    Linear layers start as `torch.nn.Linear` does: uniform in +-1/sqrt(in).
+
+    Shapes: inputs `[S, B, in]` (shared by the members) or `[S, M, B, in]`; outputs `[S, M, B, out]`, without M if `members` is None and
+    without `out` for a scalar network.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: Sequence[int],
+        output_size: int | None = None,
+        *,
+        seeds: Sequence[int],
+        members: int | None = None,
+        layer_norm: bool = False,
+        stream: str = "",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.input_size, self.hidden_sizes, self.output_size = input_size, tuple(hidden_sizes), output_size
+        self.num_seeds, self.members, self.layer_norm = len(seeds), members, layer_norm
+        self._shapes: dict[str, tuple[int, int]] = {}
+        widths = (input_size, *self.hidden_sizes, output_size or 1)
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            self._shapes[f"layers.{i}.weight"] = (fan_in, fan_out)
+            self._shapes[f"layers.{i}.bias"] = (1, fan_out)
+            if layer_norm and i < len(self.hidden_sizes):
+                self._shapes[f"norms.{i}.weight"] = (1, fan_out)
+                self._shapes[f"norms.{i}.bias"] = (1, fan_out)
+        per_member = sum(math.prod(shape) for shape in self._shapes.values())
+        self.flat = nn.Parameter(torch.empty(len(seeds), (members or 1) * per_member, dtype=dtype, device=device))
+        self._layers = self._split(self.flat.detach())
+        self._initialize(seeds, stream)
+
+    @torch.no_grad()
+    def _initialize(self, seeds: Sequence[int], stream: str) -> None:
+        keys = torch.tensor(list(seeds), device=self.flat.device)
+        bound = 1.0
+        for name, view in self.named_views().items():
+            if name.startswith("norms"):
+                view.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            if name.endswith("weight"):
+                bound = 1.0 / math.sqrt(view.shape[-2])
+            view.copy_((2.0 * uniform(view.shape, keys, stream=f"{stream}.{name}") - 1.0) * bound)
+
+    # Views of the flat parameter
+
+    def _blocks(self, flat: Tensor) -> list[Tensor]:
+        """Cut `flat [S, P]` (a parameter vector or a gradient) into `[SM, rows, columns]` views in parameter order."""
+        shapes = list(self._shapes.values())
+        rows = flat.view(self.num_seeds * (self.members or 1), -1)
+        parts = rows.split_with_sizes([math.prod(shape) for shape in shapes], 1)
+        if self.output_size is None:
+            shapes[-2] = shapes[-2][::-1]  # the weights of a scalar output lie as a row: its products are dot products
+        return [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _split(self, flat: Tensor) -> list[_Layer]:
+        blocks = iter(self._blocks(flat))
+        return [
+            _Layer(next(blocks), next(blocks), *((next(blocks), next(blocks)) if self._has_norm(i) else ()))
+            for i in range(len(self.hidden_sizes) + 1)
+        ]
+
+    def _has_norm(self, layer: int) -> bool:
+        return self.layer_norm and layer < len(self.hidden_sizes)
+
+    def named_views(self, flat: Tensor | None = None) -> dict[str, Tensor]:
+        """Views `layers.{i}.weight [S, M, in, out]`, `layers.{i}.bias [S, M, 1, out]`, `norms.{i}.weight|bias [S, M, 1, h]` (no M without members).
+
+        Args:
+            flat: `[S, P]`, another vector of this network (a gradient); None for the parameters themselves.
+        """
+        blocks = self._blocks(self.flat.detach() if flat is None else flat)
+        lead = (self.num_seeds,) if self.members is None else (self.num_seeds, self.members)
+        return {name: block.view(*lead, *self._shapes[name]) for name, block in zip(self._shapes, blocks, strict=True)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StackedMLP:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._layers = self._split(self.flat.detach())
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackedMLP:
+        twin = copy.copy(self)
+        twin._parameters = {"flat": nn.Parameter(self.flat.detach().clone(), requires_grad=self.flat.requires_grad)}
+        twin._layers = twin._split(twin.flat.detach())
+        memo[id(self)] = twin
+        return twin
+
+    # Evaluation
+
+    def forward(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
+        """Outputs for `inputs`; with `frozen` gradients flow to the inputs only and no weight gradient is computed."""
+        if torch.compiler.is_compiling():
+            return self.differentiable(inputs, frozen=frozen)
+        merged = self._merge(inputs)
+        needs_graph = torch.is_grad_enabled() and (merged.requires_grad or (self.flat.requires_grad and not frozen))
+        if not needs_graph:
+            return self._unmerge(self._run(merged)[0])
+        flat = self.flat.detach() if frozen else self.flat
+        return self._unmerge(_Evaluate.apply(self, flat, merged))  # type: ignore[no-untyped-call]
+
+    def linearize(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
+        """Outputs `[S, M, B]` of a scalar network, and their pullback to the parameters.
+
+        `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows to the gradient `[S, P]`. The network is
+        backpropagated once, for a unit cotangent: a scalar output makes every hidden derivative proportional to its row's cotangent,
+        so further cotangents cost their weight products only.
+        """
+        if self.output_size is not None:
+            raise ValueError("linearize needs a scalar network (output_size=None)")
+        with torch.no_grad():
+            outputs, traces = self._run(self._merge(inputs))
+            cotangents, _ = self._backpropagate(traces, None)
+        lead = self.num_seeds * (self.members or 1)
+
+        @torch.no_grad()
+        def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
+            return self._weight_gradient(traces, cotangents, cotangent.reshape(lead, 1, -1), rows)
+
+        return self._unmerge(outputs), pullback
+
+    def differentiable(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
+        """The same outputs by plain autograd operations: slower, but differentiable any number of times."""
+        layers = self._split(self.flat.detach() if frozen else self.flat)
+        hidden = self._merge(inputs)
+        for layer in layers[:-1]:
+            hidden = torch.baddbmm(layer.bias, hidden, layer.weight)
+            if layer.gain is not None and layer.shift is not None:
+                hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPSILON) * layer.gain + layer.shift
+            hidden = hidden.relu()
+        last = layers[-1]
+        if self.output_size is None:
+            return self._unmerge((hidden * last.weight).sum(-1) + last.bias.squeeze(-1))
+        return self._unmerge(torch.baddbmm(last.bias, hidden, last.weight))
+
+    def _merge(self, inputs: Tensor) -> Tensor:
+        if self.members is None or (self.members == 1 and inputs.ndim == 3):
+            return inputs
+        if inputs.ndim == 3:
+            inputs = inputs.unsqueeze(1).expand(-1, self.members, -1, -1)
+        return inputs.reshape(-1, *inputs.shape[2:])
+
+    def _unmerge(self, outputs: Tensor) -> Tensor:
+        return outputs if self.members is None else outputs.view(self.num_seeds, self.members, *outputs.shape[1:])
+
+    def _run(self, inputs: Tensor) -> tuple[Tensor, list[_Trace]]:
+        traces = []
+        hidden = inputs
+        for layer in self._layers[:-1]:
+            linear = torch.baddbmm(layer.bias, hidden, layer.weight)
+            if layer.gain is None or layer.shift is None:
+                traces.append(_Trace(hidden))
+                hidden = linear.relu_()
+            else:
+                normalized, mean, rstd = torch.native_layer_norm(
+                    linear, linear.shape[-1:], None, None, LAYER_NORM_EPSILON
+                )
+                traces.append(_Trace(hidden, linear, normalized, mean, rstd))
+                hidden = torch.addcmul(layer.shift, normalized, layer.gain).relu_()
+        traces.append(_Trace(hidden))
+        last = self._layers[-1]
+        if self.output_size is None:  # a matrix product with one column is several times slower
+            return torch.linalg.vecdot(hidden, last.weight) + last.bias.squeeze(-1), traces
+        return torch.baddbmm(last.bias, hidden, last.weight), traces
+
+    def _backpropagate(
+        self, traces: list[_Trace], cotangent: Tensor | None, *, to_inputs: bool = False
+    ) -> tuple[list[_Cotangent], Tensor | None]:
+        """Cotangents of every layer for `cotangent [SM, B, out]`, or for ones on the outputs of a scalar network (None)."""
+        found = [_Cotangent(cotangent)]
+        for i in range(len(self._layers) - 1, 0 if not to_inputs else -1, -1):
+            weight = self._layers[i].weight
+            above = found[-1].linear
+            if above is None:
+                at_input = weight.expand_as(traces[i].inputs)
+            else:
+                at_input = torch.bmm(above, weight.transpose(1, 2))
+            if i == 0:
+                return found[::-1], at_input
+            at_input = torch.ops.aten.threshold_backward(at_input, traces[i].inputs, 0)
+            gain, trace = self._layers[i - 1].gain, traces[i - 1]
+            if gain is None:
+                found.append(_Cotangent(at_input))
+                continue
+            at_linear, _, _ = torch.ops.aten.native_layer_norm_backward(
+                at_input * gain,
+                trace.linear,
+                at_input.shape[-1:],
+                trace.mean,
+                trace.rstd,
+                None,
+                None,
+                [True, False, False],
+            )
+            found.append(_Cotangent(at_linear, at_input))
+        return found[::-1], None
+
+    def _weight_gradient(
+        self, traces: list[_Trace], cotangents: list[_Cotangent], scale: Tensor | None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Gradient `[S, P]`: over `rows`, the sum of inputs times cotangents times `scale [SM, 1, rows]` (None: one)."""
+        compiling = torch.compiler.is_compiling()
+        gradient = torch.empty_like(self.flat)
+        blocks: list[Tensor | None] = [None] * len(self._shapes) if compiling else list(self._blocks(gradient))
+        first = traces[0].inputs
+        row_sum = first.new_ones(len(first), 1, first.shape[1]) if scale is None else scale
+        results: list[Tensor] = []
+
+        def contract(left: Tensor, right: Tensor) -> None:
+            results.append(torch.bmm(left, right, out=blocks[len(results)]))
+
+        for trace, cotangent in zip(traces, cotangents, strict=True):
+            inputs = trace.inputs[:, rows]
+            if cotangent.linear is None:
+                contract(row_sum, inputs)
+                results.append(torch.sum(row_sum, -1, keepdim=True, out=blocks[len(results)]))
+                continue
+            linear = cotangent.linear[:, rows]
+            scaled = inputs if scale is None else inputs * scale.transpose(1, 2)
+            contract(scaled.transpose(1, 2), linear)
+            contract(row_sum, linear)
+            if cotangent.affine is not None and trace.normalized is not None:
+                affine = cotangent.affine[:, rows]
+                contract(row_sum, affine * trace.normalized[:, rows])
+                contract(row_sum, affine)
+        if compiling:
+            return torch.cat([result.flatten(1) for result in results], 1).view_as(self.flat)
+        return gradient
+
+
+class _Evaluate(torch.autograd.Function):
+    """Bind the hand-written passes of a `StackedMLP` to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, network: StackedMLP, flat: Tensor, inputs: Tensor) -> Tensor:
+        outputs, traces = network._run(inputs)
+        ctx.save_for_backward(
+            flat
+        )  # not read again, but autograd then refuses a backward pass after the weights have changed
+        ctx.network, ctx.traces = network, traces
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        _ = ctx.saved_tensors
+        network, traces = ctx.network, ctx.traces
+        scalar = network.output_size is None
+        _, to_flat, to_inputs = ctx.needs_input_grad
+        cotangents, at_inputs = network._backpropagate(traces, None if scalar else gradient, to_inputs=to_inputs)
+        if scalar and at_inputs is not None:
+            at_inputs = at_inputs * gradient.unsqueeze(-1)
+        scale = gradient.unsqueeze(1) if scalar else None
+        at_flat = network._weight_gradient(traces, cotangents, scale) if to_flat else None
+        return None, at_flat, at_inputs
+
+
+def linearize(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Pullback]:
+    """`StackedMLP.linearize` for any module that maps `[S, B, in]` to `[S, M, B]` and whose parameters all lead with S.
+
+    The pullback returns the gradients of all parameters as one vector per seed, `[S, P]`, in the order of `module.parameters()`.
+    """
+    if isinstance(module, StackedMLP):
+        return module.linearize(inputs)
+    parameters = list(module.parameters())
+    with torch.enable_grad():
+        outputs = module(inputs)
+
+    def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
+        gradients = torch.autograd.grad(outputs[..., rows], parameters, cotangent, retain_graph=True)
+        return torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+
+    return outputs.detach(), pullback
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `module` as live tensors under their public names (`StackedMLP`: the views, not the flat vector)."""
+    views = getattr(module, "named_views", None)
+    if views is not None:
+        return dict(views())
+    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def target_copy(module: nn.Module) -> nn.Module:
+    """A frozen copy of `module`, to follow it by `lerp_`."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def lerp_(target: nn.Module, online: nn.Module, rate: float) -> None:
+    """Polyak averaging in place: target <- (1 - rate) target + rate online, parameters only."""
+    for old, new in zip(target.parameters(), online.parameters(), strict=True):
+        old.lerp_(new, rate)

@@ -1,0 +1,88 @@
+"""The map between raw environment units and what networks see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalizer(nn.Module):
+    """Standardises observations and maps action bounds to [-1, 1]; parts that are the identity cost nothing.
+
+    Args:
+        observation_mean, observation_std: `[obs]` (every seed alike) or `[S, 1, obs]`; None leaves observations alone.
+        action_low, action_high: bounds `[act]` or `[S, 1, act]`, infinite where an action is unbounded (it then passes unchanged); None means
+            the actions live in [-1, 1] already.
+        action_start: first value of a discrete action; agents count from 0.
+        seeds: S.
+        dtype, device: of the buffers.
+
+    Buffers, all leading with S: `observation_mean`, `observation_std` `[S, 1, obs]`; `action_center`, `action_scale`, `action_limit`
+    `[S, 1, act]`, the last being 1 or infinity. Absent buffers are None.
+    """
+
+    def __init__(
+        self,
+        *,
+        observation_mean: Tensor | None = None,
+        observation_std: Tensor | None = None,
+        action_low: Tensor | None = None,
+        action_high: Tensor | None = None,
+        action_start: int = 0,
+        seeds: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.action_start = action_start
+        self.observation_mean: Tensor | None
+        self.observation_std: Tensor | None
+        self.action_center: Tensor | None
+        self.action_scale: Tensor | None
+        self.action_limit: Tensor | None
+
+        def buffer(name: str, value: Tensor | None) -> None:
+            if value is not None:
+                value = value.to(device=device, dtype=dtype)
+                value = value.expand(seeds, 1, value.shape[-1]).clone()
+            self.register_buffer(name, value)
+
+        buffer("observation_mean", observation_mean)
+        buffer("observation_std", observation_std)
+        center = scale = limit = None
+        if action_low is not None and action_high is not None:
+            bounded = torch.isfinite(action_low) & torch.isfinite(action_high)
+            center = torch.where(bounded, (action_low + action_high) / 2, 0.0)
+            scale = torch.where(bounded, (action_high - action_low) / 2, 1.0)
+            limit = None if bounded.all() else torch.where(bounded, 1.0, torch.inf)
+            if bool((center == 0).all() and (scale == 1).all()):
+                center = scale = None
+        buffer("action_center", center)
+        buffer("action_scale", scale)
+        buffer("action_limit", limit)
+
+    def observations(self, observations: Tensor) -> Tensor:
+        """Raw `[S, B, obs]` to network inputs."""
+        if self.observation_mean is None or self.observation_std is None:
+            return observations
+        return (observations - self.observation_mean) / self.observation_std
+
+    def actions(self, actions: Tensor) -> Tensor:
+        """Raw actions `[S, B, act]` to [-1, 1]; discrete `[S, B]` to 0, 1, ..."""
+        if not actions.is_floating_point():
+            return actions - self.action_start if self.action_start else actions
+        if self.action_center is None or self.action_scale is None:
+            return actions
+        return (actions - self.action_center) / self.action_scale
+
+    def environment_actions(self, actions: Tensor) -> Tensor:
+        """The way back; bounded continuous actions are clipped to their bounds."""
+        if not actions.is_floating_point():
+            return actions + self.action_start if self.action_start else actions
+        if self.action_limit is None:
+            actions = actions.clamp(-1.0, 1.0)
+        else:
+            actions = torch.minimum(torch.maximum(actions, -self.action_limit), self.action_limit)
+        if self.action_center is None or self.action_scale is None:
+            return actions
+        return actions * self.action_scale + self.action_center

@@ -1,0 +1,174 @@
+"""What acts: an actor with its own normalisation and action bounds, in raw environment units on both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlkit2.errors import ConfigError, RunError
+from rlkit2.nn.actors import Actor, make_actor
+from rlkit2.nn.mlp import StackedMLP, named_tensors
+from rlkit2.nn.normalizer import Normalizer
+
+_FORMAT = 1
+
+
+class Policy(nn.Module):
+    """A policy for S seeds.
+
+    Args:
+        actor: acts in normalised units.
+        normalizer: maps to and from raw environment units.
+        seeds: the integers that name the seeds, in order.
+        metadata: JSON-compatible facts that travel with a saved policy (training puts the dataset's spec there).
+    """
+
+    def __init__(
+        self, actor: Actor, normalizer: Normalizer, seeds: tuple[int, ...], metadata: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.actor, self.normalizer, self.seeds, self.metadata = actor, normalizer, seeds, metadata or {}
+
+    @torch.no_grad()
+    def forward(
+        self, observations: Tensor, deterministic: bool = True, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Actions for raw observations.
+
+        Args:
+            observations: `[B, obs]` with one seed, `[S, B, obs]` with several (with one, the seed axis may be given and is kept).
+            deterministic: the mode; otherwise a sample.
+            generator: source of the sample.
+
+        Returns:
+            `[B, act]` or `[S, B, act]` within the action bounds; discrete actions as int64 `[B]` or `[S, B]`, counted from the
+            space's own start.
+
+        Raises:
+            ConfigError: the shape does not fit the policy.
+        """
+        size, num_seeds = self.actor.settings["observation_size"], len(self.seeds)
+        add_axis = observations.ndim == 2 and num_seeds == 1
+        if add_axis:
+            observations = observations.unsqueeze(0)
+        if observations.ndim != 3 or observations.shape[0] != num_seeds or observations.shape[-1] != size:
+            wanted = f"[B, {size}]" if num_seeds == 1 else f"[{num_seeds}, B, {size}]"
+            raise ConfigError(f"this policy takes observations {wanted}, not {list(observations.shape)}")
+        parameter = next(self.actor.parameters())
+        inputs = self.normalizer.observations(observations.to(parameter.device, parameter.dtype))
+        noise = None if deterministic else self.actor.draw_noise(inputs, generator)
+        actions = self.normalizer.environment_actions(self.actor(inputs, noise))
+        return actions.squeeze(0) if add_axis else actions
+
+    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Write the folder `path` with `policy.json` and `policy.safetensors`; each file appears by atomic rename.
+
+        Args:
+            path: folder, made if missing; files of an earlier policy in it are replaced.
+            metadata: facts to keep beside the weights; None keeps the policy's own.
+
+        Raises:
+            ConfigError: the actor's network is not a `StackedMLP`, so nothing here could rebuild it.
+        """
+        if not isinstance(self.actor.network, StackedMLP):
+            raise ConfigError(
+                f"a policy on {type(self.actor.network).__name__} cannot be saved; save its state_dict yourself"
+            )
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        pair = uuid.uuid4().hex  # both files carry it, so half a replacement is noticed
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
+        description = {
+            "format": _FORMAT,
+            "pair": pair,
+            "seeds": list(self.seeds),
+            "dtype": str(next(self.actor.parameters()).dtype).removeprefix("torch."),
+            "actor": self.actor.settings,
+            "action_start": self.normalizer.action_start,
+            "metadata": self.metadata if metadata is None else metadata,
+        }
+        _replace(folder / "policy.safetensors", lambda file: save_file(tensors, file, metadata={"pair": pair}))
+        _replace(folder / "policy.json", lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
+
+
+def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
+    """Read a policy written by `Policy.save`, on the CPU.
+
+    Args:
+        path: the folder.
+        seed_index: keep only this seed (0 to S-1); None keeps all.
+
+    Raises:
+        RunError: missing, damaged or half-replaced files.
+        ConfigError: no such seed index.
+    """
+    folder = Path(path)
+    try:
+        description = json.loads((folder / "policy.json").read_text())
+        with safe_open(folder / "policy.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            pair = (file.metadata() or {}).get("pair")
+        seeds, settings, dtype = description["seeds"], description["actor"], getattr(torch, description["dtype"])
+        if description["format"] != _FORMAT:
+            raise RunError(
+                f"{folder}: policy format {description['format']} is not known to this version; upgrade rlkit2"
+            )
+        if pair != description["pair"]:
+            raise RunError(
+                f"{folder}: policy.json and policy.safetensors are from different saves; save the policy again"
+            )
+    except RunError:
+        raise
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder}: no policy here ({Path(error.filename).name if error.filename else error} is missing)"
+        ) from error
+    except Exception as error:
+        raise RunError(f"{folder}: the policy's files are damaged ({error}); save it again") from error
+    if seed_index is not None:
+        if not 0 <= seed_index < len(seeds):
+            raise ConfigError(f"seed index {seed_index} is out of range: {folder} holds {len(seeds)} seeds")
+        seeds = seeds[seed_index : seed_index + 1]
+        tensors = {name: tensor[seed_index : seed_index + 1] for name, tensor in tensors.items()}
+    settings = {**settings, "log_std_bounds": tuple(settings["log_std_bounds"])}
+    actor = make_actor(**settings, seeds=seeds, dtype=dtype)
+    actor.requires_grad_(False)
+    normalizer = Normalizer(action_start=description["action_start"], seeds=len(seeds), dtype=dtype)
+    for name, tensor in tensors.items():
+        if name.startswith("normalizer."):
+            setattr(normalizer, name.removeprefix("normalizer."), tensor)
+    policy = Policy(actor, normalizer, tuple(seeds), description["metadata"])
+    for name, target in _tensors(policy).items():
+        if name not in tensors or tensors[name].shape != target.shape:
+            raise RunError(f"{folder}: tensor {name} is missing or has another shape; save the policy again")
+        target.copy_(tensors[name])
+    return policy
+
+
+def _tensors(policy: Policy) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": tensor
+        for part, module in (("actor", policy.actor), ("normalizer", policy.normalizer))
+        for name, tensor in named_tensors(module).items()
+    }
+
+
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
