@@ -86,10 +86,7 @@ def _download(dataset_id: str) -> Path:
         return minari_root() / dataset_id / "data"
     except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    close = (
-        get_close_matches(dataset_id, known, 3, 0.5)
-        or [name for name, last in zip(known, tail, strict=True) if last == dataset_id.rsplit("/", 1)[-1]][:3]
-    )
+    close = get_close_matches(dataset_id, known, 3, 0.5)
     hint = f"; close ids here: {', '.join(close)}" if close else f"; ids here: {', '.join(known[:8]) or 'none'}"
     message = f"no dataset {dataset_id!r} in {minari_root()}, and Minari could not download it ({reason}){hint}"
     raise DatasetNotFoundError(message)

@@ -91,12 +91,10 @@ def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[
             found[kind] = deserialize_space(text) if text else getattr(_environment(env_spec, data_path, kind), kind)
         except (ValueError, KeyError, TypeError, NotImplementedError) as error:
             raise CorruptDatasetError(f"{data_path}/metadata.json: {kind} cannot be read ({error})") from error
-    scores = {
-        key: None if metadata.get(key) is None else float(metadata[key]) for key in ("ref_min_score", "ref_max_score")
-    }
+    for score in ("ref_min_score", "ref_max_score"):
+        found[score] = None if metadata.get(score) is None else float(metadata[score])
     return DatasetSpec(
         **found,
-        **scores,
         env_spec=env_spec,
         eval_env_spec=eval_env_spec,
         id=str(metadata.get("dataset_id", data_path.parent.name)),

@@ -95,7 +95,8 @@ def _walk(space: spaces.Space[Any], path: Path) -> Iterator[tuple[Path, spaces.S
     else:
         where = f" at {'/'.join(map(str, path))!r}" if path else ""
         raise UnsupportedSpaceError(
-            f"{type(space).__name__} space{where} has no fixed-size rows; supported: Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of them"
+            f"{type(space).__name__} space{where} has no fixed-size rows; "
+            "supported: Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of them"
         )
 
 
