@@ -1,0 +1,153 @@
+r"""Margin-based preference losses, each with its value and its closed-form coefficients.
+
+For one pair let `a = log pi(y_w|x)` and `b = log pi(y_l|x)` (sums over completion tokens, or returns, or discounted sums of
+action log-densities). Every loss here has the gradient
+
+    grad loss = -d_w grad a + d_l grad b,        d_w = -dloss/da,  d_l = dloss/db,
+
+and the two numbers `(d_w, d_l)` are all that a gradient-entanglement diagnosis needs from a loss (Yuan et al., "A Common Pitfall
+of Margin-based Language Model Alignment: Gradient Entanglement", ICLR 2025, general form and Table 1). A loss is one small
+function that returns `(value, d_w, d_l)`; the registry `MARGIN_LOSSES` holds it with its defaults, its needs and its source.
+
+In the formulas: `A = a - a0`, `B = b - b0` (log-ratios to the reference), `D = A - B`, `n_w, n_l` completion lengths, `s` the
+logistic function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit2.errors import ConfigError
+from rlkit2.losses.margin_base import MarginInputs, MarginLoss, Terms
+from rlkit2.losses.margin_table import MARGIN_LOSSES
+
+__all__ = [
+    "MARGIN_LOSSES",
+    "MarginInputs",
+    "MarginLoss",
+    "get_margin_loss",
+    "length_desensitized_logp",
+    "margin_coefficients",
+    "margin_loss",
+    "mixture",
+    "weighted",
+    "wpo_weight",
+]
+
+
+def get_margin_loss(name: str | MarginLoss) -> MarginLoss:
+    """A loss by its name or by TRL's `loss_type` (`sigmoid`, `ipo`, `sppo_hard`, ...).
+
+    Raises:
+        ConfigError: no such loss.
+    """
+    if isinstance(name, MarginLoss):
+        return name
+    aliases = {alias: loss for loss in MARGIN_LOSSES.values() for alias in loss.aliases}
+    found = MARGIN_LOSSES.get(name) or aliases.get(name)
+    if found is None:
+        close = get_close_matches(name, [*MARGIN_LOSSES, *aliases], 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(MARGIN_LOSSES)}"
+        raise ConfigError(f"unknown margin loss {name!r}; {hint}")
+    return found
+
+
+def margin_loss(name: str | MarginLoss, inputs: MarginInputs, **hyperparameters: Any) -> Any:
+    """The loss of every pair, `[..., P]`; the training loss is its mean over pairs.
+
+    Raises:
+        ConfigError: unknown loss or hyper-parameter, or inputs that the loss needs are missing.
+    """
+    return get_margin_loss(name).value(inputs, **hyperparameters)
+
+
+def margin_coefficients(name: str | MarginLoss, inputs: MarginInputs, **hyperparameters: Any) -> tuple[Any, Any]:
+    """`(d_w, d_l) = (-dloss/da, dloss/db)` of every pair in closed form, each `[..., P]`.
+
+    For losses that couple the batch these are the derivatives of P times the batch mean.
+    """
+    return get_margin_loss(name).coefficients(inputs, **hyperparameters)
+
+
+def mixture(weights: Mapping[str, float], **hyperparameters: Any) -> MarginLoss:
+    """A weighted sum of losses (values and coefficients add), such as MPO's `{"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}`.
+
+    Every hyper-parameter goes to each of the losses that takes it.
+
+    Raises:
+        ConfigError: an unknown loss, or a hyper-parameter that none of them takes.
+    """
+    parts = [(get_margin_loss(name), float(weight)) for name, weight in weights.items()]
+    if not parts:
+        raise ConfigError("a mixture of margin losses needs at least one loss")
+    unused = set(hyperparameters) - {key for loss, _ in parts for key in loss.hyperparameters}
+    if unused:
+        raise ConfigError(
+            f"none of {', '.join(loss.name for loss, _ in parts)} takes the hyper-parameter {sorted(unused)[0]!r}"
+        )
+    bound = [
+        (loss.bind(**{k: v for k, v in hyperparameters.items() if k in loss.hyperparameters}), weight)
+        for loss, weight in parts
+    ]
+
+    def terms(x: MarginInputs) -> Terms:
+        evaluated = [tuple(weight * term for term in loss._evaluate(x, {})) for loss, weight in bound]
+        value, d_w, d_l = (torch.stack(column).sum(0) for column in zip(*evaluated, strict=True))
+        return value, d_w, d_l
+
+    return MarginLoss(
+        name="+".join(f"{weight:g}*{loss.name}" for loss, weight in bound),
+        terms=terms,
+        hyperparameters=MappingProxyType({}),
+        ratio="sum of d_w / sum of d_l",
+        source="MPO (Wang et al. 2024, arXiv 2411.10442): weighted sum of preference, quality and generation losses",
+        needs_reference=any(loss.needs_reference for loss, _ in bound),
+        needs_lengths=any(loss.needs_lengths for loss, _ in bound),
+        couples_batch=any(loss.couples_batch for loss, _ in bound),
+    )
+
+
+def weighted(loss: str | MarginLoss, weight: Callable[[MarginInputs], Tensor] | Tensor) -> MarginLoss:
+    """The loss times a detached weight per pair `[..., P]` (a tensor or a function of the inputs such as `wpo_weight`)."""
+    base = get_margin_loss(loss)
+
+    def terms(x: MarginInputs, **hyperparameters: Any) -> Terms:
+        factor = (weight(x) if callable(weight) else weight).detach()
+        value, d_w, d_l = base.terms(x, **hyperparameters)
+        return factor * value, factor * d_w, factor * d_l
+
+    return replace(base, name=f"weighted {base.name}", terms=terms, aliases=())
+
+
+def wpo_weight(inputs: MarginInputs) -> Tensor:
+    """`p_w p_l` with `p` the geometric mean probability per token (WPO, Zhou et al. 2024, without the alignment term)."""
+    if inputs.len_chosen is None:
+        raise ConfigError("WPO weighting needs len_chosen and len_rejected")
+    weight: Tensor = (inputs.a / inputs.len_chosen + inputs.b / inputs.len_rejected).exp()
+    return weight
+
+
+def length_desensitized_logp(token_logps: Tensor, mask: Tensor, other_length: Tensor, ld_alpha: float) -> Tensor:
+    """LD-DPO's log-probability: tokens beyond the shorter completion's length count `ld_alpha` times (Liu et al. 2024).
+
+    Args:
+        token_logps: `[..., P, T]` log-probabilities of tokens.
+        mask: `[..., P, T]`, 1 on completion tokens.
+        other_length: `[..., P]` completion length of the pair's other side.
+        ld_alpha: factor in [0, 1]; 1 is the plain sum.
+
+    Returns:
+        `[..., P]`, to be given as `logp_*` (and `ref_*`) of `MarginInputs`.
+    """
+    if not 0.0 <= ld_alpha <= 1.0:
+        raise ConfigError(f"ld_alpha={ld_alpha} must be in [0, 1]")
+    completion = mask.to(token_logps.dtype)
+    shared = completion.cumsum(-1) <= other_length.unsqueeze(-1)
+    return (token_logps * completion * torch.where(shared, 1.0, ld_alpha)).sum(-1)
