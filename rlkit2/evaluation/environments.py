@@ -1,0 +1,129 @@
+"""From a dataset's specification to environments that fit its policies."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from rlkit2.data.spaces import action_layout, flattener
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, RLKitError
+
+Env = gym.Env[Any, Any]
+EnvSource = str | EnvSpec | Callable[[], Env]
+
+# What shows in an entry point or an import error -> (what is missing, the extra that installs it).
+SIMULATORS = {
+    "gymnasium_robotics": ("gymnasium-robotics", "robotics"),
+    "mujoco": ("MuJoCo", "mujoco"),
+    "box2d": ("Box2D", "box2d"),
+}
+
+
+def evaluation_source(spec: DatasetSpec, env: EnvSource | None = None) -> EnvSource:
+    """The environment to evaluate in: `env` if given, else the dataset's evaluation environment, else the one it was collected in.
+
+    Raises `EnvironmentUnavailableError` where there is none.
+    """
+    source = env or spec.eval_env_spec or spec.env_spec
+    if source is None:
+        raise EnvironmentUnavailableError(
+            f"dataset {spec.id} names no environment; name one with --env ID (env=... in Python)"
+        )
+    return source
+
+
+def source_name(source: EnvSource) -> str:
+    """A short name of an environment source for messages and reports."""
+    if isinstance(source, EnvSpec):
+        return source.id
+    return source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+
+
+def make_environment(source: EnvSource) -> Env:
+    """One environment, wrappers and keyword arguments of its specification included.
+
+    Raises `MissingExtraError` naming the extra of a missing simulator, `EnvironmentUnavailableError` for an unknown id or anything else that fails.
+    """
+    try:
+        if isinstance(source, EnvSpec):
+            return gym.make(source, disable_env_checker=True)
+        if isinstance(source, str):
+            return gym.make(_registered(source), disable_env_checker=True)
+        return source()
+    except RLKitError:
+        raise
+    except Exception as error:
+        raise _unavailable(source, error) from error
+
+
+def _registered(name: str) -> str:
+    """The id, after loading the packages of ours and Farama's that register theirs only on import."""
+    importlib.import_module("rlkit2.envs")
+    try:
+        gym.spec(name)
+    except gym.error.Error:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        except ImportError:
+            return name
+    return name
+
+
+def _unavailable(source: EnvSource, error: Exception) -> RLKitError:
+    name = source_name(source)
+    entry = source.entry_point if isinstance(source, EnvSpec) else ""
+    if isinstance(error, ImportError | gym.error.DependencyNotInstalled):
+        text = f"{entry} {error}".lower()
+        for word, (simulator, extra) in SIMULATORS.items():
+            if word in text:
+                return MissingExtraError(
+                    f"environment {name} needs {simulator}, which is not installed; install it with: pip install 'rlkit2[{extra}]'"
+                )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, gym.error.UnregisteredEnv):
+        reason += " (ids of another package are written module:ID; PointMaze, AntMaze, Fetch, Adroit and Kitchen need rlkit2[robotics])"
+    return EnvironmentUnavailableError(
+        f"environment {name} cannot be built: {reason}; name another with --env ID (env=... in Python)"
+    )
+
+
+def check_spaces(env: Env, spec: DatasetSpec, name: str) -> None:
+    """Raise `EnvironmentUnavailableError` unless observations and actions of `env` have the layout the dataset's policies work in."""
+    try:
+        rows = flattener(env.observation_space, spec.observation_keys)
+    except RLKitError as error:
+        raise EnvironmentUnavailableError(f"environment {name} does not fit dataset {spec.id}: {error}") from error
+    expected = spec.flattener
+    if rows.size != expected.size or rows.ranges != expected.ranges:
+        raise EnvironmentUnavailableError(
+            f"environment {name} gives observations of {_layout(rows.size, rows.ranges)}, "
+            f"the policy of dataset {spec.id} expects {_layout(expected.size, expected.ranges)}"
+        )
+    theirs, ours = action_layout(env.action_space), action_layout(spec.action_space)
+    if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype) or _choices(env.action_space) != _choices(
+        spec.action_space
+    ):
+        raise EnvironmentUnavailableError(
+            f"environment {name} takes actions in {env.action_space}, the policy of dataset {spec.id} gives actions in {spec.action_space}"
+        )
+
+
+def _layout(size: int, ranges: dict[str, tuple[int, int]]) -> str:
+    keys = ", ".join(f"{key} {stop - start}" for key, (start, stop) in ranges.items() if key)
+    return f"{size} columns" + (f" ({keys})" if keys else "")
+
+
+def _choices(space: spaces.Space[Any]) -> list[int] | None:
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n), int(space.start)]
+    return [int(n) for n in np.ravel(space.nvec)] if isinstance(space, spaces.MultiDiscrete) else None
