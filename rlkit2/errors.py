@@ -30,6 +30,10 @@ class ConfigError(RLKitError, ValueError):
     """A configuration value is out of range or does not fit the data."""
 
 
+class RewardError(RLKitError, ValueError):
+    """A reward, a policy, dynamics or weights cannot be used as they are."""
+
+
 class RunError(RLKitError):
     """A run folder is missing, damaged, in use, or cannot be written."""
 
@@ -40,6 +44,12 @@ class EnvironmentUnavailableError(RLKitError):
 
 class MissingExtraError(RLKitError, ImportError):
     """An optional dependency is not installed."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error of another library, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
 
 
 def require(module: str, *, extra: str) -> ModuleType:

@@ -21,7 +21,8 @@ def to_minari(dataset: TransitionDataset, dataset_id: str, **metadata: Any) -> m
     """Write `dataset` as the Minari dataset `dataset_id` under Minari's root and return it; `metadata` goes to Minari (author, description, ...).
 
     Loading it again gives equal tensors. Dict and Tuple observations are written as the flat Box that the dataset holds.
-    Raises `DatasetError` where the id is taken or invalid, or where the next observation of a step is not the observation of the step after it; nothing is left half-written.
+    Raises `DatasetError` where the id is taken or invalid, or where the next observation of a step is not the observation of
+    the step after it; nothing is left half-written.
     """
     spec = dataset.spec
     for episode in range(dataset.num_episodes):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.request import getproxies
 
 from minari import MinariDataset
 
@@ -14,7 +17,7 @@ from rlkit2.data.d4rl import read_arrays, read_d4rl_file
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.minari_source import HDF5_FILE, read_minari_dataset, read_minari_folder
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import DatasetError, DatasetNotFoundError
+from rlkit2.errors import DatasetError, DatasetNotFoundError, first_line
 
 Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
 
@@ -81,12 +84,27 @@ def _download(dataset_id: str) -> Path:
     import minari
 
     known = list(local_datasets())
-    try:
-        minari.download_dataset(dataset_id)
-        return minari_root() / dataset_id / "data"
-    except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if not re.search(r"-v\d+$", dataset_id):
+        reason = "it is no complete Minari id, which ends in a version such as -v0"
+    elif not _online():
+        reason = "there is no network to download it"
+    else:
+        try:
+            minari.download_dataset(dataset_id)
+            return minari_root() / dataset_id / "data"
+        except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
+            reason = f"Minari could not download it ({first_line(error)})"
     close = get_close_matches(dataset_id, known, 3, 0.5)
     hint = f"; close ids here: {', '.join(close)}" if close else f"; ids here: {', '.join(known[:8]) or 'none'}"
-    message = f"no dataset {dataset_id!r} in {minari_root()}, and Minari could not download it ({reason}){hint}"
-    raise DatasetNotFoundError(message)
+    raise DatasetNotFoundError(f"no dataset {dataset_id!r} in {minari_root()}, and {reason}{hint}")
+
+
+def _online() -> bool:
+    """Whether a download has a chance: the clients of Minari's remotes retry for half a minute before they say that no name can be resolved."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo("minari.farama.org", 443)
+    except OSError:
+        return False
+    return True
