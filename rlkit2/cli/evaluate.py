@@ -1,0 +1,147 @@
+"""`rlkit2 evaluate RUN`: play episodes with every seed of a trained policy and print what it scored."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tyro.conf import Positional
+
+from rlkit2.api import evaluate as evaluate_policy
+from rlkit2.api import load_policy, load_run
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.evaluation import Evaluation
+from rlkit2.nn.policy import Policy
+from rlkit2.training.run import Run
+
+DESCRIPTION = """Play episodes with every seed of a trained policy and print its returns and scores.
+
+Example: rlkit2 evaluate runs/odice-hopper-001 --episodes 100"""
+
+
+def evaluate(
+    run: Positional[Path],
+    *,
+    episodes: int = 100,
+    env: str | None = None,
+    stochastic: bool = False,
+    checkpoint: str | None = None,
+    seed: int = 0,
+    num_envs: int | None = None,
+    max_steps: int | None = None,
+    json: bool = False,
+) -> int:
+    """Evaluate.
+
+    Args:
+        run: folder of a run, or of a saved policy.
+        episodes: episodes per seed, counted as they start.
+        env: environment id; default: the dataset's evaluation environment, else the one it was collected in.
+        stochastic: sample actions instead of taking the mode.
+        checkpoint: best, last or a step; default: the policy the run ended with. "best" is an oracle: it was picked by its score.
+        seed: which fixed set of evaluation episodes.
+        num_envs: environments per seed stepped together; changes time and memory, never the result.
+        max_steps: cut episodes there.
+        json: print everything as JSON.
+    """
+    policy, own_env = _open(run, checkpoint)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("episodes", total=None)
+        result = evaluate_policy(
+            policy,
+            episodes=episodes,
+            env=env or own_env,
+            deterministic=not stochastic,
+            seed=seed,
+            num_envs=num_envs,
+            max_steps=max_steps,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    if json:
+        out.print_json(
+            json_format.dumps({"run": str(run), "checkpoint": checkpoint, **result.to_dict()}, allow_nan=False)
+        )
+    else:
+        _print(out, result, checkpoint)
+    return 0
+
+
+def _open(path: Path, checkpoint: str | None) -> tuple[Policy, str | None]:
+    """The policy to play, and the environment the run was told to use."""
+    if (path / "policy.json").is_file():
+        if checkpoint is not None:
+            raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
+        return load_policy(path), None
+    run = load_run(path)
+    policy = run.policy if checkpoint is None else run.load_agent(_step(run, checkpoint)).policy
+    policy.metadata.setdefault("spec", run.config["spec"])
+    return policy, run.config.get("env")
+
+
+def _step(run: Run, checkpoint: str) -> int | None:
+    if checkpoint == "last":
+        return None
+    if checkpoint == "best":
+        best = run.manifest.get("best")
+        if not best:
+            raise ConfigError(
+                f"{run.path} was never evaluated during training, so it has no best checkpoint; use --checkpoint last"
+            )
+        return int(best["step"])
+    if not checkpoint.isdigit():
+        raise ConfigError(
+            f"--checkpoint must be best, last or a step, not {checkpoint!r}; steps: {', '.join(map(str, run.checkpoints))}"
+        )
+    return int(checkpoint)
+
+
+def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
+    summary = result.summary()
+    scores = summary["normalized"]
+    table = Table(
+        title=f"{result.environment}, {'deterministic' if result.deterministic else 'sampled'} actions",
+        title_justify="left",
+    )
+    for name in ("seed", "return", "score (%)", "length") + (("success",) if result.successes is not None else ()):
+        table.add_column(name, justify="right")
+    for index, seed in enumerate(result.seeds):
+        cells = [
+            str(seed),
+            _number(summary["per_seed"][index]),
+            _number(scores["per_seed"][index]) if scores else "n/a",
+        ]
+        cells.append(f"{result.lengths[index].mean():.0f}")
+        if result.successes is not None:
+            cells.append(f"{100 * result.successes[index].mean():.0f} %")
+        table.add_row(*cells)
+    out.print(table)
+    for name, statistics in (("return", summary), ("score", scores)):
+        if statistics:
+            low, high = statistics["interval"]
+            out.print(
+                f"{name}: mean {_number(statistics['mean'])} (95 % interval {_number(low)} to {_number(high)}), IQM {_number(statistics['iqm'])}; "
+                f"standard error {_number(statistics['between_seed_error'])} between seeds, "
+                f"{_number(statistics['within_policy_error'])} within these policies"
+            )
+    if len(result.seeds) == 1:
+        out.print("one seed: the interval speaks about this policy, not about training again")
+    if checkpoint == "best":
+        out.print("the best checkpoint is an oracle: it was chosen by its evaluation score")
+    out.print(f"{summary['episodes']} episodes per seed; {result.normalization}", highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1f}"
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    return tyro.cli(evaluate, args=arguments, prog="rlkit2 evaluate", description=DESCRIPTION)

@@ -1,0 +1,35 @@
+"""`rlkit2 report RUN... --out report.html`: one self-contained page about runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from rlkit2.api import load_run
+from rlkit2.reporting.report import write_report
+
+DESCRIPTION = """Write one self-contained HTML page about runs: final scores, learning curves, diagnostics, configuration, manifest.
+
+Example: rlkit2 report runs/bc-* runs/odice-* --out report.html"""
+
+
+def report(runs: Positional[tuple[Path, ...]], *, out: Path = Path("report.html"), baseline: str | None = None) -> int:
+    """Report.
+
+    Args:
+        runs: folders of runs.
+        out: file to write.
+        baseline: agent, label or run folder the others are held against; default: the first run.
+    """
+    path = write_report([load_run(run) for run in runs], out, baseline=baseline)
+    Console().print(f"wrote {path}", highlight=False)
+    return 0
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    return tyro.cli(report, args=arguments, prog="rlkit2 report", description=DESCRIPTION)

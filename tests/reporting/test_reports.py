@@ -1,0 +1,274 @@
+"""Scores, comparisons and reports of runs written by hand."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from rlkit2.cli.main import main
+from rlkit2.errors import ConfigError, RunError
+from rlkit2.evaluation.scores import score_history, score_summary
+from rlkit2.reporting import compare, group_runs, learning_curves, write_report
+from rlkit2.training.run import Run
+
+STEPS = (10, 20, 30)
+
+
+def make_run(
+    folder,
+    agent="odice",
+    dataset="zoo/hopper/medium-v0",
+    *,
+    level=50.0,
+    seeds=(0, 1, 2, 3),
+    episodes=6,
+    normalized=True,
+    **config,
+):
+    """A run folder whose scores rise to `level` at step 20 and fall by 10 at the end."""
+    folder.mkdir(parents=True)
+    content = {
+        "agent": agent,
+        "config": {"discount": 0.99, "gradient_rule": "orthogonal", **config},
+        "dataset": {"id": dataset, "content_hash": f"hash of {dataset}", "source": dataset},
+        "seeds": list(seeds),
+        "data": {"normalize_observations": False},
+        "training": {"steps": 30, "batch_size": 256, "eval_every": 10},
+    }
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_text(
+        json.dumps({"status": "finished", "versions": {"torch": "2"}, "command": "rlkit2 <train>"})
+    )
+    generator = np.random.default_rng(abs(hash((agent, level))) % 2**32)
+    evaluations, metrics = [], []
+    for step, height in zip(STEPS, (0.5 * level, level + 10, level), strict=True):
+        for seed in seeds:
+            scores = height + 0.5 * seed + generator.standard_normal(episodes)
+            line = {
+                "step": step,
+                "seed": seed,
+                "returns": (10 * scores).tolist(),
+                "lengths": [5] * episodes,
+                "deterministic": True,
+            }
+            evaluations.append({**line, "normalized_scores": scores.tolist() if normalized else None})
+            metrics.append(
+                {"step": step, "seed": seed, "loss/value": 1.0 / step, "projection/cosine": -0.1, "weight/zero": 0.3}
+            )
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return Run(folder)
+
+
+def test_the_last_evaluation_is_the_headline_and_the_best_is_marked(tmp_path):
+    summary = score_summary(make_run(tmp_path / "a"), last=2)
+    assert summary["unit"] == "normalized score"
+    assert summary["final"]["step"] == 30
+    assert summary["final"]["mean"] == pytest.approx(50.75, abs=1)
+    assert summary["last"]["evaluations"] == 2
+    assert summary["last"]["mean"] == pytest.approx(55.75, abs=1)
+    assert summary["best"]["oracle"] is True
+    assert summary["best"]["step"] == 20
+    assert summary["final"]["interval"][0] < summary["final"]["mean"] < summary["final"]["interval"][1]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_sampled_evaluations_do_not_mix_with_deterministic_ones(tmp_path):
+    run = make_run(tmp_path / "a", seeds=(0,))
+    with (run.path / "evaluations.jsonl").open("a") as file:
+        file.write(
+            json.dumps(
+                {
+                    "step": 30,
+                    "seed": 0,
+                    "returns": [0.0],
+                    "lengths": [1],
+                    "normalized_scores": [0.0],
+                    "deterministic": False,
+                }
+            )
+            + "\n"
+        )
+    assert score_history(run).scores[-1].shape == (1, 6)
+
+
+def test_a_stopped_seed_is_missing_and_said(tmp_path):
+    run = make_run(tmp_path / "a")
+    lines = [json.loads(line) for line in (run.path / "evaluations.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if not (line["seed"] == 2 and line["step"] > 10)]
+    (run.path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    (run.path / "manifest.json").write_text(json.dumps({"stopped": {"2": {"step": 15, "metric": "loss/value"}}}))
+    summary = score_summary(run)
+    assert summary["final"]["mean"] is None
+    assert summary["final"]["per_seed"][2] is None
+    assert summary["final"]["per_seed"][1] is not None
+    assert summary["best"]["step"] == 10
+    comparison = compare([run])
+    assert "seed 2 stopped at step 15" in comparison.notes[0]
+    assert comparison.cells()[0][3] == "n/a"
+    assert "seed 2 stopped at step 15" in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_runs_group_by_agent_configuration_and_dataset(tmp_path):
+    runs = [
+        make_run(tmp_path / "0", "bc"),
+        make_run(tmp_path / "1", "odice", seeds=(0, 1)),
+        make_run(tmp_path / "2", "odice", seeds=(2, 3)),
+        make_run(tmp_path / "3", "odice", gradient_rule="semi"),
+        make_run(tmp_path / "4", "odice", "zoo/cheetah/v0", gradient_rule="semi"),
+    ]
+    groups = [(group.label, group.dataset.split("/")[1], len(group.runs)) for group in group_runs(runs)]
+    assert groups == [
+        ("bc", "hopper", 1),
+        ("odice (gradient_rule=orthogonal)", "hopper", 2),
+        ("odice (gradient_rule=semi)", "hopper", 1),
+        ("odice", "cheetah", 1),
+    ]
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seeds=(3, 4))]
+    with pytest.raises(ConfigError, match=r"both hold seed 3 of odice on zoo/hopper/medium-v0"):
+        compare(runs)
+
+
+def test_datasets_that_share_an_id_but_not_their_content_are_kept_apart(tmp_path):
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1")]
+    runs[1].config["dataset"]["content_hash"] = "another content"
+    assert len({group.dataset for group in group_runs(runs)}) == 2
+
+
+def test_comparison_numbers(tmp_path):
+    datasets = ("a/b-v0", "a/c-v0")
+    runs = [
+        make_run(tmp_path / f"{agent}{i}", agent, d, level=level)
+        for agent, level in (("bc", 20), ("odice", 60))
+        for i, d in enumerate(datasets)
+    ]
+    comparison = compare(runs, baseline="bc")
+    assert [(row.label, row.dataset) for row in comparison.rows] == [
+        ("bc", "a/b-v0"),
+        ("odice", "a/b-v0"),
+        ("bc", "a/c-v0"),
+        ("odice", "a/c-v0"),
+        ("bc", "all datasets"),
+        ("odice", "all datasets"),
+    ]
+    bc, odice = comparison.rows[-2:]
+    assert bc.improvement is None
+    assert odice.improvement.value == 1
+    assert odice.mean.low > bc.mean.high
+    assert odice.mean.value == pytest.approx(60.75, abs=1)
+    assert odice.best > odice.mean.value
+    assert (odice.seeds, odice.to_dict()["episodes"]) == (8, 6)
+    json.dumps(comparison.to_dict(), allow_nan=False)
+
+
+def test_returns_are_compared_where_there_are_no_scores_and_never_averaged_over_datasets(tmp_path):
+    runs = [
+        make_run(tmp_path / str(i), dataset=dataset, normalized=False) for i, dataset in enumerate(("a/b-v0", "a/c-v0"))
+    ]
+    rows = compare(runs).rows
+    assert [row.dataset for row in rows] == ["a/b-v0", "a/c-v0"]
+    assert rows[0].unit == "return"
+    assert rows[0].mean.value == pytest.approx(507.5, abs=10)
+    assert "(return)" in compare(runs).cells()[0][0]
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and checks that elements close."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("meta", "br", "path", "use", "rect"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
+    runs = [make_run(tmp_path / "bc", "bc", level=20), make_run(tmp_path / "odice", temperature=0.6)]
+    path = write_report(runs, tmp_path / "report.html", title="A <b> title")
+    text = path.read_text()
+    page = Page()
+    page.feed(text)
+    assert not page.fetched
+    assert not page.open
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 1 + 2 * 3  # learning curves, three groups of metrics per run
+    assert "url(http" not in text
+    for expected in (
+        "Final scores",
+        "projection",
+        "weight",
+        "gradient_rule",
+        "rlkit2 &lt;train&gt;",
+        "A &lt;b&gt; title",
+        "oracle",
+        "P(better than bc)",
+    ):
+        assert expected in text
+    ids = re.findall(r'<clipPath id="(\w+)"', text)
+    assert len(ids) == len(set(ids))
+    assert write_report(runs, tmp_path / "again.html", title="A <b> title").read_text() == text
+
+
+def test_learning_curves_draw_every_seed_the_mean_and_a_band(tmp_path):
+    groups = group_runs([make_run(tmp_path / "bc", "bc", level=20), make_run(tmp_path / "odice")])
+    (axes,) = learning_curves(groups).axes
+    assert len(axes.lines) == 2 * (4 + 1)
+    assert len(axes.collections) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["bc", "odice"]
+    np.testing.assert_array_equal(axes.lines[4].get_xdata(), STEPS)
+    np.testing.assert_allclose(axes.lines[4].get_ydata()[-1], 20.75, atol=1)
+    with pytest.raises(ConfigError, match="one dataset"):
+        learning_curves(group_runs([make_run(tmp_path / "c"), make_run(tmp_path / "d", dataset="x/y-v0")]))
+
+
+def test_the_commands_print_what_the_library_says(tmp_path, capsys):
+    runs = [make_run(tmp_path / "bc", "bc", level=20), make_run(tmp_path / "odice")]
+    paths = [str(run.path) for run in runs]
+    assert main(["compare", *paths, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == compare(runs).to_dict()
+    assert main(["compare", *paths, "--markdown", "--baseline", "odice"]) == 0
+    assert capsys.readouterr().out == compare(runs, baseline="odice").markdown()
+    assert main(["compare", *paths]) == 0
+    assert "P(better than bc)" in capsys.readouterr().out
+    assert main(["report", *paths, "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, command):
+    run = make_run(tmp_path / "a")
+    empty = make_run(tmp_path / "b", "bc")
+    (empty.path / "evaluations.jsonl").write_text("")
+    out = ["--out", str(tmp_path / "r.html")] if command == "report" else []
+    for arguments, expected in (
+        ([str(tmp_path / "nothing")], "nothing does not exist"),
+        ([str(run.path), str(empty.path)], "b has no evaluations"),
+        ([str(run.path), "--baseline", "iql"], "baseline 'iql' is none of the compared runs: 'odice'"),
+        ([], "nothing to compare"),
+    ):
+        assert main([command, *arguments, *out]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+
+
+def test_contradicting_evaluations_are_refused(tmp_path):
+    run = make_run(tmp_path / "a", seeds=(0, 1))
+    run.config["seeds"] = [0]
+    with pytest.raises(RunError, match=r"seeds \[1\] that config.json does not name"):
+        score_history(run)
