@@ -54,7 +54,7 @@ def open_cached(key: str, dtype: np.dtype[Any], fill: Fill) -> TransitionDataset
     if folder.is_dir():
         try:
             return _read(folder)
-        except (OSError, ValueError, KeyError, CorruptDatasetError) as error:
+        except (OSError, ValueError, LookupError, TypeError, CorruptDatasetError) as error:
             warnings.warn(f"cache entry {folder} is damaged ({error}); it is built again", DatasetWarning, stacklevel=2)
             _remove(folder)
     try:

@@ -1,0 +1,50 @@
+"""Shared fixtures: every test has its own cache, dataset roots and no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "rlkit2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("rlkit2")
+
+REAL_DATASETS = os.environ.get("RLKIT2_TEST_DATASETS") or os.environ.get("MINARI_DATASETS_PATH")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty dataset roots and an empty cache under `tmp_path`."""
+    monkeypatch.setenv("RLKIT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RLKIT2_DATA", str(tmp_path / "builtin"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name resolution fails, as on a machine without a network; loopback stays."""
+    resolve = socket.getaddrinfo
+
+    def refuse(host: object, *args: object, **kwargs: object) -> object:
+        if host in ("localhost", "127.0.0.1", "::1", None):
+            return resolve(host, *args, **kwargs)  # type: ignore[arg-type]
+        raise socket.gaierror("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def real_datasets(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of recorded Minari datasets, where this machine has one."""
+    if not REAL_DATASETS or not Path(REAL_DATASETS, "zoo").is_dir():
+        pytest.skip("no recorded datasets; set RLKIT2_TEST_DATASETS to a Minari root that holds zoo/")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", REAL_DATASETS)
+    return Path(REAL_DATASETS)

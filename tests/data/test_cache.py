@@ -1,0 +1,184 @@
+"""The cache: shared, read-only, complete or absent, and never in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rlkit2.data.cache as cache
+import rlkit2.data.minari_source as minari_source
+from rlkit2.data import DatasetWarning, read_dataset
+from rlkit2.data.cache import verify
+from tests.data.make import FAMILIES, Ending, make_minari
+
+ENDINGS = [Ending(4, True, False), Ending(6, False, True)]
+
+
+def entry(root: Path) -> Path:
+    """The only finished entry of the cache under a test's root."""
+    found = [path for path in (root / "cache" / "datasets").iterdir() if not path.name.startswith(".")]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_second_opening_reads_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    first = read_dataset(made.spec.dataset_id)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the source was read again")
+
+    monkeypatch.setattr(minari_source, "_episodes", fail)
+    second = read_dataset(made.spec.dataset_id)
+    assert second.spec == first.spec
+    for name in (
+        "observations",
+        "actions",
+        "rewards",
+        "next_observations",
+        "terminations",
+        "truncations",
+        "episode_starts",
+    ):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert verify(second)
+    assert sorted(path.name for path in entry(tmp_path).iterdir()) == [
+        "dataset.json",
+        "episode_starts.npy",
+        "records.bin",
+    ]
+
+
+def test_writing_to_a_tensor_never_reaches_the_file(tmp_path: Path) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    dataset = read_dataset(made.spec.dataset_id)
+    before = (entry(tmp_path) / "records.bin").read_bytes()
+    dataset.observations.fill_(7.0)
+    assert (entry(tmp_path) / "records.bin").read_bytes() == before
+    assert not verify(dataset)
+    assert verify(read_dataset(made.spec.dataset_id))
+
+
+def test_a_changed_source_is_packed_again() -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    first = read_dataset(made.spec.dataset_id)
+    import h5py
+
+    path = Path(made.storage.data_path) / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        file["episode_0"]["rewards"][1] = 55.0
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10))
+    second = read_dataset(made.spec.dataset_id)
+    assert float(second.rewards[1]) == 55.0
+    assert second.spec.content_hash != first.spec.content_hash
+
+
+def shorten(folder: Path) -> None:
+    """A file that lost its end."""
+    data = (folder / "records.bin").read_bytes()
+    (folder / "records.bin").write_bytes(data[:-8])
+
+
+DAMAGES = {
+    "short records": shorten,
+    "no records": lambda folder: (folder / "records.bin").unlink(),
+    "bad json": lambda folder: (folder / "dataset.json").write_text("{"),
+    "json of something else": lambda folder: (folder / "dataset.json").write_text("[]"),
+    "wrong starts": lambda folder: np.save(folder / "episode_starts.npy", np.array([0, 4, 11])),
+    "empty starts": lambda folder: np.save(folder / "episode_starts.npy", np.zeros(0, np.int64)),
+    "starts is no array": lambda folder: (folder / "episode_starts.npy").write_bytes(b"\x93NUMPY"),
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_built_again_with_a_message(tmp_path: Path, damage: str) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    first = read_dataset(made.spec.dataset_id)
+    DAMAGES[damage](entry(tmp_path))
+    with pytest.warns(DatasetWarning, match="damaged .* built again"):
+        second = read_dataset(made.spec.dataset_id)
+    assert torch.equal(first.observations, second.observations)
+    assert verify(read_dataset(made.spec.dataset_id))
+
+
+def test_an_unwritable_cache_falls_back_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RLKIT2_CACHE", str(tmp_path / "file"))
+    with pytest.warns(DatasetWarning, match="cannot be written .* stay in memory"):
+        dataset = read_dataset(made.spec.dataset_id)
+    assert len(dataset) == 10
+    assert verify(dataset)
+
+
+def test_a_full_disk_falls_back_to_memory_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+
+    class Full:
+        """A file on a full disk."""
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "open", lambda *_, **__: Full(), raising=False)
+    with pytest.warns(DatasetWarning, match="No space left on device"):
+        dataset = read_dataset(made.spec.dataset_id)
+    assert len(dataset) == 10
+    assert list((tmp_path / "cache" / "datasets").iterdir()) == []
+
+
+def test_a_kill_while_packing_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        read_dataset(made.spec.dataset_id)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert not [path for path in (tmp_path / "cache" / "datasets").iterdir() if not path.name.startswith(".")]
+    assert len(read_dataset(made.spec.dataset_id)) == 10
+
+
+OPEN_MANY = """
+import sys, time
+from rlkit2.data import read_dataset
+while time.time() < float(sys.argv[2]):
+    pass
+dataset = read_dataset(sys.argv[1])
+print(len(dataset), float(dataset.rewards.sum()), dataset.spec.content_hash)
+"""
+
+
+def test_two_processes_open_a_new_dataset_at_once(tmp_path: Path) -> None:
+    made = make_minari([Ending(7, True, False)] * 60, *FAMILIES["box32"])
+    start = str(time.time() + 6)
+    command = [sys.executable, "-W", "error", "-c", OPEN_MANY, made.spec.dataset_id, start]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert outputs[0][0].startswith("420 ")
+    entry(tmp_path)
+    assert not [path for path in (tmp_path / "cache" / "datasets").iterdir() if path.name.startswith(".")]
+
+
+def test_observation_keys_have_entries_of_their_own(tmp_path: Path) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["goal"])
+    assert read_dataset(made).spec.observation_size == 4
+    assert read_dataset(made, observation_keys=["observation"]).spec.observation_size == 2
+    assert read_dataset(made).spec.observation_size == 4
+    assert len(list((tmp_path / "cache" / "datasets").iterdir())) == 2
