@@ -1,5 +1,7 @@
 """Minari in, tensors out: one replay and dataset layer for every part of rlkit2."""
 
+from rlkit2.data.audit import audit as audit
+from rlkit2.data.audit_report import AuditReport as AuditReport
 from rlkit2.data.batch import Batch as Batch
 from rlkit2.data.dataset import TransitionDataset as TransitionDataset
 from rlkit2.data.dataset import dataset_from_arrays as dataset_from_arrays
