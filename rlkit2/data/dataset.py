@@ -119,14 +119,13 @@ class TransitionDataset:
 
         They are drawn on the CPU, so that every device sees the same rows.
         """
-        rows = torch.empty(len(generators), batch_size, dtype=torch.int64)
-        for row, generator in zip(rows, generators, strict=True):
-            torch.randint(len(self), (batch_size,), generator=generator, out=row)
-        return rows
+        rows = [torch.randint(len(self), (1, batch_size), generator=generator) for generator in generators]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def gather(self, indices: Tensor) -> Batch:
         """The transitions at `indices` (any shape `[...]`, normally `[S, B]`) as a `Batch` of fields `[..., *field]`, copied in one gather."""
-        indices = indices.to(self.device, non_blocking=True)
+        if indices.device != self.device:
+            indices = indices.to(self.device, non_blocking=True)
         words = self.records.gather(indices if self.rows is None else self.rows[indices])
         fields = self.records.views(words)
         if self.new_rewards is not None:

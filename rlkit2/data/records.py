@@ -120,7 +120,7 @@ class Records:
 
     def gather(self, rows: Tensor) -> Tensor:
         """The words of `rows` (any shape): `[*rows.shape, W]`."""
-        return torch.index_select(self.words, 0, rows.reshape(-1)).view(*rows.shape, self.words.shape[1])
+        return torch.index_select(self.words, 0, rows.flatten()).view(*rows.shape, -1)
 
     def to(self, device: torch.device | str) -> Records:
         """The records on `device`."""

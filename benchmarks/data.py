@@ -1,0 +1,181 @@
+"""Reading and sampling against Minari's own iteration, on a dataset of 1,000 episodes x 1,000 steps made here.
+
+.venv/bin/python benchmarks/data.py [--episodes 1000] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import minari
+import numpy as np
+import torch
+from common import interleaved, ratio, report
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+
+from rlkit2.data import read_dataset
+from rlkit2.data.cache import cache_folder
+
+STEPS, OBSERVATIONS, ACTIONS = 1000, 11, 3
+KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
+
+
+def make(dataset_id: str, episodes: int, info_keys: int) -> None:
+    """A hopper-shaped dataset of random numbers, with `info_keys` extra arrays per episode."""
+    rng = np.random.default_rng(0)
+    last = np.arange(STEPS) == STEPS - 1
+    buffers = [
+        EpisodeBuffer(
+            id=e,
+            observations=rng.normal(size=(STEPS + 1, OBSERVATIONS)),
+            actions=rng.uniform(-1, 1, (STEPS, ACTIONS)).astype(np.float32),
+            rewards=rng.normal(size=STEPS),
+            terminations=last & (e % 2 == 0),
+            truncations=last & (e % 2 == 1),
+            infos={f"key{k}": rng.normal(size=STEPS + 1) for k in range(info_keys)} or None,
+        )
+        for e in range(episodes)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            dataset_id,
+            buffers,
+            observation_space=spaces.Box(-np.inf, np.inf, (OBSERVATIONS,), np.float64),
+            action_space=spaces.Box(-1, 1, (ACTIONS,), np.float32),
+        )
+
+
+def iterate(dataset_id: str) -> list[dict[str, np.ndarray]]:
+    """What everybody does: Minari's episodes into arrays."""
+    return [{key: np.asarray(getattr(episode, key)) for key in KEYS} for episode in minari.load_dataset(dataset_id)]
+
+
+def first_open(dataset_id: str) -> None:
+    """Open with an empty cache."""
+    shutil.rmtree(cache_folder(), ignore_errors=True)
+    read_dataset(dataset_id)
+
+
+def second_open(dataset_id: str) -> None:
+    """Open from the cache and draw a first batch."""
+    read_dataset(dataset_id).sample(256, generator=torch.Generator().manual_seed(0))
+
+
+def sample_episodes(episodes: list[dict[str, np.ndarray]], rng: np.random.Generator, batch: int = 256) -> None:
+    """Uniform transitions from a list of episodes, one by one."""
+    starts = np.cumsum([0, *(len(e["rewards"]) for e in episodes)])
+    rows = rng.integers(starts[-1], size=batch)
+    chosen = np.searchsorted(starts, rows, side="right") - 1
+    picked = [(episodes[e], r - starts[e]) for e, r in zip(chosen, rows, strict=True)]
+    for key in KEYS:
+        torch.from_numpy(np.stack([episode[key][t] for episode, t in picked]))
+    torch.from_numpy(np.stack([episode["observations"][t + 1] for episode, t in picked]))
+
+
+MEMORY = """
+import pathlib, re, sys
+sys.path.insert(0, {here!r})
+import data
+# The peak of this program alone: getrusage would count the parent's memory at the fork.
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before = peak()
+kept = data.{call}({dataset!r})
+print((peak() - before) / 1024)
+"""
+
+
+def growth(call: str, dataset_id: str) -> float:
+    """Growth of the peak memory in MiB, measured in a process of its own."""
+    code = MEMORY.format(here=str(Path(__file__).parent), call=call, dataset=dataset_id)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Measure rows 7 to 10 and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes of 1,000 steps")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are reported")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINARI_DATASETS_PATH"] = str(Path(folder, "minari"))
+        os.environ["RLKIT2_CACHE"] = str(Path(folder, "cache"))
+        plain, infos = "bench/plain-v0", "bench/infos-v0"
+        make(plain, options.episodes, 0)
+        make(infos, options.episodes, 8)
+        for name, dataset_id, gate in (("first open", plain, 1.3), ("first open, 8 info keys", infos, 3.0)):
+            times = interleaved(
+                {"minari": lambda i=dataset_id: iterate(i), "rlkit2": lambda i=dataset_id: first_open(i)},
+                options.rounds,
+            )
+            speedup = ratio(times["minari"], times["rlkit2"])
+            rows.append(
+                {"what": name, "ratio": speedup, "gate": gate, **{k: statistics.median(v) for k, v in times.items()}}
+            )
+        first_open(plain)
+        times = interleaved({"minari": lambda: iterate(plain), "rlkit2": lambda: second_open(plain)}, options.rounds)
+        speedup = ratio(times["minari"], times["rlkit2"])
+        rows.append(
+            {
+                "what": "second open to first batch",
+                "ratio": speedup,
+                "gate": 30.0,
+                **{k: statistics.median(v) for k, v in times.items()},
+            }
+        )
+        shutil.rmtree(cache_folder())
+        memory = {"minari": growth("iterate", plain), "rlkit2": growth("first_open", plain)}
+        share = memory["rlkit2"] / memory["minari"]
+        rows.append({"what": "peak memory growth, MiB (ratio at most)", "ratio": share, "gate": 0.8, **memory})
+        rows += sampling(plain, options.rounds)
+    report("data", rows, episodes=options.episodes, rounds=options.rounds)
+
+
+def sampling(dataset_id: str, rounds: int, batches: int = 500) -> list[dict[str, object]]:
+    """Row 7: batches from the map, from memory and from a list of episodes."""
+    mapped = read_dataset(dataset_id)
+    mapped.records.words.sum()  # touch every page once
+    memory = read_dataset(dataset_id, cache=False)
+    episodes = iterate(dataset_id)
+    generators = [torch.Generator().manual_seed(0)]
+    rng = np.random.default_rng(0)
+    cases = {
+        "mapped": lambda: [mapped.sample(256, generator=generators) for _ in range(batches)],
+        "memory": lambda: [memory.sample(256, generator=generators) for _ in range(batches)],
+        "episodes": lambda: [sample_episodes(episodes, rng) for _ in range(batches // 25)],
+    }
+    times = interleaved(cases, rounds)
+    micro = {
+        name: statistics.median(v) / (batches // 25 if name == "episodes" else batches) * 1e6
+        for name, v in times.items()
+    }
+    slow = [value * 25 for value in times["episodes"]]
+    return [
+        {
+            "what": "sampling: memory / mapped, us",
+            "ratio": ratio(times["memory"], times["mapped"]),
+            "gate": 0.9,
+            "rlkit2": micro["mapped"],
+        },
+        {
+            "what": "sampling: list of episodes / mapped, us",
+            "ratio": ratio(slow, times["mapped"]),
+            "gate": 50.0,
+            "rlkit2": micro["mapped"],
+        },
+    ]
+
+
+if __name__ == "__main__":
+    main()
