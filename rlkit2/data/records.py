@@ -88,29 +88,29 @@ class Records:
         return len(self.words)
 
     @cached_property
-    def _columns(self) -> dict[str, tuple[torch.dtype, int, int, tuple[int, ...]]]:
-        """Per field: torch dtype, first column and number of columns in items of that dtype, field shape."""
+    def _plan(self) -> list[tuple[torch.dtype, list[int], list[tuple[int, str, tuple[int, ...]]]]]:
+        """Per torch dtype: the sizes that cut a row's items into fields and gaps, and which part is which field of what shape."""
         assert self.dtype.fields is not None
-        plan = {}
-        for name in FIELDS:
+        cuts: dict[torch.dtype, tuple[list[int], list[tuple[int, str, tuple[int, ...]]]]] = {}
+        for name in sorted(FIELDS, key=lambda field: self.dtype.fields[field][1]):  # type: ignore[index]
             field, offset = self.dtype.fields[name][:2]
-            plan[name] = (
-                _TORCH[field.base],
-                offset // field.base.itemsize,
-                int(np.prod(field.shape, dtype=np.int64)),
-                field.shape,
-            )
-        return plan
+            sizes, parts = cuts.setdefault(_TORCH[field.base], ([], []))
+            gap = offset // field.base.itemsize - sum(sizes)
+            sizes.extend([gap] if gap else [])
+            parts.append((len(sizes), name, field.shape))
+            sizes.append(int(np.prod(field.shape, dtype=np.int64)))
+        for dtype, (sizes, _) in cuts.items():
+            rest = self.dtype.itemsize // dtype.itemsize - sum(sizes)
+            sizes.extend([rest] if rest else [])
+        return [(dtype, *cut) for dtype, cut in cuts.items()]
 
     def views(self, words: Tensor) -> dict[str, Tensor]:
         """Every field of gathered `words [..., W]` as a strided view `[..., *field shape]`."""
-        typed = {dtype: words.view(dtype) for dtype in {plan[0] for plan in self._columns.values()}}
         out = {}
-        for name, (dtype, first, count, shape) in self._columns.items():
-            if not shape:
-                out[name] = typed[dtype].select(-1, first)
-            else:
-                part = typed[dtype].narrow(-1, first, count)
+        for dtype, sizes, fields in self._plan:
+            parts = words.view(dtype).split_with_sizes(sizes, -1)
+            for position, name, shape in fields:
+                part = parts[position]
                 out[name] = part if len(shape) == 1 else part.view(*words.shape[:-1], *shape)
         return out
 
