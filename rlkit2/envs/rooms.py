@@ -1,6 +1,6 @@
 """Four rooms in the plane, stepped for n points at once in numpy.
 
-The world is the square [-1, 1]^2, cut into four rooms by two walls of half-thickness 0.04 along the axes. Three doors join the rooms
+The world is the square [-1, 1]^2, cut into four rooms by two walls of half-thickness 0.06 along the axes. Three doors join the rooms
 in a row, north-west, south-west, south-east, north-east: the way from the start (south-west, close to the centre) to the goal
 (north-east, close to the centre) leads away from the goal first, and the north-west room is a dead end.
 
@@ -14,7 +14,7 @@ in a row, north-west, south-west, south-east, north-east: the way from the start
     |                       |
     +-----------+-----------+
 
-A step moves a point by 0.04 per unit of action along x, then along y; each of the two legs ends where a wall begins, so no wall is
+A step moves a point by 0.06 per unit of action along x, then along y; each of the two legs ends where a wall begins, so no wall is
 ever crossed. Transitions are deterministic, positions are float32, and the observation is the whole state.
 """
 
@@ -36,9 +36,9 @@ from rlkit2.errors import ConfigError
 
 Array = NDArray[Any]
 
-SPEED = 0.04
-WALL = 0.04
-DOOR = 0.12
+SPEED = 0.06
+WALL = 0.06
+DOOR = 0.14
 GOAL_RADIUS = 0.12
 # Centres of the doors along each wall: the vertical wall (x = 0) has one in the south, the horizontal wall (y = 0) one on each side.
 VERTICAL_WALL_DOORS = (-0.7,)
