@@ -28,6 +28,9 @@ class _Entry:
 
 _REGISTRY = {
     "bc": _Entry("rlkit2.agents.bc", "BC"),
+    "odice": _Entry("rlkit2.agents.odice", "ODICE"),
+    "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
+    "vdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "true"}),
 }
 
 

@@ -1,7 +1,7 @@
 """Stacked networks, heads and distributions; every parameter carries the seed axis in front."""
 
 from rlkit2.nn.actors import Actor, make_actor
-from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_copy
+from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_copy, unflatten
 from rlkit2.nn.normalizer import Normalizer
 from rlkit2.nn.optim import Adam
 from rlkit2.nn.policy import Policy, load_policy
@@ -18,4 +18,5 @@ __all__ = [
     "make_actor",
     "named_tensors",
     "target_copy",
+    "unflatten",
 ]

@@ -353,6 +353,15 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
+def unflatten(module: nn.Module, vector: Tensor) -> list[Tensor]:
+    """Cut `vector [S, P]` (what a pullback returns) into the shapes of the module's tensors, in parameter order."""
+    if isinstance(module, StackedMLP):
+        return list(module.named_views(vector).values())
+    parameters = list(module.parameters())
+    parts = vector.split_with_sizes([parameter[0].numel() for parameter in parameters], 1)
+    return [part.reshape(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+
+
 def target_copy(module: nn.Module) -> nn.Module:
     """A frozen copy of `module`, to follow it by `lerp_`."""
     return copy.deepcopy(module).requires_grad_(False)

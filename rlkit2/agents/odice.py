@@ -1,0 +1,473 @@
+"""O-DICE: offline RL by distribution correction with an orthogonal-gradient value update.
+
+A value function V is the Lagrange multiplier of the flow constraint of a regularised optimal occupancy; the convex conjugate of an f-divergence
+turns its residual into importance weights, and the policy clones the weighted data:
+
+    R(s, a, s') = r + gamma (1 - terminated) V(s') - V(s)
+    L(V)  = (1 - lambda) E[V(s)] + lambda E[f*(R)]
+    L(pi) = -E[w(R) log pi(a|s)]
+
+The gradient of the second term of L(V) has a forward part (through V(s), at R_f = r + gamma V_target(s') - V(s)) and a backward part (through V(s'), at
+R_b = r + gamma V(s') - V_target(s)) that nearly cancel. The orthogonal rule removes from the backward part what is parallel to the forward one,
+over all parameters of a seed at once:
+
+    c = <g_f, g_b> / <g_f, g_f>,    total = g_0 + g_f + (g_b - c g_f)
+
+`semi` uses g_0 + g_f alone; `true` differentiates one residual through both values, without targets.
+
+Source: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient Update" (ICLR 2024), and its
+released code, which this agent reproduces number for number at the default options. Beyond it: more divergences and heads, the weight (f*)', and
+`residual_scale` with `target_effective_sample_share`: the temperature, which the released code leaves to the scale of the rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.base import Agent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.divergences import WEIGHT_KINDS, f_conjugate, f_conjugate_grad, policy_weight, resolve_divergence
+from rlkit2.nn import Adam, Normalizer, Policy, StackedMLP, lerp_, linearize, make_actor, target_copy, unflatten
+from rlkit2.nn.mlp import Pullback
+
+GRADIENT_RULES = ("orthogonal", "semi", "true")
+
+
+@dataclass(frozen=True)
+class ODICEConfig:
+    """O-DICE; the defaults are those of the released code for offline RL."""
+
+    gradient_rule: str = "orthogonal"  # "orthogonal", "semi" or "true"
+    divergence: str = "pearson"  # "pearson", "rkl", "soft_chi2" or "alpha"
+    alpha: float = 1.5  # order of the "alpha" divergence, in (1, 2]
+    lambda_: float = (
+        0.6  # weight of the conjugate term, in (0, 1); fixes the mean of (f*)' at about (1 - lambda) / lambda
+    )
+    eta: float = 1.0  # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
+    discount: float = 0.99  # gamma
+    num_values: int = 2  # value heads; targets take their minimum
+    value_hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of V
+    value_layer_norm: bool = True  # layer norm before each ReLU of V
+    policy_hidden_sizes: tuple[int, ...] = (1024, 1024)  # hidden layers of the policy
+    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    tanh_mean: bool = False  # squash the Gaussian's mean into the action bounds
+    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
+    value_learning_rate: float = 2e-4  # Adam's step size for V
+    policy_learning_rate: float = 2e-4  # Adam's step size for the policy
+    policy_weight_decay: float = 1e-4  # L2 inside Adam, on every policy parameter
+    target_update_rate: float = 0.005  # Polyak rate of the target V
+    weight: str = "positive_residual"  # policy weight: "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
+    weight_clamp: float | None = 100.0  # upper bound of the policy weight
+    weight_normalization: str = "none"  # "mean" divides a seed's weights by their batch mean before the clamp
+    residual_scale: float = (
+        1.0  # factor on the residual in the whole objective: the inverse temperature (its start, if adapted)
+    )
+    target_effective_sample_share: float | None = (
+        None  # adapt residual_scale per seed until (sum w)^2 / (B sum w^2) is this; None: off
+    )
+    residual_scale_rate: float = 1e-3  # speed of that adaptation, in log scale per update
+    projection_guard: float = 1e-10  # floor of <g_f, g_f> in the projection
+    max_gradient_norm: float | None = None  # clip of V's gradient, per seed
+    residual_clip: float | None = None  # upper clip of R in V's gradient, against overflow of rkl
+
+    def __post_init__(self) -> None:
+        resolve_divergence(self.divergence, self.alpha)
+        _require_choice("gradient_rule", self.gradient_rule, GRADIENT_RULES)
+        _require_choice("weight", self.weight, WEIGHT_KINDS)
+        _require_choice("weight_normalization", self.weight_normalization, ("none", "mean"))
+        share = self.target_effective_sample_share
+        for name, value, good in (
+            ("lambda_", self.lambda_, 0.0 < self.lambda_ < 1.0),
+            ("eta", self.eta, self.eta >= 0.0),
+            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
+            ("num_values", self.num_values, self.num_values >= 1),
+            ("residual_scale", self.residual_scale, self.residual_scale > 0.0),
+            ("target_effective_sample_share", share, share is None or 0.0 < share < 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value} is out of range")
+        if (
+            share is not None
+            and self.weight == "positive_residual"
+            and resolve_divergence(self.divergence) == "pearson"
+        ):
+            raise ConfigError(
+                "target_effective_sample_share needs weight = 'conjugate_grad' with pearson: the share of max(0, R) does not depend on the scale of R"
+            )
+
+
+@dataclass(frozen=True)
+class ODICETerms:
+    """Residuals and weights of a batch, each `[S, M, B]`; residuals include `residual_scale`."""
+
+    residual_forward: Tensor
+    residual_backward: Tensor | None
+    weight_raw: Tensor
+    weight: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class ODICEGradients:
+    """Gradients of V's objective as lists of `[S, M, ...]` in parameter order, and the projection coefficient `[S]`.
+
+    `forward` and `backward` are before the projection; for `semi` and `true` the whole gradient of the conjugate term is `forward`.
+    """
+
+    forward: list[Tensor]
+    backward: list[Tensor] | None
+    value_term: list[Tensor]
+    total: list[Tensor]
+    coefficient: Tensor
+
+
+@dataclass(frozen=True)
+class _Residuals:
+    """One evaluation of V: residuals and values `[S, M, B]`, and the pullback of V on rows [s; s']."""
+
+    forward: Tensor
+    backward: Tensor | None
+    value: Tensor
+    bootstrap: Tensor
+    pullback: Pullback
+
+
+class ODICE(Agent):
+    """O-DICE for S seeds; arguments as for `Agent`."""
+
+    config_class = ODICEConfig
+    config: ODICEConfig
+
+    def __init__(
+        self,
+        config: ODICEConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self.value_network = StackedMLP(
+            observation_size,
+            config.value_hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_values,
+            layer_norm=config.value_layer_norm,
+            stream="value",
+            dtype=dtype,
+            device=device,
+        )
+        self.value_target = target_copy(self.value_network)
+        self.actor = make_actor(
+            "categorical" if discrete else config.policy_head,
+            observation_size,
+            action_size,
+            config.policy_hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=config.tanh_mean,
+            log_std_init=config.log_std_init,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
+        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
+        self._register(
+            {"value": self.value_network, "value_target": self.value_target, "policy": self.actor},
+            {"value": self.value_optimizer, "policy": self.policy_optimizer},
+        )
+        self.adaptive = config.target_effective_sample_share is not None
+        if self.adaptive:
+            self.residual_scale = torch.full((len(self.seeds),), config.residual_scale, dtype=dtype, device=self.device)
+            self._register(buffers={"residual_scale": self.residual_scale})
+
+    # The terms of the objective
+
+    def _residuals(self, batch: Batch) -> _Residuals:
+        """R_f and R_b of a normalised batch, each once per head: online heads apart, target heads by their minimum."""
+        rows = batch.rewards.shape[1]
+        rewards = batch.rewards.unsqueeze(1)
+        bootstrap = (self.config.discount * (1.0 - batch.terminations)).unsqueeze(1)
+        backward = None
+        if self.config.gradient_rule == "semi":
+            value, pullback = linearize(self.value_network, batch.observations)
+            forward = rewards + bootstrap * self._target(batch.next_observations) - value
+        else:
+            both = torch.cat([batch.observations, batch.next_observations], 1)
+            values, pullback = linearize(self.value_network, both)
+            value, next_value = values[..., :rows], values[..., rows:]
+            if self.config.gradient_rule == "true":
+                forward = rewards + bootstrap * next_value - value
+            else:
+                target, next_target = self._target(both).split_with_sizes([rows, rows], -1)
+                forward = rewards + bootstrap * next_target - value
+                backward = self._scaled(rewards + bootstrap * next_value - target)
+        return _Residuals(self._scaled(forward), backward, value, bootstrap, pullback)
+
+    @torch.no_grad()
+    def _target(self, observations: Tensor) -> Tensor:
+        minimum: Tensor = self.value_target(observations).amin(1, keepdim=True)
+        return minimum
+
+    def _scaled(self, residual: Tensor) -> Tensor:
+        if self.adaptive:
+            return residual * self.residual_scale.view(-1, 1, 1)
+        return residual if self.config.residual_scale == 1.0 else residual * self.config.residual_scale
+
+    def _slope(self, residual: Tensor) -> Tensor:
+        """(f*)'(R) as V's gradient uses it: times lambda, averaged over heads and batch."""
+        if self.config.residual_clip is not None:
+            residual = residual.clamp(max=self.config.residual_clip)
+        count = residual.shape[1] * residual.shape[2]
+        return f_conjugate_grad(self.config.divergence, residual, alpha=self.config.alpha) * (
+            self.config.lambda_ / count
+        )
+
+    def _value_cotangent(self, residuals: _Residuals) -> float:
+        """Derivative of (1 - lambda) mean V with respect to each V(s)."""
+        return (1.0 - self.config.lambda_) / (residuals.value.shape[1] * residuals.value.shape[2])
+
+    def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Policy weights before and after normalisation and clamp."""
+        config = self.config
+        raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
+        weight = raw
+        if config.weight_normalization == "mean":
+            weight = weight / weight.mean((1, 2), keepdim=True).clamp(min=1e-3)
+        return raw, weight if config.weight_clamp is None else weight.clamp(max=config.weight_clamp)
+
+    # The value gradient
+
+    def _value_gradient(self, residuals: _Residuals) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient `[S, P]` given to V's optimiser, and what the projection did."""
+        pullback, rows = residuals.pullback, residuals.value.shape[2]
+        slope = self._slope(residuals.forward)
+        mean_cotangent = self._value_cotangent(residuals)
+        if self.config.gradient_rule == "semi":
+            return pullback(mean_cotangent - slope), {}
+        if self.config.gradient_rule == "true":
+            return pullback(torch.cat([mean_cotangent - slope, residuals.bootstrap * slope], 2)), {}
+        assert residuals.backward is not None
+        here, there = slice(0, rows), slice(rows, 2 * rows)
+        semi = pullback(mean_cotangent - slope, here)
+        forward = pullback(-slope, here)
+        backward = pullback(self.config.eta * residuals.bootstrap * self._slope(residuals.backward), there)
+        perpendicular, metrics = self._project(forward, backward)
+        return semi + perpendicular, metrics
+
+    def _project(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """g_b - c g_f for vectors `[S, P]`, c per seed; with the metrics of the projection."""
+        dot = torch.linalg.vecdot(forward, backward)
+        square = torch.linalg.vecdot(forward, forward)
+        coefficient = (dot / square.clamp(min=self.config.projection_guard)).nan_to_num(0.0, 0.0, 0.0)
+        perpendicular = torch.addcmul(backward, forward, coefficient.unsqueeze(1), value=-1.0)
+        forward_norm, backward_norm = square.sqrt(), torch.linalg.vector_norm(backward, dim=1)
+        perpendicular_norm = torch.linalg.vector_norm(perpendicular, dim=1)
+        cosine = _ratio(dot, forward_norm * backward_norm)
+        return perpendicular, {
+            "projection/forward_norm": forward_norm,
+            "projection/backward_norm": backward_norm,
+            "projection/dot": dot,
+            "projection/perpendicular_norm": perpendicular_norm,
+            "projection/coefficient": coefficient,
+            "projection/cosine": cosine,
+            "projection/cosine_after": _ratio(
+                torch.linalg.vecdot(forward, perpendicular), forward_norm * perpendicular_norm
+            ),
+            "projection/removed_share": cosine.square(),
+            "projection/flow_discount": self.config.discount * self.config.eta / (1.0 - coefficient),
+            "projection/guard_active": (square < self.config.projection_guard).to(square),
+        }
+
+    # One update
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Value step, target step, then the policy step on weights of the residual before the value step."""
+        batch = self.normalize(batch)
+        residuals = self._residuals(batch)
+        gradient, metrics = self._value_gradient(residuals)
+        value_gradient_norm = torch.linalg.vector_norm(gradient, dim=1)
+        if self.config.max_gradient_norm is not None:
+            gradient = gradient * (self.config.max_gradient_norm / value_gradient_norm).clamp(max=1.0).unsqueeze(1)
+        self.value_optimizer.step(gradient)
+        lerp_(self.value_target, self.value_network, self.config.target_update_rate)
+
+        raw, weight = self._weights(residuals.forward)
+        log_prob = self.actor.log_prob(batch.observations, batch.actions)
+        policy_loss = -(weight.mean(1) * log_prob).mean(1)
+        policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
+
+        if self.adaptive:
+            metrics["temperature/residual_scale"] = self.residual_scale.clone()
+            self._adapt_scale(raw)
+        self.step += 1
+        return {
+            "value/grad_norm": value_gradient_norm,
+            "policy/loss": policy_loss.detach(),
+            "policy/grad_norm": policy_gradient_norm,
+            **metrics,
+            **self._metrics(residuals, weight),
+        }
+
+    def _adapt_scale(self, raw: Tensor) -> None:
+        """Move log residual_scale towards the target share of the unclamped weights, at most `residual_scale_rate` per update.
+
+        Scaling the residual r + gamma V(s') - V(s) rather than the reward leaves V in units of reward: a change of scale moves what V should be
+        through the temperature alone, and the weights respond at once. Dead weights (all zero, or overflowing) count as a share of zero:
+        the scale falls, and at scale zero every weight is (f*)'(0), a share of one.
+        """
+        target = self.config.target_effective_sample_share
+        assert target is not None
+        share = _effective_sample_share(raw).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6)
+        error = (share / target).log().clamp(-1.0, 1.0)
+        self.residual_scale.mul_((self.config.residual_scale_rate * error).exp()).clamp_(1e-4, 1e4)
+
+    def _metrics(self, residuals: _Residuals, weight: Tensor) -> dict[str, Tensor]:
+        config, residual, value = self.config, residuals.forward, residuals.value
+        smallest, largest = value.flatten(1).aminmax(dim=1)
+        low, high = residual.flatten(1).aminmax(dim=1)
+        value_mean = value.mean((1, 2))
+
+        def dual(scale: float, at: Tensor) -> Tensor:
+            return scale * f_conjugate(config.divergence, at, alpha=config.alpha).mean((1, 2))
+
+        metrics = {
+            "value/dual_forward": dual(config.lambda_, residual),
+            "value/mean_term": (1.0 - config.lambda_) * value_mean,
+            "value/mean": value_mean,
+            "value/min": smallest,
+            "value/max": largest,
+            "value/head_gap": (value.amax(1) - value.amin(1)).mean(1),
+            "residual/mean": residual.mean((1, 2)),
+            "residual/min": low,
+            "residual/max": high,
+            "weight/mean": weight.mean((1, 2)),
+            "weight/max": weight.amax((1, 2)),
+            "weight/zero_share": (weight == 0.0).to(weight).mean((1, 2)),
+            "weight/effective_sample_share": _effective_sample_share(weight),
+            "weight/conjugate_mean": f_conjugate_grad(config.divergence, residual, alpha=config.alpha).mean((1, 2)),
+        }
+        if residuals.backward is not None:
+            metrics["value/dual_backward"] = dual(config.lambda_ * config.eta, residuals.backward)
+        if config.weight_clamp is not None:
+            metrics["weight/clamp_share"] = (weight == config.weight_clamp).to(weight).mean((1, 2))
+        if config.residual_clip is not None:
+            metrics["residual/clip_share"] = (residual > config.residual_clip).to(weight).mean((1, 2))
+        return metrics
+
+    # What it offers to others
+
+    def terms(self, batch: Batch) -> ODICETerms:
+        """Residuals, weights and values of a raw batch, without an update."""
+        residuals = self._residuals(self.normalize(batch))
+        raw, weight = self._weights(residuals.forward)
+        return ODICETerms(residuals.forward, residuals.backward, raw, weight, residuals.value)
+
+    def value_gradients(self, batch: Batch) -> ODICEGradients:
+        """The parts of V's gradient on a raw batch (before `max_gradient_norm`), without an update."""
+        residuals = self._residuals(self.normalize(batch))
+        pullback, here = residuals.pullback, slice(0, residuals.value.shape[2])
+        total, projection = self._value_gradient(residuals)
+        value_term = pullback(torch.full_like(residuals.value, self._value_cotangent(residuals)), here)
+        forward, backward = total - value_term, None
+        if residuals.backward is not None:
+            there = slice(here.stop, 2 * here.stop)
+            forward = pullback(-self._slope(residuals.forward), here)
+            backward = pullback(self.config.eta * residuals.bootstrap * self._slope(residuals.backward), there)
+
+        def parts(vector: Tensor) -> list[Tensor]:
+            return unflatten(self.value_network, vector)
+
+        return ODICEGradients(
+            parts(forward),
+            None if backward is None else parts(backward),
+            parts(value_term),
+            parts(total),
+            projection.get("projection/coefficient", total.new_zeros(len(self.seeds))),
+        )
+
+    @torch.no_grad()
+    def value(self, observations: Tensor) -> Tensor:
+        """min over heads of V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
+        minimum: Tensor = self.value_network(
+            self.normalizer.observations(observations.to(self.device, self.dtype))
+        ).amin(1)
+        return minimum
+
+    @torch.no_grad()
+    def coadaptation(self, batch: Batch) -> dict[str, Tensor]:
+        """<sum_b grad V(s_b), sum_b grad V(s'_b)> / B^2 and its cosine, `[S]`: the feature co-adaptation that the projection should lower."""
+        batch = self.normalize(batch)
+        gradients = []
+        for observations in (batch.observations, batch.next_observations):
+            values, pullback = linearize(self.value_network, observations)
+            gradients.append(pullback(torch.full_like(values, 1.0 / values.shape[2])))
+        here, there = gradients
+        product = torch.linalg.vecdot(here, there)
+        norms = torch.linalg.vector_norm(here, dim=1) * torch.linalg.vector_norm(there, dim=1)
+        return {"coadaptation/product": product, "coadaptation/cosine": _ratio(product, norms)}
+
+    @classmethod
+    def warnings(cls, config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Signs of trouble in one seed's metrics: dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
+        found = {}
+        if metrics.get("weight/zero_share", 0.0) > 0.95:
+            found["zero_weights"] = (
+                "more than 95 % of the policy weights are zero; use weight = 'conjugate_grad', a smaller lambda_ or a larger residual_scale"
+            )
+        if metrics.get("weight/clamp_share", 0.0) > 0.5:
+            found["clamped_weights"] = (
+                "more than half of the policy weights are at the clamp; use weight_normalization = 'mean' or a smaller residual_scale"
+            )
+        mass = (1.0 - config.lambda_) / (config.lambda_ * max(1.0 - config.discount, 1e-12))
+        if config.gradient_rule == "true" and mass > 20.0:
+            found["true_offset"] = (
+                f"gradient_rule = 'true' fixes the mean weight at {mass:.0f}; use lambda_ near {1.0 / (2.0 - config.discount):.3f}"
+            )
+        if resolve_divergence(config.divergence) == "rkl" and metrics.get("residual/max", 0.0) > 80.0:
+            found["overflow"] = (
+                "an rkl residual is above 80, near the overflow of exp in float32; set residual_clip or a smaller residual_scale"
+            )
+        if metrics.get("projection/coefficient", 0.0) < -2.0:
+            found["projection"] = (
+                "the projection coefficient is below -2 (about -1 once V settles): V still travels, or its targets lag; lower value_learning_rate or train longer"
+            )
+        return found
+
+
+def _effective_sample_share(weight: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) over the n weights of a seed, `[S]`; 0 where all are zero."""
+    share: Tensor = weight.mean((1, 2)).square() / weight.square().mean((1, 2)).clamp(
+        min=torch.finfo(weight.dtype).tiny
+    )
+    return share
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient, 0 where the denominator is 0."""
+    return torch.where(denominator == 0.0, 0.0, numerator / denominator)
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
