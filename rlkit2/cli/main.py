@@ -22,7 +22,16 @@ def usage() -> str:
     """The text of `rlkit2 --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: rlkit2 COMMAND [OPTIONS]", "", *lines, "", "rlkit2 COMMAND --help explains a command and shows an example.", ""])
+    return "\n".join(
+        [
+            "usage: rlkit2 COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "rlkit2 COMMAND --help explains a command and shows an example.",
+            "",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,368 @@
+"""The five functions most users need: load a dataset, train, evaluate, and open what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlkit2.data.load import Source, read_dataset
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
+from rlkit2.nn.policy import Policy
+from rlkit2.nn.policy import load_policy as read_policy
+from rlkit2.training.options import DataOptions, TrainingOptions
+from rlkit2.training.progress import Progress, console_progress
+from rlkit2.training.run import Run
+
+if TYPE_CHECKING:
+    from rlkit2.data.dataset import TransitionDataset
+    from rlkit2.evaluation import EnvSource, Evaluation
+    from rlkit2.evaluation import Evaluator as EpisodeEvaluator
+
+
+def load_dataset(
+    source: Source, *, observation_keys: Sequence[str] | None = None, cache: bool = True
+) -> TransitionDataset:
+    """A dataset as aligned tensors.
+
+    Args:
+        source: a Minari id (looked for locally, then at Minari's remotes), a built-in id (`builtin/...`, built on first use), a
+            `minari.MinariDataset`, a D4RL-style `.hdf5` file, a folder, or arrays by name.
+        observation_keys: the keys of Dict observations to use, in order; default: all.
+        cache: keep aligned records on disk, so that the next time takes milliseconds.
+
+    Raises:
+        DatasetNotFoundError: nothing of that name in any place.
+        DatasetError: it is there but cannot be used; the message names the episode or field.
+    """
+    if isinstance(source, str) and source.startswith("builtin/"):
+        from rlkit2.envs.builtin import ensure_builtin
+
+        source = ensure_builtin(source)
+    return read_dataset(source, observation_keys=observation_keys, cache=cache)
+
+
+def train(
+    agent: str | os.PathLike[str] | object | None = None,
+    dataset: Source | None = None,
+    *,
+    steps: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    out: str | os.PathLike[str] = "runs",
+    eval_every: int | None = None,
+    eval_episodes: int | None = None,
+    device: str = "auto",
+    resume: str | os.PathLike[str] | Run | None = None,
+    batch_size: int | None = None,
+    log_every: int | None = None,
+    checkpoint_every: int | None = None,
+    normalize_observations: bool | None = None,
+    reward_transform: str | None = None,
+    reward_scale: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    env: EnvSource | None = None,
+    compile: str = "auto",
+    loggers: Sequence[str] = (),
+    progress: bool | Progress = True,
+) -> Run:
+    """Train an agent on a dataset, several seeds together, into a new run folder.
+
+    What is not given comes from the recipe, else from the defaults of `TrainingOptions` and `DataOptions`. A recipe is used when
+    `agent` is a recipe file, or when `agents/<agent>/` has one for the dataset.
+
+    Args:
+        agent: a name of `rlkit2.agents.list_agents()`, a config object, or a recipe file.
+        dataset: a `TransitionDataset` or anything `load_dataset` takes; default: that of the recipe.
+        steps: updates per seed (default 100 000); with `resume`, a larger number prolongs the run.
+        seeds: n for seeds 0 to n - 1, or the integers themselves.
+        out: folder in which `<agent>-<dataset>-<number>` is made; nothing is ever overwritten.
+        eval_every: updates between evaluations (default: one, at the end; 0: none).
+        eval_episodes: episodes per evaluation and seed (default 10).
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        resume: a run to go on with from its newest checkpoint; its own agent, dataset and options hold.
+        batch_size: transitions per update and seed (default 256).
+        log_every, checkpoint_every: updates between lines of metrics, and between checkpoints.
+        normalize_observations: standardise observations by the statistics of the dataset (inside the policy).
+        reward_transform: `none`, `return_range` or `goal_penalty`.
+        reward_scale: factor on the rewards, after the transform.
+        overrides: fields of the agent's config that replace those of the recipe or the defaults.
+        env: environment to evaluate in; default: the dataset's.
+        compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
+        loggers: any of `tensorboard`, `wandb`, `trackio`.
+        progress: show a table (lines, where there is no terminal) on standard error.
+
+    Returns:
+        The run. Seeds whose loss became non-finite are in `run.manifest["stopped"]`; the others are trained to the end.
+
+    Raises:
+        ConfigError, DatasetError: something does not fit, before any training starts.
+        RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
+    """
+    from rlkit2.training.building import agent_config, agent_factory, place_dataset, prepare_dataset
+    from rlkit2.training.loggers import check_loggers, make_loggers
+    from rlkit2.training.trainer import Trainer
+
+    shown = progress if isinstance(progress, Progress) else console_progress() if progress else Progress(None)
+    target = choose_device(device)
+    if compile not in ("auto", "on", "off"):
+        raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
+    check_loggers(loggers)
+    training = _given(
+        steps=steps,
+        batch_size=batch_size,
+        log_every=log_every,
+        eval_every=eval_every,
+        eval_episodes=eval_episodes,
+        checkpoint_every=checkpoint_every,
+    )
+    data = _given(
+        normalize_observations=normalize_observations, reward_transform=reward_transform, reward_scale=reward_scale
+    )
+    if resume is None:
+        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown)
+        run = None
+    else:
+        run = resume if isinstance(resume, Run) else Run(resume)
+        plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
+    prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]))
+    factory = agent_factory(plan, prepared)
+    factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
+    with _evaluator(plan, env, shown) as evaluator:
+        if run is None:
+            run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
+        elif plan != run.config:
+            run.rewrite(plan)
+        shown.message(
+            f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
+        )
+        Trainer(
+            run,
+            place_dataset(prepared, target),
+            factory,
+            device=target,
+            compile=compile,
+            evaluator=evaluator,
+            loggers=make_loggers(loggers, run),
+            progress=shown,
+        ).fit()
+    return run
+
+
+def evaluate(
+    run_or_policy: Run | Policy | str | os.PathLike[str],
+    *,
+    episodes: int = 100,
+    env: EnvSource | None = None,
+    deterministic: bool = True,
+    seed: int = 0,
+    num_envs: int | None = None,
+    max_steps: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Play episodes with every seed of a trained policy.
+
+    Args:
+        run_or_policy: a run, a policy, or the folder of either.
+        episodes: episodes per seed, counted as they start.
+        env: environment (id, spec or a function that makes one); default: the dataset's evaluation environment, else the one it
+            was collected in.
+        deterministic: the policy's mode, else samples.
+        seed: which fixed set of episodes; disjoint from anything training used.
+        num_envs, max_steps, progress: see `rlkit2.evaluation.evaluate_policy`.
+
+    Raises:
+        EnvironmentUnavailableError: no environment, or it does not fit; name one with `env`.
+        RunError: the folder holds neither a run nor a policy.
+        ConfigError: the policy does not say which dataset it belongs to.
+    """
+    from rlkit2.evaluation import evaluate_policy
+
+    if isinstance(run_or_policy, str | os.PathLike):
+        path = Path(run_or_policy)
+        run_or_policy = read_policy(path) if (path / "policy.json").is_file() else load_run(path)
+    policy = run_or_policy.policy if isinstance(run_or_policy, Run) else run_or_policy
+    description = run_or_policy.config["spec"] if isinstance(run_or_policy, Run) else policy.metadata.get("spec")
+    if description is None:
+        raise ConfigError(
+            'the policy carries no dataset specification; save it with metadata {"spec": ...} or evaluate its run'
+        )
+    return evaluate_policy(
+        policy,
+        DatasetSpec.from_json(description),
+        episodes=episodes,
+        env=env,
+        deterministic=deterministic,
+        seed=seed,
+        num_envs=num_envs,
+        max_steps=max_steps,
+        progress=progress,
+    )
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Open the folder of a run.
+
+    Raises:
+        RunError: the folder is no run.
+    """
+    return Run(path)
+
+
+def load_policy(path: str | os.PathLike[str], seed_index: int | None = None) -> Policy:
+    """A saved policy, from its own folder or from that of a run.
+
+    Args:
+        path: a folder written by `Policy.save`, or a run.
+        seed_index: keep only this seed (0 to S - 1); default: all.
+
+    Raises:
+        RunError: no policy there.
+    """
+    folder = Path(path)
+    return read_policy(folder / "policy" if (folder / "config.json").is_file() else folder, seed_index)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; `auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
+    return device
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _plan(
+    agent: Any,
+    dataset: Source | None,
+    seeds: int | Sequence[int],
+    overrides: Mapping[str, Any],
+    training: dict[str, Any],
+    data: dict[str, Any],
+    env: EnvSource | None,
+    shown: Progress,
+) -> tuple[dict[str, Any], TransitionDataset]:
+    """The config of a new run and its dataset: what was given, then the recipe, then the defaults."""
+    from rlkit2.agents import agent_class, list_agents, make_config
+    from rlkit2.agents.base import as_seeds
+    from rlkit2.training.building import agent_name, check_config, run_config
+    from rlkit2.training.recipe import find_recipe, load_recipe, read_fields
+
+    if agent is None:
+        raise ConfigError(f"no agent is named; choose one of: {', '.join(list_agents())}")
+    recipe = (
+        load_recipe(agent)
+        if isinstance(agent, os.PathLike) or (isinstance(agent, str) and agent.endswith(".toml"))
+        else None
+    )
+    name = recipe.agent if recipe else agent if isinstance(agent, str) else agent_name(agent)
+    if isinstance(agent, str):
+        agent_class(name)  # an unknown name is said before a dataset is fetched
+    if dataset is None and recipe is None:
+        raise ConfigError(f"no dataset is named; give one, for example: rlkit2 train {name} --dataset builtin/rooms")
+    source = recipe.dataset if dataset is None and recipe else dataset
+    assert source is not None
+    if recipe is None and isinstance(agent, str):
+        recipe = find_recipe(
+            name, source if isinstance(source, str) else getattr(getattr(source, "spec", None), "id", "")
+        )
+    if recipe is not None:
+        shown.message(f"recipe {recipe.path}")
+        training, data = {**recipe.training, **training}, {**recipe.data, **data}
+    if isinstance(agent, str | os.PathLike):
+        fields = read_fields(agent_class(name).config_class, {**(recipe.config if recipe else {}), **overrides})
+        config = make_config(name, **fields)
+    else:
+        config = check_config(dataclasses.replace(agent, **read_fields(type(agent), overrides)))
+    options, view = TrainingOptions(**training), DataOptions(**data)
+    transitions = load_dataset(source)
+    origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
+    plan = run_config(
+        agent=name,
+        config=config,
+        dataset=transitions,
+        source=str(Path(origin).resolve()) if Path(origin).exists() else origin,
+        seeds=as_seeds(seeds),
+        data=view,
+        training=options,
+        env=env if isinstance(env, str) else None,
+        recipe=str(recipe.path) if recipe else None,
+    )
+    return plan, transitions
+
+
+def _continued(
+    run: Run, agent: Any, dataset: Source | None, seeds: int | Sequence[int], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], TransitionDataset]:
+    """The config of a run that goes on, and its dataset, unchanged; more steps may be asked for, nothing else."""
+    from rlkit2.agents.base import as_seeds
+
+    plan = run.config
+    if agent is not None and agent != plan["agent"]:
+        raise ConfigError(f"{run.path} trains {plan['agent']}; resume it without naming an agent")
+    if seeds != 1 and list(as_seeds(seeds)) != plan["seeds"]:
+        raise ConfigError(f"{run.path} trains seeds {plan['seeds']}; resume it without --seeds")
+    for name, value in options.items():
+        own = {**plan["config"], **plan["data"], **plan["training"]}.get(name)
+        if name != "steps" and value != own:
+            raise ConfigError(f"{run.path} has {name} = {own}; only steps may change when it is resumed")
+    steps = options.get("steps", plan["training"]["steps"])
+    if steps < plan["training"]["steps"]:
+        raise ConfigError(
+            f"{run.path} is a run of {plan['training']['steps']} steps; it cannot be resumed with {steps}"
+        )
+    known = plan["dataset"]
+    try:
+        transitions = load_dataset(
+            known["source"] if dataset is None else dataset, observation_keys=known["observation_keys"]
+        )
+    except DatasetError as error:
+        raise RunError(
+            f"the dataset of {run.path} cannot be opened ({error}); pass it again: train(resume=..., dataset=...)"
+        ) from error
+    if transitions.spec.content_hash != known["content_hash"]:
+        raise RunError(
+            f"dataset {known['id']} is not what {run.path} was trained on (its content was {known['content_hash'][:12]}, "
+            f"is {transitions.spec.content_hash[:12]}); restore it or start a new run"
+        )
+    return {**plan, "training": {**plan["training"], "steps": steps}}, transitions
+
+
+@contextmanager
+def _evaluator(plan: Mapping[str, Any], env: EnvSource | None, shown: Progress) -> Iterator[EpisodeEvaluator | None]:
+    """Plays the episodes of the evaluations during training; None, and one line saying so, where there is no environment."""
+    from rlkit2.evaluation import Evaluator
+
+    training = plan["training"]
+    if training["eval_every"] == 0:
+        yield None
+        return
+    env = plan["env"] if env is None else env
+    try:
+        evaluator = Evaluator(DatasetSpec.from_json(plan["spec"]), episodes=training["eval_episodes"], env=env)
+    except (EnvironmentUnavailableError, MissingExtraError) as error:
+        if env is not None:
+            raise
+        shown.message(f"training without scores: {error}")
+        yield None
+        return
+    with evaluator:
+        yield evaluator

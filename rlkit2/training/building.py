@@ -1,0 +1,129 @@
+"""From a run's config to agents: the same for a fresh run, a resumed one and one that is only looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlkit2.agents import Agent, agent_class, list_agents, make_agent, make_normalizer
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.normalizers import observation_statistics, reward_transform
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import RunError
+from rlkit2.training.options import DataOptions, TrainingOptions
+from rlkit2.training.recipe import read_fields
+
+AgentFactory = Callable[[Sequence[int], "torch.device | str"], Agent]
+
+
+def agent_name(config: object) -> str:
+    """The registered name for a config object, or `module:Class` for an agent of the user's own."""
+    cls = agent_class(config)
+    names = [name for name in list_agents() if agent_class(name) is cls]
+    return min(names, key=len) if names else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def find_agent_class(name: str) -> type[Agent]:
+    """What `agent_name` named.
+
+    Raises:
+        RunError: an agent of the user's own whose module is not imported; nothing is imported because a file says so.
+    """
+    module, colon, qualname = name.partition(":")
+    if not colon:
+        return agent_class(name)
+    found = getattr(sys.modules.get(module), qualname, None)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise RunError(f"the run was trained with {qualname} of module {module}; import that module first")
+    return found
+
+
+def prepare_dataset(dataset: TransitionDataset, config: Any, options: DataOptions) -> TransitionDataset:
+    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection made."""
+    if options.reward_transform != "none" or options.reward_scale != 1.0:
+        dataset = dataset.with_rewards(reward_transform(options.reward_transform, dataset) * options.reward_scale)
+    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, dataset)
+    return prepared
+
+
+def place_dataset(dataset: TransitionDataset, device: torch.device) -> TransitionDataset:
+    """The dataset on the device where it takes less than half of the free memory there, else where it is."""
+    if device.type != "cuda" or dataset.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return dataset
+    return dataset.to(device)
+
+
+def check_config(config: Any) -> Any:
+    """The config itself, or `ConfigError` where it is no dataclass that an agent names as its own."""
+    agent_class(config)
+    return config
+
+
+def agent_config(run_config: Mapping[str, Any]) -> Any:
+    """The agent's config object of a run."""
+    config_class = find_agent_class(run_config["agent"]).config_class
+    return config_class(**read_fields(config_class, run_config["config"]))
+
+
+def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | None = None) -> AgentFactory:
+    """A function that builds the run's agent for some seeds on a device.
+
+    Args:
+        run_config: `Run.config`.
+        dataset: source of the observation statistics; None leaves them at zero and one, for a state dict to overwrite.
+    """
+    spec = DatasetSpec.from_json(run_config["spec"])
+    config = agent_config(run_config)
+    mean = std = None
+    if run_config["data"]["normalize_observations"]:
+        size = spec.observation_size
+        mean, std = (torch.zeros(size), torch.ones(size)) if dataset is None else observation_statistics(dataset)
+
+    def build(seeds: Sequence[int], device: torch.device | str) -> Agent:
+        normalizer = make_normalizer(spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
+        return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer)
+
+    return build
+
+
+def run_config(
+    *,
+    agent: str,
+    config: Any,
+    dataset: TransitionDataset,
+    source: str,
+    seeds: Sequence[int],
+    data: DataOptions,
+    training: TrainingOptions,
+    env: str | None,
+    recipe: str | None,
+) -> dict[str, Any]:
+    """The content of `config.json`: all that decides the numbers of a run.
+
+    Args:
+        source: what `load_dataset` can find the dataset by again.
+        env: id of the environment to evaluate in, where it is not the dataset's.
+        recipe: the file that the hyper-parameters came from.
+    """
+    return {
+        "format": 1,
+        "agent": agent,
+        "config": dataclasses.asdict(config),
+        "dataset": {
+            "id": dataset.spec.id,
+            "source": source,
+            "content_hash": dataset.spec.content_hash,
+            "transitions": len(dataset),
+            "observation_keys": dataset.spec.observation_keys,
+        },
+        "seeds": list(seeds),
+        "data": dataclasses.asdict(data),
+        "training": dataclasses.asdict(training),
+        "env": env,
+        "recipe": recipe,
+        "spec": dataset.spec.to_json(),
+    }

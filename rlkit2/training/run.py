@@ -1,0 +1,228 @@
+"""A run: a folder that says what was trained, on what, how, and what came out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlkit2.errors import RunError
+from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint
+from rlkit2.training.files import read_json, read_json_lines, write_atomically, write_json, writing
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from rlkit2.agents.base import Agent
+    from rlkit2.nn.policy import Policy
+
+PACKAGES = ("rlkit2", "torch", "numpy", "gymnasium", "minari", "safetensors")
+
+
+class Run:
+    """The folder of one training run.
+
+    `config.json` (what to do), `manifest.json` (where, when and with what it was done), `metrics.jsonl` and `metrics.csv`,
+    `evaluations.jsonl`, `checkpoints/`, `policy/`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        RunError: the folder is no run, or is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            what = "holds no config.json, so it is not the folder of a run" if self.path.is_dir() else "does not exist"
+            raise RunError(f"{self.path} {what}; runs are the folders that `rlkit2 train` writes below runs/")
+        self.config = read_json(self.path / "config.json")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @classmethod
+    def create(cls, out: str | os.PathLike[str], name: str, config: Mapping[str, Any]) -> Run:
+        """Make a new folder `out/name-001` (or the next free number) and write its config and manifest.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        out = Path(out)
+        slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            number = 1 + max(
+                (
+                    int(match[1])
+                    for path in out.iterdir()
+                    if (match := re.fullmatch(rf"{re.escape(slug)}-(\d+)", path.name))
+                ),
+                default=0,
+            )
+            while True:  # mkdir decides between processes that start together
+                path = out / f"{slug}-{number:03d}"
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    number += 1
+        write_json(path / "manifest.json", {"status": "created", "starts": []})
+        write_json(path / "config.json", config)
+        return cls(path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Status, times, versions, platform, dataset, seeds and commands, as last written."""
+        return read_json(self.path / "manifest.json")
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change entries of the manifest."""
+        write_json(self.path / "manifest.json", {**self.manifest, **changes})
+
+    def rewrite(self, config: Mapping[str, Any]) -> None:
+        """Replace the config (a run that is prolonged)."""
+        write_json(self.path / "config.json", config)
+        self.config = dict(config)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per seed and log step: `step`, `seed`, and the mean of every metric since the log step before."""
+        return read_json_lines(self.path / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One dict per seed and evaluation: `step`, `seed`, `returns`, `lengths`, `normalized_scores`, `deterministic`."""
+        return read_json_lines(self.path / "evaluations.jsonl")
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """Step -> folder of the complete checkpoints, oldest first."""
+        return checkpoint_paths(self.path / "checkpoints")
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """The newest checkpoint, or that of `step`.
+
+        Raises:
+            RunError: there is none.
+        """
+        paths = self.checkpoints
+        if not paths or (step is not None and step not in paths):
+            raise RunError(
+                f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'}; steps there are: {list(paths) or 'none'}"
+            )
+        return load_checkpoint(paths[max(paths) if step is None else step])
+
+    def load_agent(self, step: int | None = None) -> Agent:
+        """The agent with all its seeds, on the CPU, as it was at a checkpoint (default: the newest).
+
+        Raises:
+            RunError: there is no such checkpoint.
+        """
+        from rlkit2.training.building import agent_factory
+
+        checkpoint = self.checkpoint(step)
+        agent = agent_factory(self.config)(self.config["seeds"], "cpu")
+        agent.load_state_dict(agent_state(checkpoint))
+        return agent
+
+    @property
+    def agent(self) -> Agent:
+        """The agent of the newest checkpoint, on the CPU."""
+        return self.load_agent()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint."""
+        from rlkit2.nn.policy import load_policy
+
+        try:
+            policy = load_policy(self.path / "policy")
+            if policy.metadata.get("step") == max(self.checkpoints, default=None):
+                return policy
+        except RunError:  # killed before the first one was written, or while it was
+            pass
+        return self.agent.policy
+
+    def write_csv(self) -> None:
+        """Write `metrics.csv` from `metrics.jsonl`: the same numbers as a table, empty where a metric is missing."""
+        lines = self.metrics()
+        columns = {name: None for line in lines for name in line}  # in order of appearance
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_atomically(self.path / "metrics.csv", text.getvalue())
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; the system gives it back even when the process is killed.
+
+        Raises:
+            RunError: another process trains this run.
+        """
+        with writing(self.path):
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise RunError(
+                        f"{self.path} is being trained by another process; wait for it or stop it first"
+                    ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def agent_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The agent's part of a checkpoint."""
+    return {
+        name.removeprefix("agent."): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("agent.")
+    }
+
+
+def describe_start(device: str) -> dict[str, Any]:
+    """What a manifest says about one start of the training: when, where, with which versions, by which command."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "device": device,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has changes; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None

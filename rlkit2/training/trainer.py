@@ -1,0 +1,410 @@
+"""The trainer owns time, randomness and files; agents own the learning."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit2.errors import RunError
+from rlkit2.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from rlkit2.training.files import JsonLines, writing
+from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
+from rlkit2.training.loggers import Logger
+from rlkit2.training.options import TrainingOptions
+from rlkit2.training.progress import Progress
+from rlkit2.training.run import Run, agent_state, describe_start
+
+if TYPE_CHECKING:
+    from rlkit2.agents.base import Agent
+    from rlkit2.data.dataset import TransitionDataset
+    from rlkit2.nn.policy import Policy
+
+AgentFactory = Callable[[Sequence[int], "torch.device | str"], "Agent"]
+Evaluator = Callable[["Policy", int], Sequence[Mapping[str, Any]]]
+GROWING = ("metrics", "evaluations")
+
+
+class Trainer:
+    """Trains the seeds of a run to its last step, from wherever its newest checkpoint stands.
+
+    The run goes from one synchronisation point (log, evaluation, checkpoint) to the next; in between nothing is asked of the
+    device. A run killed at any moment and trained again ends bit for bit as if it had never been killed.
+
+    Args:
+        run: the folder; `config["seeds"]` and `config["training"]` say what to do.
+        dataset: what to learn from, as the agent shall see it.
+        make_agent: builds the agent for some of the seeds on a device.
+        device: where to train.
+        compile: see `updates.choose_update`.
+        evaluator: the lines of `evaluations.jsonl`, one per seed in the order of the policy's seeds, for a policy at a step.
+        loggers: where metrics and scores go besides the files of the run.
+        progress: what the user sees.
+        groups: seeds trained together by one agent; default `seed_groups`. Results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        dataset: TransitionDataset,
+        make_agent: AgentFactory,
+        *,
+        device: torch.device | str = "cpu",
+        compile: str = "auto",
+        evaluator: Evaluator | None = None,
+        loggers: Sequence[Logger] = (),
+        progress: Progress | None = None,
+        groups: Callable[[Sequence[int], torch.device], list[tuple[int, ...]]] = seed_groups,
+    ) -> None:
+        self.run = run
+        self.options = TrainingOptions(**run.config["training"])
+        self.seeds: list[int] = list(run.config["seeds"])
+        self.device = torch.device(device)
+        self.dataset = dataset
+        self.make_agent = make_agent
+        self.compile = compile
+        self.evaluator = evaluator
+        self.loggers = loggers
+        self.progress = progress or Progress(None)
+        self.layout = groups
+        self.step = 0
+        self.groups: list[SeedGroup] = []
+        self.stopped: dict[int, dict[str, Any]] = {}  # seed -> step, metric, rows of its batch, last finite checkpoint
+        self.frozen: dict[int, dict[str, Tensor]] = {}  # seed -> its state at that checkpoint
+        self.best: dict[str, Any] | None = None  # step and score of the best evaluation
+        self.files: dict[str, JsonLines] = {}
+        self._stop = threading.Event()
+        self._warned: set[str] = set()
+
+    @property
+    def active(self) -> list[int]:
+        """Seeds that still learn."""
+        return [seed for seed in self.seeds if seed not in self.stopped]
+
+    def fit(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT or SIGTERM, with everything saved.
+            RunError: a file cannot be written, or another process trains this run.
+        """
+        with self.run.lock(), one_intraop_thread(self.device), self._signals():
+            try:
+                self._start()
+                began, first = time.perf_counter(), self.step
+                self.progress.start(
+                    self.seeds, self.options.steps, lambda: self.groups[0].step if self.groups else self.step
+                )
+                while self.step < self.options.steps and self.active:
+                    target = self._next_stop()
+                    advance_groups(self.groups, target, self._stop)
+                    self.step = self.groups[0].step
+                    if self.step == target:
+                        self._synchronise()
+                    if self._stop.is_set() and self.step < self.options.steps:
+                        self._finish("interrupted", began, first)
+                        raise KeyboardInterrupt
+                self._finish("finished" if self.active else "failed", began, first)
+            finally:
+                self.progress.stop()
+                for growing in self.files.values():
+                    growing.close()
+                for logger in self.loggers:
+                    logger.close()
+
+    # ---- between the updates ------------------------------------------------------------------------------------------
+
+    def _next_stop(self) -> int:
+        intervals = [self.options.interval(name) for name in ("log_every", "eval_every", "checkpoint_every")]
+        return min([self.options.steps, *((self.step // every + 1) * every for every in intervals if every)])
+
+    def _due(self, name: str, step: int) -> bool:
+        every = self.options.interval(name)
+        return bool(every) and (step % every == 0 or step == self.options.steps)
+
+    def _synchronise(self) -> None:
+        """Log, evaluate and save what is due."""
+        self._log()
+        evaluate = self.evaluator is not None and bool(self.active) and self._due("eval_every", self.step)
+        if evaluate:
+            self._evaluate()
+        if evaluate or self._due("checkpoint_every", self.step) or not self.active:
+            self._save()
+
+    def _log(self) -> None:
+        taken = [group.metrics.take() for group in self.groups]
+        names, _, present = taken[0]
+        seeds = self.active
+        values = torch.cat([values for _, values, _ in taken], dim=2).double().numpy()  # [n, K, S]
+        lines, bad = [], {}
+        for index, seed in enumerate(seeds):
+            finite = np.isfinite(values[:, :, index]) | ~present
+            if not finite.all():
+                row, column = np.argwhere(~finite)[0]
+                bad[seed] = (self.step - len(values) + int(row) + 1, names[column])
+                continue
+            columns = [np.ascontiguousarray(values[present[:, k], k, index]) for k in range(len(names))]
+            lines.append(
+                {
+                    "step": self.step,
+                    "seed": seed,
+                    **{name: float(c.mean()) for name, c in zip(names, columns, strict=True) if len(c)},
+                }
+            )
+        self.files["metrics"].append(lines)
+        self._tell(lines)
+        self._warn(lines)
+        if bad:
+            self._stop_seeds(bad)
+
+    def _warn(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Say once per run what the agent finds alarming about its metrics."""
+        agent = self.groups[0].agent
+        for line in lines:
+            for name, message in agent.warnings(agent.config, line).items():
+                if name not in self._warned:
+                    self._warned.add(name)
+                    self.progress.message(f"warning: seed {line['seed']} at step {self.step}: {message}")
+
+    def _evaluate(self) -> None:
+        assert self.evaluator is not None
+        seeds = self.active
+        agent = self.groups[0].agent if len(self.groups) == 1 else self._whole_agent(seeds)
+        self.progress.status(f"evaluating at step {self.step}")
+        rows = self.evaluator(agent.policy, self.step)
+        lines = [{"step": self.step, **row, "seed": seed} for seed, row in zip(seeds, rows, strict=True)]
+        self.files["evaluations"].append(lines)
+        scores = [mean_score(line) for line in lines]
+        score = float(np.mean(scores))
+        if self.best is None or score > self.best["score"]:
+            self.best = {"step": self.step, "score": score}
+        self._tell(
+            [
+                {"step": self.step, "seed": seed, "evaluation/score": score}
+                for seed, score in zip(seeds, scores, strict=True)
+            ]
+        )
+
+    def _tell(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for logger in (self.progress, *self.loggers):
+            logger.log(lines)
+
+    # ---- seeds that stop ----------------------------------------------------------------------------------------------
+
+    def _stop_seeds(self, bad: Mapping[int, tuple[int, str]]) -> None:
+        """Take seeds with a non-finite metric out of the run, back to their last finite checkpoint; the others go on."""
+        state, generators = self._states()
+        for seed, (step, metric) in bad.items():
+            rows = BatchIndices(self.dataset, [seed], self.options.batch_size).at(step)[0]
+            finite_step, self.frozen[seed] = self._last_finite(seed)
+            self.stopped[seed] = {
+                "step": step,
+                "metric": metric,
+                "batch_indices": rows.tolist(),
+                "last_finite_checkpoint": finite_step,
+            }
+            self.progress.message(
+                f"seed {seed} stopped: {metric} is not finite at step {step}; its weights are those of step {finite_step}"
+            )
+        self.run.update_manifest(stopped={str(seed): facts for seed, facts in self.stopped.items()})
+        self._build([state[seed] for seed in self.active], [generators[seed] for seed in self.active])
+
+    def _last_finite(self, seed: int) -> tuple[int, dict[str, Tensor]]:
+        index = self.seeds.index(seed)
+        for step in sorted(self.run.checkpoints, reverse=True):
+            if self._is_interruption(step):  # a run that was not interrupted has none, and must end the same
+                continue
+            state = {
+                name: tensor[index : index + 1].clone()
+                for name, tensor in agent_state(self.run.checkpoint(step)).items()
+            }
+            if all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                return step, state
+        raise RunError(f"{self.run.path} has no finite checkpoint of seed {seed}")
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Build the groups, from the newest checkpoint if there is one, and leave a checkpoint behind in any case."""
+        checkpoints = self.run.checkpoints
+        if checkpoints:
+            checkpoint = self.run.checkpoint()
+            self.step, facts = checkpoint.step, checkpoint.facts
+            self.stopped = {int(seed): record for seed, record in facts["stopped"].items()}
+            self.best = facts["best"]
+            self._warned = set(facts["warned"])
+        self.files = {
+            name: JsonLines(self.run.path / f"{name}.jsonl", facts["sizes"][name] if checkpoints else 0)
+            for name in GROWING
+        }
+        if checkpoints:
+            states = _slices(agent_state(checkpoint), self.seeds)
+            self.frozen = {seed: states[seed] for seed in self.stopped}
+            generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
+            self._build([states[seed] for seed in self.active], [generators[seed] for seed in self.active])
+            self._restore_metrics(checkpoint)
+        else:
+            self._build()
+            self._save()
+        start = {**describe_start(str(self.device)), "step": self.step}
+        self.run.update_manifest(
+            status="running",
+            dataset=self.run.config["dataset"],
+            seeds=self.seeds,
+            starts=[*self.run.manifest["starts"], start],
+            stopped={str(seed): facts for seed, facts in self.stopped.items()},
+        )
+
+    def _build(self, states: Sequence[dict[str, Tensor]] = (), generators: Sequence[Tensor] = ()) -> None:
+        """Lay out the active seeds as groups, with the given states (one per active seed) or fresh ones."""
+        self.groups, done = [], 0
+        for seeds in self.layout(self.active, self.device) if self.active else []:
+            agent = self.make_agent(seeds, self.device)
+            part = slice(done, done + len(seeds))
+            if states:
+                agent.load_state_dict(_concatenated(states[part]))
+            group = SeedGroup(agent, self.dataset, self.options.batch_size, self.device, self.compile)
+            group.step = self.step
+            if generators:
+                group.indices.load_state(torch.stack(list(generators[part])))
+            self.groups.append(group)
+            done += len(seeds)
+        for note in {group.note for group in self.groups if group.note}:
+            self.progress.message(note)
+
+    def _states(self) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:
+        """Every seed's state (stopped ones as they were last finite) and every active seed's generator."""
+        states, generators = dict(self.frozen), dict[int, Tensor]()
+        for group in self.groups:
+            states |= _slices(group.agent.state_dict(), group.agent.seeds)
+            generators |= dict(zip(group.agent.seeds, group.indices.state(), strict=True))
+        return states, generators
+
+    def _save(self, *, interrupted: bool = False) -> None:
+        """Write a checkpoint, then delete those that are no longer needed."""
+        states, generators = self._states()
+        silent = torch.zeros_like(torch.Generator().get_state())
+        tensors = {
+            f"agent.{name}": tensor for name, tensor in _concatenated([states[seed] for seed in self.seeds]).items()
+        }
+        tensors["generators"] = torch.stack([generators.get(seed, silent) for seed in self.seeds])
+        facts: dict[str, Any] = {
+            "stopped": {str(seed): record for seed, record in self.stopped.items()},
+            "best": self.best,
+            "warned": sorted(self._warned),
+        }
+        if interrupted:
+            taken = [group.metrics.take() for group in self.groups]
+            tensors["metrics"] = torch.cat([values for _, values, _ in taken], dim=2).permute(2, 0, 1)
+            facts["metrics"] = {"names": taken[0][0], "present": taken[0][2].tolist()}
+        for growing in self.files.values():
+            growing.sync()
+        facts["sizes"] = {name: growing.size for name, growing in self.files.items()}
+        folder = self.run.path / "checkpoints"
+        save_checkpoint(folder, Checkpoint(self.step, tensors, facts))
+        prune_checkpoints(folder, self._kept())
+        self.run.write_csv()
+
+    def _kept(self) -> set[int]:
+        """The last two checkpoints, the best, and those a stopped seed went back to; an interruption's own comes on top."""
+        regular = [step for step in self.run.checkpoints if not self._is_interruption(step)]
+        newer = {step for step in self.run.checkpoints if not regular or step > regular[-1]}
+        best = {self.best["step"]} if self.best else set()
+        return {*regular[-2:], *newer, *best, *(record["last_finite_checkpoint"] for record in self.stopped.values())}
+
+    def _is_interruption(self, step: int) -> bool:
+        return not (self._due("checkpoint_every", step) or self._due("eval_every", step))
+
+    def _restore_metrics(self, checkpoint: Checkpoint) -> None:
+        """Take up the interval that an interruption cut in two."""
+        if "metrics" not in checkpoint.tensors:
+            return
+        values = checkpoint.tensors["metrics"].permute(1, 2, 0)
+        present = np.asarray(checkpoint.facts["metrics"]["present"], dtype=bool).reshape(values.shape[:2])
+        done = 0
+        for group in self.groups:
+            count = len(group.agent.seeds)
+            part = values[:, :, done : done + count].contiguous().to(self.device)
+            group.metrics.restore(checkpoint.facts["metrics"]["names"], part, present)
+            done += count
+
+    def _whole_agent(self, seeds: Sequence[int]) -> Agent:
+        states, _ = self._states()
+        agent = self.make_agent(seeds, self.device)
+        agent.load_state_dict(_concatenated([states[seed] for seed in seeds]))
+        return agent
+
+    def _finish(self, status: str, began: float, first: int) -> None:
+        """Leave the run complete: last checkpoint, policy, table, manifest."""
+        if self.step not in self.run.checkpoints:
+            self._save(interrupted=True)
+        config = self.run.config
+        facts = {
+            "spec": config["spec"],
+            "dataset": config["dataset"]["id"],
+            "agent": config["agent"],
+            "seeds": self.seeds,
+            "step": self.step,
+        }
+        with writing(self.run.path / "policy"):
+            self._whole_agent(self.seeds).policy.save(self.run.path / "policy", facts)
+        seconds = time.perf_counter() - began
+        self.run.update_manifest(
+            status=status,
+            step=self.step,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(self.run.manifest.get("seconds", 0.0) + seconds, 3),
+            updates_per_second=round((self.step - first) / seconds, 3) if seconds > 0 else None,
+            best=self.best,
+        )
+        for seed, record in self.stopped.items():
+            self.progress.message(
+                f"seed {seed} stopped at step {record['step']} ({record['metric']} was not finite); see manifest.json"
+            )
+        if status == "interrupted":
+            self.progress.message(f"interrupted at step {self.step}; go on with: rlkit2 train --resume {self.run.path}")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the run to save and stop, a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+            self.progress.status("saving")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def mean_score(line: Mapping[str, Any]) -> float:
+    """The score of one line of `evaluations.jsonl`: mean normalised score, or mean return where there is none."""
+    scores = line.get("normalized_scores") or line["returns"]
+    return float(np.mean([np.nan if score is None else score for score in scores]))
+
+
+def _slices(state: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    """Each seed's part of a state, with a leading axis of one, in memory of its own."""
+    return {seed: {name: tensor[k : k + 1].clone() for name, tensor in state.items()} for k, seed in enumerate(seeds)}
+
+
+def _concatenated(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """States of several seeds as one, along the seed axis."""
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}

@@ -1,0 +1,119 @@
+"""A small dataset, its environment and small agents: what the tests of training train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from rlkit2.agents.bc import BC, BCConfig
+from rlkit2.data import Batch, DatasetSpec, TransitionDataset, dataset_from_arrays
+from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training.building import agent_name, run_config
+
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+ACTIONS = spaces.Box(-2.0, 2.0, (2,), np.float32)
+
+
+class Walk(gym.Env[Any, Any]):
+    """Five random observations; the reward says how close the action is to the tanh of the observation's first two numbers."""
+
+    observation_space = OBSERVATIONS
+    action_space = ACTIONS
+
+    def _observe(self) -> Any:
+        self._observation = self.np_random.normal(size=3).astype(np.float32)
+        return self._observation
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._step = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._step += 1
+        reward = -float(np.square(action - np.tanh(self._observation[:2])).sum())
+        return self._observe(), reward, False, self._step == 5, {}
+
+
+def tiny_dataset(seed: int = 0, episodes: int = 8, length: int = 25) -> TransitionDataset:
+    """Actions are the tanh of the first two observation columns, with noise."""
+    rng = np.random.default_rng(seed)
+    size = episodes * length
+    observations = rng.normal(size=(size, 3)).astype(np.float32)
+    actions = np.tanh(observations[:, :2]) + 0.1 * rng.normal(size=(size, 2))
+    truncations = np.zeros(size, bool)
+    truncations[length - 1 :: length] = True
+    return dataset_from_arrays(
+        observations,
+        actions.astype(np.float32),
+        rng.normal(size=size).astype(np.float32),
+        np.roll(observations, -1, axis=0),
+        np.zeros(size, bool),
+        truncations,
+        DatasetSpec(observation_space=OBSERVATIONS, action_space=ACTIONS, id="tiny/walk-v0"),
+    )
+
+
+@dataclass(frozen=True)
+class FaultyConfig(BCConfig):
+    """Behaviour cloning that breaks."""
+
+    broken_seed: int = 1  # the seed that breaks
+    broken_step: int = 1000  # at this update its loss is not a number
+    rare_every: int = 1  # updates between two values of the metric `rare`
+
+
+class Faulty(BC):
+    """Behaviour cloning whose loss and weights become non-finite at one update of one seed."""
+
+    config_class = FaultyConfig
+    config: FaultyConfig
+
+    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
+        broken = (self.step + 1 == self.config.broken_step) & (self.seed_keys == self.config.broken_seed)
+        metrics = super().update(batch)
+        with torch.no_grad():
+            for parameter in self.actor.parameters():
+                parameter[broken] = torch.nan
+        metrics["policy/loss"] = torch.where(broken, torch.nan, metrics["policy/loss"])
+        if int(self.step[0]) % self.config.rare_every == 0:
+            metrics["rare"] = self.step.float()
+        return metrics
+
+
+def tiny_run(folder: Path, config: BCConfig, dataset: TransitionDataset, seeds: list[int], **training: Any) -> Run:
+    """A fresh run folder for `Trainer`."""
+    options = TrainingOptions(**{"batch_size": 16, **training})
+    plan = run_config(
+        agent=agent_name(config),
+        config=config,
+        dataset=dataset,
+        source="memory",
+        seeds=seeds,
+        data=DataOptions(),
+        training=options,
+        env=None,
+        recipe=None,
+    )
+    return Run.create(folder, "tiny", plan)
+
+
+def contents(run: Run) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on how it got there."""
+    checkpoint = run.checkpoint()
+    return {
+        "files": {
+            name: (run.path / name).read_bytes() for name in ("metrics.jsonl", "metrics.csv", "evaluations.jsonl")
+        },
+        "step": checkpoint.step,
+        "tensors": {name: (tensor.shape, tensor.numpy().tobytes()) for name, tensor in checkpoint.tensors.items()},
+        "facts": checkpoint.facts,
+        "policy": {name: tensor.numpy().tobytes() for name, tensor in run.policy.state_dict().items()},
+        "checkpoints": list(run.checkpoints),
+    }
