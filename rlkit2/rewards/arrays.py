@@ -1,0 +1,72 @@
+"""Arrays in, arrays out: numpy or torch, float32 or float64, and rewards of every shape brought to one."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlkit2.errors import RewardError
+
+Array: TypeAlias = NDArray[Any] | Tensor
+Scalar: TypeAlias = float | Tensor
+
+
+def to_tensor(values: Any, name: str) -> Tensor:
+    """`values` as a tensor that shares their memory where it can; raises `RewardError` on anything that is not a real array."""
+    if isinstance(values, Tensor):
+        tensor = values
+    else:
+        try:
+            array = np.asarray(values)
+            if array.dtype.kind not in "biuf":
+                raise TypeError(f"dtype {array.dtype}")
+            tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"{name} is not an array of real numbers ({error}); give a numpy array or a torch tensor"
+            ) from None
+    if tensor.is_complex():
+        raise RewardError(f"{name} is complex; give real numbers")
+    return tensor
+
+
+def to_float(values: Any, name: str, default: torch.dtype = torch.float64) -> Tensor:
+    """`values` as a finite float32 or float64 tensor; integers, bools and half precision become `default`."""
+    tensor = to_tensor(values, name)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(default)
+    if not bool(torch.isfinite(tensor).all()):
+        index = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        raise RewardError(f"{name}{index} is {tensor[tuple(index)]}; replace it by a finite number")
+    return tensor
+
+
+def is_torch(*values: Any) -> bool:
+    """Whether any of the values is a torch tensor: then the results are tensors too."""
+    return any(isinstance(value, Tensor) for value in values)
+
+
+def any_floating(*values: Any) -> bool:
+    """Whether any of the values is a floating array."""
+    return any("float" in str(getattr(value, "dtype", "")) for value in values)
+
+
+def result_dtype(*values: Any) -> torch.dtype:
+    """The dtype results are given back in: the widest floating dtype among the values, float64 where none is floating."""
+    kinds = {str(getattr(value, "dtype", "")).removeprefix("torch.") for value in values}
+    return torch.float32 if "float32" in kinds and "float64" not in kinds else torch.float64
+
+
+def give_back(result: Tensor, *given: Any) -> Any:
+    """`result` as the kind that was given: a tensor, or a numpy array (a Python float for a single number)."""
+    if result.is_floating_point():
+        result = result.to(result_dtype(*given))
+    if is_torch(*given):
+        device = next(value.device for value in given if isinstance(value, Tensor))
+        return result.to(device)
+    array = result.detach().cpu().numpy()
+    return array.item() if array.ndim == 0 else array

@@ -1,0 +1,272 @@
+"""Distances between reward functions in a finite process: STARC, EPIC, DARD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from rlkit2.errors import ConfigError, RewardError
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, to_float
+from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
+from rlkit2.rewards.mdp import TabularMDP
+from rlkit2.rewards.minimal import P
+from rlkit2.rewards.norms import TRIVIAL_TOLERANCE, Norm, NormName, standardized
+
+Scale: TypeAlias = Literal["starc", "half", "angle"]
+TrivialRule: TypeAlias = Literal["zero", "nan", "raise"]
+_EVEN = (("l2", "l2"), ("weighted_l2", "weighted_l2"))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A STARC metric `m(s(R_1), s(R_2))`, `s(R) = c(R) / n(c(R))`: one canonicalisation c, norm n and distance m for all rewards.
+
+    `scale`: `starc` is `m` itself, in [0, 2] where norm and distance agree; `half` is half of it (the convention of the EPIC paper);
+    `angle` the angle between the canonical rewards in radians (l2 forms only). `trivial`: what a reward under which all policies are equal
+    becomes: `zero` (distance 1 to others, 0 to its like), `nan` or `raise`.
+    """
+
+    canonical: Canonicalizer
+    norm: Norm
+    distance: Norm
+    scale: Scale = "starc"
+    trivial: TrivialRule = "zero"
+    tol: float | None = None
+
+    @classmethod
+    def build(
+        cls,
+        mdp: TabularMDP,
+        *,
+        canonicalization: Canonicalization = "val",
+        norm: NormName = "l2",
+        distance: NormName = "l2",
+        policy: Array | None = None,
+        weights: Array | None = None,
+        scale: Scale = "starc",
+        trivial: TrivialRule = "zero",
+        p: P = 2,
+        tol: float | None = None,
+        legacy: bool = False,
+    ) -> Metric:
+        """Check the choices of `starc_distance` and bind them to a process; raises `ConfigError` where they do not go together."""
+        if scale not in ("starc", "half", "angle"):
+            raise ConfigError(f"scale {scale!r} is unknown; choose 'starc', 'half' or 'angle'")
+        if trivial not in ("zero", "nan", "raise"):
+            raise ConfigError(f"trivial {trivial!r} is unknown; choose 'zero', 'nan' or 'raise'")
+        if scale == "angle" and (norm, distance) not in _EVEN:
+            raise ConfigError("scale 'angle' needs norm and distance both 'l2' or both 'weighted_l2'")
+        if canonicalization.startswith("minimal") and p not in (2, "weighted_2") and not legacy:
+            raise ConfigError(
+                f"the minimal form for p={p!r} need not be unique nor linear; use p=2 or 'weighted_2', or minimal_norm for the value"
+            )
+        used = {norm, distance} - {"none", "range"}
+        if weights is not None and not used:
+            raise ConfigError("weights are used by neither the norm nor the distance; choose 'l1' or 'l2'")
+
+        def part(name: NormName, role: str) -> Norm:
+            return Norm(name, mdp, weights if name in used else None, legacy, role)
+
+        canonical = Canonicalizer(mdp, canonicalization, policy, p)
+        return cls(canonical, part(norm, "norm"), part(distance, "distance"), scale, trivial, tol)
+
+    def standardize(self, reward: Any, name: str) -> tuple[Tensor, Tensor]:
+        """`(s, trivial)` of one reward or of a batch `[K, S, A, S']`; s has the axes of the canonical form."""
+        mdp = self.canonical.mdp
+        if sp.issparse(reward) and mdp.sparse:
+            magnitude: Tensor | float = float(abs(reward).max())
+        else:
+            reward = mdp.reward(reward, name)
+            magnitude = reward.detach().abs().flatten(max(reward.ndim - 3, 0)).amax(-1)
+        scaled, _, trivial = standardized(self.canonical(reward, name), self.axes, self.norm, magnitude, self.tol)
+        if self.trivial == "raise" and bool(trivial.any()):
+            raise RewardError(
+                f"{name} is trivial: every policy has the same return under it; pass trivial='zero' to compare it all the same"
+            )
+        return scaled, trivial
+
+    @property
+    def axes(self) -> int:
+        """The number of axes of one canonical form, 2 or 3."""
+        return self.canonical.axes
+
+    def finish(self, distances: Tensor, sums: Tensor | None, trivial: Tensor) -> Tensor:
+        """Distances in the chosen scale; `sums` are `||s_1 + s_2||`, for the angle; `trivial` marks pairs with a trivial member."""
+        if self.scale == "half":
+            distances = distances / 2
+        elif sums is not None:
+            distances = 2 * torch.atan2(distances, sums)
+        return (
+            torch.where(trivial, torch.full_like(distances, torch.nan), distances)
+            if self.trivial == "nan"
+            else distances
+        )
+
+
+def starc_distance(
+    reward_a: Array,
+    reward_b: Array,
+    mdp: TabularMDP,
+    *,
+    canonicalization: Canonicalization = "val",
+    norm: NormName = "l2",
+    distance: NormName = "l2",
+    policy: Array | None = None,
+    weights: Array | None = None,
+    scale: Scale = "starc",
+    trivial: TrivialRule = "zero",
+    p: P = 2,
+    tol: float | None = None,
+    legacy: bool = False,
+    restrict_to_reachable: bool = False,
+) -> Scalar:
+    """How differently two rewards order policies: 0 for the same ordering of all policies, 2 for opposite ones.
+
+    The distance of Skalse et al. (arXiv 2309.15257) without their factor conventions: `m(s_a, s_b)` of the standardised canonical rewards,
+    in [0, 2] where `norm` and `distance` agree. `norm="range", distance="range"` bounds the worst-case regret w in every
+    process, `d / 2 <= w <= d`.
+
+    Args:
+        reward_a, reward_b: `[S, A, S']`, `[S, A]` or `[S]`; batches `[K, S, A, S']` are compared row by row and give `[K]`.
+        mdp: dynamics and discount.
+        canonicalization: see `canonicalize`; only `val` and `minimal` (p 2 or "weighted_2") make a distance that is sound and complete.
+        norm, distance: `l1, l2, linf, weighted_l1, weighted_l2, range`, the norm also `none`; see `Norm`.
+        policy: reference policy of the val forms, the same for both; uniform when left out.
+        weights: `[S, A]` (or `[S, A, S']`) weights of the l1 and l2 norms, such as `mdp.occupancy(policy)`.
+        scale: `starc`, `half` (divided by 2, as in the EPIC paper) or `angle` (radians).
+        trivial: what to do with rewards under which all policies are equal: `zero`, `nan` or `raise`.
+        tol: threshold of triviality relative to `max |R|`; 1e-9 in float64, 1e-4 in float32.
+        legacy: admit `weighted_linf` and the minimal forms that are not unique, to reproduce published numbers.
+        restrict_to_reachable: leave out states that no policy reaches from the start.
+
+    Returns:
+        A float for numpy rewards, a tensor (differentiable) for torch ones.
+
+    Raises:
+        RewardError: shapes, non-finite entries, a policy that is not a distribution. ConfigError: choices that do not go together.
+    """
+    given = reward_a, reward_b
+    mdp = common_process(mdp, *given)
+    if restrict_to_reachable:
+        mdp, (reward_a, reward_b) = mdp.restrict_to_reachable(reward_a, reward_b)
+    metric = Metric.build(
+        mdp,
+        canonicalization=canonicalization,
+        norm=norm,
+        distance=distance,
+        policy=policy,
+        weights=weights,
+        scale=scale,
+        trivial=trivial,
+        p=p,
+        tol=default_tolerance(mdp, *given) if tol is None else tol,
+        legacy=legacy,
+    )
+    first, first_trivial = metric.standardize(reward_a, "reward_a")
+    second, second_trivial = metric.standardize(reward_b, "reward_b")
+    sums = metric.distance(first + second, metric.axes) if scale == "angle" else None
+    gap = metric.distance(first - second, metric.axes)
+    return give_back(metric.finish(gap, sums, first_trivial | second_trivial), *given)  # type: ignore[no-any-return]
+
+
+def default_tolerance(mdp: TabularMDP, *rewards: Any) -> float:
+    """The threshold of triviality of the precision the rewards come in, also where the process is more precise."""
+    return TRIVIAL_TOLERANCE[result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype]
+
+
+def epic_distance(
+    reward_a: Array,
+    reward_b: Array,
+    mdp: TabularMDP,
+    *,
+    coverage: str | Array = "uniform",
+    convention: Literal["pearson", "starc"] = "pearson",
+    state_dist: Array | None = None,
+    action_dist: Array | None = None,
+) -> Scalar:
+    """The EPIC distance (Gleave et al. 2021, arXiv 2006.13900): 0 for rewards that differ by shaping and scale.
+
+    It is neither sound nor complete as a measure of regret: transitions that never happen move it at will.
+
+    Args:
+        coverage: weights of the transitions compared: `uniform` over (s, a, s'), `transition` (proportional to the dynamics) or an array
+            `[S, A, S']` or `[S, A]` (times the dynamics). It does not enter the canonical form, `state_dist` and `action_dist` do.
+        convention: `pearson`, `sqrt((1 - rho) / 2)` in [0, 1] with the weighted Pearson correlation, as in the EPIC paper, or
+            `starc`, the l2 distance of the normalised forms in [0, 2].
+
+    Returns NaN under `pearson` when a canonical form is constant. Raises `RewardError`, `ConfigError` as `starc_distance` does.
+    """
+    return _compared("epic", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist)
+
+
+def dard_distance(
+    reward_a: Array,
+    reward_b: Array,
+    mdp: TabularMDP,
+    *,
+    coverage: str | Array = "transition",
+    convention: Literal["pearson", "starc"] = "pearson",
+    action_dist: Array | None = None,
+) -> Scalar:
+    """The DARD distance (Wulfe et al. 2022, arXiv 2201.10081), whose canonical form uses the dynamics but not the policy ordering.
+
+    Arguments, conventions and errors as in `epic_distance`; transitions are weighted by the dynamics unless told otherwise.
+    """
+    return _compared("dard", reward_a, reward_b, mdp, coverage, convention, None, action_dist)
+
+
+def _compared(
+    kind: Canonicalization,
+    reward_a: Array,
+    reward_b: Array,
+    mdp: TabularMDP,
+    coverage: str | Array,
+    convention: str,
+    state_dist: Array | None,
+    action_dist: Array | None,
+) -> Scalar:
+    if convention not in ("pearson", "starc"):
+        raise ConfigError(f"convention {convention!r} is unknown; choose 'pearson' or 'starc'")
+    mdp = common_process(mdp, reward_a, reward_b)
+    canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist)
+    norm = Norm("weighted_l2", mdp, _coverage(coverage, mdp))
+    tol = default_tolerance(mdp, reward_a, reward_b)
+    forms = []
+    for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
+        tensor = mdp.reward(reward, name)
+        form = canonical(tensor, name)
+        if convention == "pearson":
+            form = _centred(form, norm)
+        forms.append(standardized(form, 3, norm, tensor.detach().abs().flatten(max(tensor.ndim - 3, 0)).amax(-1), tol))
+    (first, _, first_trivial), (second, _, second_trivial) = forms
+    gap = norm(first - second, 3)
+    if convention == "pearson":
+        gap = torch.where(first_trivial | second_trivial, torch.full_like(gap, torch.nan), gap / 2)
+    return give_back(gap, reward_a, reward_b)  # type: ignore[no-any-return]
+
+
+def _coverage(coverage: str | Array, mdp: TabularMDP) -> Tensor:
+    """Weights `[S, A, S']`."""
+    if isinstance(coverage, str):
+        if coverage not in ("uniform", "transition"):
+            raise ConfigError(f"coverage {coverage!r} is unknown; choose 'uniform', 'transition' or give an array")
+        return mdp.dense if coverage == "transition" else torch.ones_like(mdp.dense)
+    weights = to_float(coverage, "coverage").to(mdp.dense)
+    if (
+        weights.shape not in (mdp.dense.shape, mdp.dense.shape[:2])
+        or bool((weights < 0).any())
+        or not bool(weights.sum() > 0)
+    ):
+        raise RewardError(
+            f"coverage has shape {list(weights.shape)}; give weights of at least 0, {list(mdp.dense.shape)} or {list(mdp.dense.shape[:2])}"
+        )
+    return weights[..., None] * mdp.dense if weights.ndim == 2 else weights
+
+
+def _centred(form: Tensor, norm: Norm) -> Tensor:
+    weights = to_float(norm.weights, "coverage")
+    return form - ((weights * form).sum((-3, -2, -1)) / weights.sum())[..., None, None, None]

@@ -1,0 +1,155 @@
+"""Norms of canonical forms and the distances they induce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rlkit2.errors import ConfigError, RewardError
+from rlkit2.rewards.arrays import Array, Scalar, give_back, to_float
+from rlkit2.rewards.mdp import TabularMDP
+from rlkit2.rewards.planning import return_ranges
+
+NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none"]
+NORMS: tuple[NormName, ...] = ("l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none")
+TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm on canonical forms, `[..., S, A]` or `[..., S, A, S']`.
+
+    `l1, l2, linf` run over all entries (s, a, s'), so that a form constant in s' counts each of its entries S times; `weighted_l1`,
+    `weighted_l2` weight the entries by the transition probabilities. `weights` (`[S, A]`, multiplied by the transition probabilities where
+    the form depends on s', or `[S, A, S']`) replaces them, also for `l1` and `l2`; `linf` is then taken over the support. `range` is the
+    largest minus the smallest return of any policy, the one norm that needs planning. `weighted_linf`, `max tau |x|`, is not
+    the limit of the other weighted norms; it exists for reproduction, behind `legacy`.
+    """
+
+    name: NormName
+    mdp: TabularMDP | None = None
+    weights: Array | None = None
+    legacy: bool = False
+    role: str = "norm"
+
+    def __post_init__(self) -> None:
+        if self.name not in NORMS or (self.role == "distance" and self.name == "none"):
+            allowed = [n for n in NORMS if n != "weighted_linf" and (n != "none" or self.role == "norm")]
+            raise ConfigError(f"{self.role} {self.name!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.name == "weighted_linf" and not self.legacy:
+            raise ConfigError(
+                f"{self.role} 'weighted_linf' is not a limit of the weighted norms; use 'linf', or legacy=True to reproduce"
+            )
+        if self.mdp is None and (self.name == "range" or (self.name.startswith("weighted") and self.weights is None)):
+            raise ConfigError(f"{self.role} {self.name!r} needs the dynamics; pass mdp")
+        if self.weights is not None and self.name in ("range", "weighted_linf"):
+            raise ConfigError(f"{self.role} {self.name!r} takes no weights; use 'l1' or 'l2' with them")
+
+    @property
+    def order(self) -> float:
+        """p."""
+        return float({"1": 1, "2": 2, "f": float("inf")}[self.name[-1]])
+
+    def embed(self, form: Tensor, axes: int) -> Tensor:
+        """`[..., n]` whose plain p-norm is this norm of `form`, whose last `axes` axes (2 or 3) are the form's own."""
+        weights = self._weights(form, axes)
+        if weights is not None:
+            if self.order == float("inf"):
+                form = form * (weights if self.name == "weighted_linf" else weights > 0)
+            else:
+                form = form * (weights if self.order == 1 else weights.sqrt())
+        elif axes == 2 and self.order != float("inf"):
+            form = form * form.shape[-2] ** (1 / self.order)
+        return form.flatten(-axes)
+
+    def _weights(self, form: Tensor, axes: int) -> Tensor | None:
+        """The weights of the entries, broadcastable to the form's own axes; None where every (s, a, s') counts once."""
+        if self.weights is None:
+            if not self.name.startswith("weighted") or self.mdp is None:
+                return None
+            if axes == 3:
+                return self.mdp.dense.to(form)
+            return (
+                self.mdp.dense.to(form).amax(-1) if self.name == "weighted_linf" else torch.ones_like(form[..., :1, :1])
+            )
+        weights = to_float(self.weights, "weights").to(form)
+        if bool((weights < 0).any()):
+            raise RewardError(f"weights{(weights < 0).nonzero()[0].tolist()} is negative; weights must be at least 0")
+        own = tuple(form.shape[-axes:])
+        if tuple(weights.shape) not in (own[:2], (*own[:2], own[0])):
+            raise RewardError(f"weights has shape {list(weights.shape)}; give {list(own[:2])} or {[*own[:2], own[0]]}")
+        if axes == 2:
+            return weights if weights.ndim == 2 else weights.sum(-1)
+        if weights.ndim == 2:
+            if self.mdp is None:
+                raise ConfigError(
+                    "weights [S, A] on a form over (s, a, s') need the dynamics; pass mdp or weights [S, A, S']"
+                )
+            return weights[..., None] * self.mdp.dense.to(form)
+        return weights
+
+    def __call__(self, form: Tensor, axes: int) -> Tensor:
+        """The norm of every form of the batch, `[...]`; 1 for `none`."""
+        if self.name == "none":
+            return form.new_ones(form.shape[:-axes])
+        if self.name == "range" and self.mdp is not None:
+            expected = form if axes == 2 else self.mdp.dynamics.expected(form)
+            worst, best = return_ranges(self.mdp, expected)
+            return best - worst
+        return torch.linalg.vector_norm(self.embed(form, axes), self.order, dim=-1)
+
+    def pairwise(self, forms: Tensor, axes: int, *, sign: float = 1.0) -> Tensor:
+        """`m(x_i - sign x_j)` of all pairs of `forms [K, ...]`, `[K, K]`, by differences (a Gram matrix would lose half the digits)."""
+        if self.name == "range":
+            rows, columns = torch.triu_indices(len(forms), len(forms), 1 if sign > 0 else 0)
+            upper = self(forms[rows] - sign * forms[columns], axes)
+            result = forms.new_zeros(len(forms), len(forms)).index_put((rows, columns), upper)
+            return result.index_put((columns, rows), upper)
+        rows = self.embed(forms, axes)
+        return torch.cdist(rows, sign * rows, p=self.order, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def standardized(
+    form: Tensor, axes: int, norm: Norm, magnitude: Tensor | float, tol: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(s, n, trivial)` for a batch of forms: `s = form / n`, and 0 where `max |form|` or n is at most `tol * magnitude`, without a NaN in any gradient."""
+    tol = TRIVIAL_TOLERANCE[form.dtype] if tol is None else tol
+    size = norm(form, axes)
+    trivial = (form.detach().abs().flatten(-axes).amax(-1) <= tol * magnitude) | (size.detach() <= tol * magnitude)
+    divisor = torch.where(trivial, torch.ones_like(size), size)
+    kept = (~trivial).reshape(*trivial.shape, *[1] * axes)
+    scaled = form / divisor.reshape(*divisor.shape, *[1] * axes)
+    return torch.where(kept, scaled, torch.zeros_like(scaled)), size, trivial
+
+
+def standardize(
+    canonical: Array,
+    norm: NormName = "l2",
+    *,
+    mdp: TabularMDP | None = None,
+    weights: Array | None = None,
+    tol: float | None = None,
+    magnitude: float = 1.0,
+    legacy: bool = False,
+) -> tuple[Any, Scalar, bool]:
+    """Divide a canonical form by its norm: `(standardized, norm_value, trivial)`.
+
+    A form with `max |c|` or norm at most `tol * magnitude` is trivial (all policies are equal) and becomes 0. `magnitude` is the `max |R|` of the
+    reward it came from; `tol` is 1e-9 in float64 and 1e-4 in float32 unless given.
+
+    Args:
+        canonical: `[S, A]` or `[S, A, S']`.
+        norm: one of `NORMS`; see `Norm`. `mdp` is needed for the weighted norms and `range`.
+
+    Raises:
+        ConfigError: unknown norm or missing dynamics. RewardError: wrong shapes or non-finite entries.
+    """
+    form = to_float(canonical, "canonical")
+    if form.ndim not in (2, 3) or (form.ndim == 3 and form.shape[0] != form.shape[2]):
+        raise RewardError(f"canonical has shape {list(form.shape)}; give [S, A] or [S, A, S']")
+    process = mdp.to(form.dtype) if mdp is not None else None
+    scaled, size, trivial = standardized(form, form.ndim, Norm(norm, process, weights, legacy), magnitude, tol)
+    return give_back(scaled, canonical), give_back(size, canonical), bool(trivial)
