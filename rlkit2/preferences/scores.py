@@ -1,0 +1,320 @@
+"""What is measured: pairs of sequences and the function that scores one of them (a log-probability or a return).
+
+A `SequenceScore` is a module together with a function of it that returns one term per token or step; its sum is the `a` or `b` of
+a margin loss. It is functional in the parameters, so gradients can be taken per pair without touching the module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rlkit2.errors import ConfigError
+
+Rows = Mapping[str, Tensor]
+"""Named tensors whose first axis counts sequences."""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P preference pairs: the same named tensors `[P, ...]` for the chosen and for the rejected side.
+
+    Language models: `input_ids [P, T]`, `completion_mask [P, T]` and, where rows are padded, `attention_mask [P, T]` (T may differ
+    between the sides). Segments: `observations [P, H, obs]`, `actions [P, H, act]`.
+    """
+
+    chosen: Rows
+    rejected: Rows
+
+    def __post_init__(self) -> None:
+        sizes = {len(tensor) for side in (self.chosen, self.rejected) for tensor in side.values()}
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"chosen and rejected rows disagree on the number of pairs ({sorted(sizes)}): give one row per pair and side"
+            )
+        if set(self.chosen) != set(self.rejected):
+            raise ConfigError(
+                f"chosen has {sorted(self.chosen)} but rejected {sorted(self.rejected)}: give both sides the same tensors"
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.chosen.values())))
+
+    def select(self, pairs: slice | Tensor) -> PairBatch:
+        """Some of the pairs."""
+        return PairBatch({k: v[pairs] for k, v in self.chosen.items()}, {k: v[pairs] for k, v in self.rejected.items()})
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """Both sides in one, chosen first: `[2P, ...]`, the shorter side padded with zeros on the right."""
+        return {name: _stack_padded(self.chosen[name], self.rejected[name]) for name in self.chosen}
+
+
+PairLike = PairBatch | tuple[Rows, Rows] | Rows
+
+
+def as_pair_batch(batch: PairLike) -> PairBatch:
+    """A `PairBatch` from itself, from `(chosen, rejected)`, or from one mapping of 2P rows with the chosen first (TRL's collator)."""
+    if isinstance(batch, PairBatch):
+        return batch
+    if isinstance(batch, tuple):
+        return PairBatch(*batch)
+    tensors = {
+        name: value for name, value in batch.items() if isinstance(value, Tensor) and not name.startswith("ref_")
+    }
+    odd = [name for name, value in tensors.items() if len(value) % 2]
+    if odd or not tensors:
+        raise ConfigError(
+            f"{odd[0] if odd else 'the batch'} has no even number of rows: give 2P rows, the P chosen ones first"
+        )
+    halves = {name: value.chunk(2) for name, value in tensors.items()}
+    return PairBatch({k: v[0] for k, v in halves.items()}, {k: v[1] for k, v in halves.items()})
+
+
+def _stack_padded(first: Tensor, second: Tensor) -> Tensor:
+    if first.ndim < 2 or first.shape[1] == second.shape[1]:
+        return torch.cat([first, second])
+    length = max(first.shape[1], second.shape[1])
+    padded = [torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1) for x in (first, second)]
+    return torch.cat(padded)
+
+
+class _Bound(nn.Module):
+    """`function(module, rows)` as a forward, so that `functional_call` reaches it with the module's parameters swapped."""
+
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module, Rows], Tensor]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, rows: Rows) -> Tensor:
+        return self.function(self.module, rows)
+
+
+@dataclass(frozen=True)
+class SequenceScore:
+    """A scalar score per sequence that is a sum of terms: log-probabilities of tokens, rewards or log-densities of steps.
+
+    Calling it with `(params, item)` (one sequence, no leading axis) gives the scalar; `terms` and `sums` take rows.
+
+    Attributes:
+        module: the network.
+        function: `(module, rows) -> terms [B, T]`; terms that do not count are zero.
+        params: the parameters that gradients are taken of, by name; tied tensors appear once.
+        mask: `rows -> [B, T]`, which terms count.
+        prepare: checks rows and brings them into the form that `function` expects; run once per measurement.
+        head: the output layer (language models only).
+    """
+
+    module: nn.Module
+    function: Callable[[nn.Module, Rows], Tensor]
+    params: Mapping[str, Tensor]
+    mask: Callable[[Rows], Tensor]
+    prepare: Callable[[PairBatch], PairBatch] = field(default=lambda batch: batch)
+    head: nn.Module | None = None
+
+    def terms(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        """One term per token or step, `[B, T]`."""
+        named = {f"module.{name}": value for name, value in params.items()}
+        terms: Tensor = functional_call(_Bound(self.module, self.function), named, (rows,))
+        return terms
+
+    def sums(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        """The score of every row, `[B]`."""
+        return self.terms(params, rows).sum(-1)
+
+    def __call__(self, params: Mapping[str, Tensor], item: Rows) -> Tensor:
+        return self.sums(params, {name: value.unsqueeze(0) for name, value in item.items()}).squeeze(0)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout off and every submodule's training flag restored afterwards."""
+    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in flags:
+            submodule.training = training
+
+
+def chosen_parameters(module: nn.Module, parameters: str | Iterable[str] = "trainable") -> dict[str, Tensor]:
+    """Parameters by name: those that require gradients ("trainable"), all floating-point ones ("all"), or the named ones.
+
+    With LoRA the first and the second differ, and so do their gradients' angles.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    if parameters == "all":
+        chosen = named
+    elif parameters == "trainable":
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+    else:
+        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
+        missing = [name for name in wanted if name not in named]
+        if missing:
+            raise ConfigError(f"the model has no floating-point parameter {missing[0]!r}; see model.named_parameters()")
+        chosen = {name: named[name] for name in wanted}
+    if not chosen:
+        raise ConfigError('no parameter to take gradients of: set requires_grad or pass parameters="all"')
+    return chosen
+
+
+# --- language models -------------------------------------------------------------------------------------------------------------
+
+
+def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "trainable") -> SequenceScore:
+    """Summed log-probability of the completion under a causal language model.
+
+    The model is called on `input_ids [B, T]` and returns logits `[B, T, V]`, bare or as `.logits` (transformers). Rows are moved to
+    right padding, where a causal model needs no attention mask.
+
+    Args:
+        model: any causal language model; its parameters are never written.
+        parameters: "trainable", "all" or names.
+    """
+    known = _forward_arguments(model)
+
+    def function(module: nn.Module, rows: Rows) -> Tensor:
+        ids = rows["input_ids"]
+        # explicit position rows keep the sequences apart in every layer; the cache would only cost memory
+        arguments: dict[str, Any] = {"input_ids": ids} if "input_ids" in known else {}
+        if "position_ids" in known:
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        if "use_cache" in known:
+            arguments["use_cache"] = False
+        output = module(**arguments) if "input_ids" in known else module(ids)
+        logits = getattr(output, "logits", output)[:, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return logp * rows["completion_mask"][:, 1:].to(logp.dtype)
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
+    return SequenceScore(
+        module=model,
+        function=function,
+        params=chosen_parameters(model, parameters),
+        mask=lambda rows: rows["completion_mask"][:, 1:].bool(),
+        prepare=lambda batch: PairBatch(
+            _right_padded(batch.chosen, "chosen"), _right_padded(batch.rejected, "rejected")
+        ),
+        head=head,
+    )
+
+
+def _forward_arguments(model: nn.Module) -> frozenset[str]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _right_padded(rows: Rows, side: str) -> dict[str, Tensor]:
+    """`input_ids` and `completion_mask` with every row's padding on the right and no column that is padding everywhere."""
+    for name in ("input_ids", "completion_mask"):
+        if name not in rows:
+            raise ConfigError(
+                f"{side} rows have no {name}: a language-model pair needs input_ids and completion_mask [P, T]"
+            )
+    ids, completion = rows["input_ids"], rows["completion_mask"].long()
+    attended = rows["attention_mask"].long() if "attention_mask" in rows else torch.ones_like(ids)
+    attended = attended | completion
+    order = attended.argsort(dim=1, descending=True, stable=True)
+    length = int(attended.sum(1).max())
+    ids, completion = (x.gather(1, order)[:, :length] for x in (ids, completion))
+    empty = (completion[:, 1:].sum(1) == 0).nonzero().flatten()
+    if len(empty):
+        raise ConfigError(
+            f"{side} completion of pair {int(empty[0])} is empty: drop the pair or check the completion mask"
+        )
+    return {"input_ids": ids, "completion_mask": completion}
+
+
+def sequence_reward(model: nn.Module, *, parameters: str | Iterable[str] = "trainable") -> SequenceScore:
+    """The scalar score of a sequence-classification model with one label (TRL's reward models): rows `input_ids`, `attention_mask`."""
+
+    def function(module: nn.Module, rows: Rows) -> Tensor:
+        logits: Tensor = module(
+            input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False
+        ).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    return SequenceScore(
+        model,
+        function,
+        chosen_parameters(model, parameters),
+        lambda rows: torch.ones_like(rows["input_ids"][:, :1]).bool(),
+    )
+
+
+# --- trajectory segments ---------------------------------------------------------------------------------------------------------
+
+
+def _segment_rows(batch: PairBatch) -> PairBatch:
+    for name in ("observations", "actions"):
+        if name not in batch.chosen:
+            raise ConfigError(f"segments have no {name}: give observations [P, H, obs] and actions [P, H, act]")
+    lengths = [side["actions"].shape[1] for side in (batch.chosen, batch.rejected)]
+    if lengths[0] != lengths[1]:
+        raise ConfigError(
+            f"segments have {lengths[0]} and {lengths[1]} steps: sums are comparable at equal lengths only, cut both to one length"
+        )
+    for side, rows in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        for name, tensor in rows.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ConfigError(f"{name} of the {side} segments hold NaN or infinite values: clean the data first")
+    return batch
+
+
+def _step_mask(rows: Rows) -> Tensor:
+    return torch.ones(rows["actions"].shape[:2], dtype=torch.bool, device=rows["actions"].device)
+
+
+def segment_return(
+    model: nn.Module, *, reduce: str = "sum", parameters: str | Iterable[str] = "trainable"
+) -> SequenceScore:
+    """Predicted return of a segment: the "sum" or "mean" of a reward model over steps.
+
+    The model takes `(observations, actions)`, or their concatenation where its forward has a single argument, and returns rewards
+    `[B, H]` or `[B, H, 1]`.
+    """
+    if reduce not in ("sum", "mean"):
+        raise ConfigError(f'reduce={reduce!r} of segment_return must be "sum" or "mean"')
+    single = len(_forward_arguments(model)) == 1
+
+    def function(module: nn.Module, rows: Rows) -> Tensor:
+        parts = rows["observations"], rows["actions"]
+        rewards: Tensor = module(torch.cat(parts, -1)) if single else module(*parts)
+        rewards = rewards.reshape(parts[1].shape[:2])
+        return rewards if reduce == "sum" else rewards / rewards.shape[1]
+
+    return SequenceScore(model, function, chosen_parameters(model, parameters), _step_mask, _segment_rows)
+
+
+def segment_logp(
+    policy: nn.Module, discount: float = 1.0, *, parameters: str | Iterable[str] = "trainable"
+) -> SequenceScore:
+    """Discounted sum of action log-densities, `sum_t discount^t log pi(a_t|s_t)`, as in contrastive preference learning.
+
+    The policy has `log_prob(observations, actions) -> [B, H]`, or is called on observations and returns a distribution.
+    """
+    if not 0.0 < discount <= 1.0:
+        raise ConfigError(f"discount={discount} must be in (0, 1]")
+
+    def function(module: nn.Module, rows: Rows) -> Tensor:
+        observations, actions = rows["observations"], rows["actions"]
+        logp = (
+            module.log_prob(observations, actions)
+            if hasattr(module, "log_prob")
+            else module(observations).log_prob(actions)
+        )
+        logp = logp.sum(-1) if logp.ndim == 3 else logp
+        powers = discount ** torch.arange(logp.shape[1], dtype=logp.dtype, device=logp.device)
+        weighted: Tensor = logp * powers
+        return weighted
+
+    return SequenceScore(policy, function, chosen_parameters(policy, parameters), _step_mask, _segment_rows)
