@@ -82,7 +82,7 @@ def sample_episodes(episodes: list[dict[str, np.ndarray]], rng: np.random.Genera
     torch.from_numpy(np.stack([episode["observations"][t + 1] for episode, t in picked]))
 
 
-MEMORY = """
+MEMORY = r"""
 import pathlib, re, sys
 sys.path.insert(0, {here!r})
 import data
