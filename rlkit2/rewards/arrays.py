@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -43,6 +44,12 @@ def to_float(values: Any, name: str, default: torch.dtype = torch.float64) -> Te
         index = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         raise RewardError(f"{name}{index} is {tensor[tuple(index)]}; replace it by a finite number")
     return tensor
+
+
+def sparse_matrix(values: Any) -> sp.csr_array | None:
+    """`values` as a CSR matrix where they are a scipy sparse matrix or array, else None."""
+    matrix: Any = values
+    return sp.csr_array(matrix) if sp.issparse(values) else None
 
 
 def is_torch(*values: Any) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import scipy.sparse as sp
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, to_float
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, sparse_matrix, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P
@@ -77,8 +77,9 @@ class Metric:
     def standardize(self, reward: Any, name: str) -> tuple[Tensor, Tensor]:
         """`(s, trivial)` of one reward or of a batch `[K, S, A, S']`; s has the axes of the canonical form."""
         mdp = self.canonical.mdp
-        if sp.issparse(reward) and mdp.sparse:
-            magnitude: Tensor | float = float(abs(reward).max())
+        matrix = sparse_matrix(reward)
+        if matrix is not None and mdp.sparse:
+            magnitude: Tensor | float = float(np.abs(matrix.data).max(initial=0.0))
         else:
             reward = mdp.reward(reward, name)
             magnitude = reward.detach().abs().flatten(max(reward.ndim - 3, 0)).amax(-1)

@@ -45,10 +45,11 @@ class DenseDynamics:
         self.device = transitions.device
 
     def expected(self, reward: Tensor) -> Tensor:
-        return torch.einsum("saz,...saz->...sa", self.transitions, reward)
+        mean: Tensor = torch.einsum("saz,...saz->...sa", self.transitions, reward)
+        return mean
 
     def next_mean(self, values: Tensor) -> Tensor:
-        return (values @ self.transitions.flatten(0, 1).mT).unflatten(-1, self.shape)
+        return (values @ self.transitions.flatten(0, 1).mT).reshape(*values.shape[:-1], *self.shape)
 
     def solver(self, policy: Tensor, discount: float) -> Solver:
         system = -discount * torch.einsum("sa,saz->sz", policy, self.transitions)
@@ -57,7 +58,8 @@ class DenseDynamics:
 
         def solve(right: Tensor, adjoint: bool = False) -> Tensor:
             rows = right.reshape(-1, right.shape[-1])
-            return torch.linalg.lu_solve(factor, pivots, rows.mT, adjoint=adjoint).mT.reshape(right.shape)
+            solved: Tensor = torch.linalg.lu_solve(factor, pivots, rows.mT, adjoint=adjoint)
+            return solved.mT.reshape(right.shape)
 
         return solve
 

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, give_back, to_float, to_tensor
+from rlkit2.rewards.arrays import Array, give_back, sparse_matrix, to_float, to_tensor
 from rlkit2.rewards.dynamics import DenseDynamics, SparseDynamics
 
 _FACTORS_KEPT = 8
@@ -170,8 +170,9 @@ class TabularMDP:
     def reward(self, reward: Any, name: str = "reward") -> Tensor:
         """`reward` as a finite tensor `[..., S, A, S']`, `[S, A]` or `[S]` of the dtype of the process; raises `RewardError` otherwise."""
         states, actions = self.num_states, self.num_actions
-        if sp.issparse(reward):
-            reward = np.asarray(reward.toarray()).reshape(states, actions, states)
+        matrix = sparse_matrix(reward)
+        if matrix is not None:
+            reward = matrix.toarray().reshape(states, actions, states)
         tensor = to_float(reward, name, self.dtype).to(device=self.device, dtype=self.dtype)
         full = (states, actions, states)
         if tensor.shape in ((states,), (states, actions)) or tensor.shape[-3:] == full:
@@ -190,15 +191,16 @@ class TabularMDP:
 
     def expected_reward(self, reward: Any, name: str = "reward") -> Tensor:
         """`r[..., s, a] = sum_s' tau R`, `[..., S, A]`."""
-        if sp.issparse(reward) and isinstance(self.dynamics, SparseDynamics):
-            if reward.shape != self.dynamics.transitions.shape or not np.isfinite(reward.data).all():
+        matrix = sparse_matrix(reward)
+        if matrix is not None and isinstance(self.dynamics, SparseDynamics):
+            if matrix.shape != self.dynamics.transitions.shape or not np.isfinite(matrix.data).all():
                 raise RewardError(f"{name} needs shape {list(self.dynamics.transitions.shape)} and finite values")
-            return self.dynamics.expected(reward)
+            return self.dynamics.expected(matrix)
         tensor = self.reward(reward, name)
         if tensor.ndim >= 3:
-            return self.dynamics.expected(
-                tensor if not self.sparse else sp.csr_array(tensor.reshape(-1, self.num_states).numpy())
-            )
+            if isinstance(self.dynamics, DenseDynamics):
+                return self.dynamics.expected(tensor)
+            return self.dynamics.expected(sp.csr_array(tensor.reshape(-1, self.num_states).numpy()))
         return tensor if tensor.ndim == 2 else tensor[:, None].expand(self.num_states, self.num_actions)
 
     def values(self, expected_reward: Tensor, policy: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def minimal(mdp: TabularMDP, expected: Tensor, p: P) -> Tensor:
     """The smallest reward over shaping and redistribution for `r [..., S, A]`: `[..., S, A, S']` for p 1 and 2, else `[..., S, A]`."""
     check_p(p)
     tau = mdp.dense
-    scale = {2: tau.square().sum(-1).sqrt(), 1: tau.amax(-1)}.get(p, torch.ones_like(tau[..., 0]))  # type: ignore[call-overload]
+    scale = torch.ones_like(tau[..., 0])
+    if p in (1, 2):
+        scale = tau.square().sum(-1).sqrt() if p == 2 else tau.amax(-1)
     weights = 1 / scale
     if p in (2, "weighted_2"):
         potential = _least_squares(mdp, expected, weights)
@@ -60,7 +62,8 @@ def minimal_potential(mdp: TabularMDP, reward: Tensor, p: P) -> Tensor:
         gram = torch.diag(discount**2 * weights.sum((0, 1)) + out) - discount * (flow + flow.mT)
         weighted = weights * reward
         slope = discount * weighted.sum((-3, -2)) - weighted.sum((-2, -1))
-        potential = -torch.linalg.solve(gram, slope.unsqueeze(-1)).squeeze(-1)
+        solved: Tensor = torch.linalg.solve(gram, slope.unsqueeze(-1))
+        potential = -solved.squeeze(-1)
     else:
         eye = torch.eye(states, dtype=tau.dtype, device=tau.device)
         design = (discount * eye[None, None, :, :] - eye[:, None, None, :]).expand(states, actions, states, states)
@@ -136,7 +139,7 @@ def _linear_programme(design: Tensor, right: Tensor, weights: Tensor, *, chebysh
                 "bounds": [(None, None)] * states + [(0, None)] * (2 * rows),
             }
         tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-        result = linprog(**arguments, method="highs", options=tight)
+        result: Any = linprog(**arguments, method="highs", options=tight)  # type: ignore[call-overload]
         if result.x is None:
             raise RewardError(f"the linear programme of the minimal form failed: {result.message}")
         solved.append(result.x[:states] * size)

@@ -99,7 +99,8 @@ class Norm:
             expected = form if axes == 2 else self.mdp.dynamics.expected(form)
             worst, best = return_ranges(self.mdp, expected)
             return best - worst
-        return torch.linalg.vector_norm(self.embed(form, axes), self.order, dim=-1)
+        size: Tensor = torch.linalg.vector_norm(self.embed(form, axes), self.order, dim=-1)
+        return size
 
     def pairwise(self, forms: Tensor, axes: int, *, sign: float = 1.0) -> Tensor:
         """`m(x_i - sign x_j)` of all pairs of `forms [K, ...]`, `[K, K]`, by differences (a Gram matrix would lose half the digits)."""

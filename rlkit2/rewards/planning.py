@@ -30,7 +30,7 @@ def optimal_actions(mdp: TabularMDP, expected: Tensor) -> Tensor:
     values = mdp.values(reward, mdp.uniform_policy)
     reward = reward + mdp.discount * mdp.dynamics.next_mean(values) - values[..., None]
     size = max(1, _BATCH_BYTES // (8 * mdp.num_states**2)) if not mdp.sparse else 1
-    return torch.cat([_policy_iteration(mdp, part) for part in reward.split(size)])
+    return torch.cat([_policy_iteration(mdp, part) for part in torch.split(reward, size)])
 
 
 def _policy_iteration(mdp: TabularMDP, reward: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def _evaluate(mdp: TabularMDP, reward: Tensor, actions: Tensor) -> Tensor:
     if isinstance(dynamics, DenseDynamics):
         system = -mdp.discount * dynamics.backups(actions)
         system.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        return torch.linalg.solve(system, right.unsqueeze(-1)).squeeze(-1)
+        values: Tensor = torch.linalg.solve(system, right.unsqueeze(-1))
+        return values.squeeze(-1)
     solved = [_evaluate_sparse(dynamics, mdp.discount, row, chosen) for row, chosen in zip(right, actions, strict=True)]
     return torch.from_numpy(np.stack(solved))
 

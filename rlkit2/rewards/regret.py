@@ -151,7 +151,7 @@ def _programme(pair: _Pair) -> tuple[float, np.ndarray[Any, Any], np.ndarray[Any
         method="highs",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
-    if result.x is None:
+    if result.x is None or result.fun is None:
         raise RewardError(f"the linear programme of the worst-case regret failed ({result.message}); use method='dual'")
     eta = (result.x / scale).reshape(2, *shape)
     return min(max(-float(result.fun), 0.0), 1.0), eta[0], eta[1]
