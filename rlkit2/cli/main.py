@@ -12,6 +12,7 @@ from rlkit2.errors import RLKitError
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("rlkit2.cli.data", "list, inspect, check, build and import datasets"),
+    "train": ("rlkit2.cli.train", "train an agent on a dataset, several seeds together; resume a run"),
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),

@@ -46,7 +46,9 @@ Progress = Callable[[int, int], None]
 class ActingPolicy(Protocol):
     """What can be evaluated: `rlkit2.nn.policy.Policy` or anything that acts like it (raw units both sides, `[S, B, ...]` when S > 1)."""
 
-    seeds: Sequence[int]
+    @property
+    def seeds(self) -> Sequence[int]:
+        """The integers that name the seeds, in order."""
 
     def __call__(
         self, observations: Tensor, deterministic: bool = True, generator: torch.Generator | None = None

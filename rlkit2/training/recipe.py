@@ -187,6 +187,8 @@ def _read(value: Any, hint: Any) -> Any:
         raise TypeError
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6
+        return int(value)
     if hint is type(None) and value is None:
         return None
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

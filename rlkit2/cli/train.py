@@ -1,0 +1,197 @@
+"""`rlkit2 train AGENT --dataset ID`: train an agent, several seeds together, or go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import tyro
+from rich.console import Console
+
+from rlkit2.agents import agent_class, list_agents, make_config
+from rlkit2.api import train
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.scores import score_summary
+from rlkit2.training import DataOptions, Run, TrainingOptions, describe_fields, load_recipe
+from rlkit2.training.recipe import read_overrides
+
+EXAMPLES = """Examples:
+  rlkit2 train odice --dataset builtin/rooms --seeds 4 --steps 5000
+  rlkit2 train odice --dataset zoo/hopper/medium-v0 --lambda 0.7 --policy-hidden-sizes 256 256 --eval-every 10000
+  rlkit2 train --resume runs/odice-zoo-hopper-medium-v0-001"""
+COMMAND = {
+    "dataset": ("ID", "Minari id, builtin/... id, D4RL-style .hdf5 file or folder (default: that of the recipe)"),
+    "seeds": ("N", "number of seeds trained together, or the seeds themselves: 3,7 (default: 1)"),
+    "recipe": ("FILE", "TOML with agent, dataset and options (default: the shipped one for agent and dataset, if any)"),
+    "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),
+    "resume": ("RUN", "go on with this run from its newest checkpoint; --steps N prolongs it to N in all"),
+    "env": ("ID", "environment to evaluate in (default: the dataset's)"),
+    "device": ("NAME", "auto, cpu, cuda or cuda:1 (default: auto)"),
+    "compile": (
+        "MODE",
+        "auto: a CUDA graph where there is a GPU; on: torch.compile on a CPU, too; off (default: auto)",
+    ),
+}
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    agent, rest = _agent(arguments)
+    given = _parse(agent, rest)
+    recipe = given.pop("recipe", None)
+    if recipe is not None and agent is not None and load_recipe(recipe).agent != agent:
+        raise ConfigError(f"recipe {recipe} is for {load_recipe(recipe).agent}, not {agent}; name only one of them")
+    done = train(
+        agent if recipe is None else Path(recipe),
+        given.pop("dataset", None),
+        seeds=_seeds(given.pop("seeds", "1")),
+        overrides=_section(agent_class(agent).config_class, given) if agent else None,
+        loggers=given.pop("logger", ()),
+        **_section(TrainingOptions, given),
+        **_section(DataOptions, given),
+        **given,
+    )
+    _print(Console(width=None if sys.stdout.isatty() else 160, highlight=False), done)
+    return 1 if done.manifest["status"] == "failed" else 0
+
+
+def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The agent, whose fields are options (the first word, or that of the recipe), and the other arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        agent_class(arguments[0])
+        return arguments[0], list(arguments[1:])
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--recipe" and (value or arguments[index + 1 :]):
+            return load_recipe(value or arguments[index + 1]).agent, list(arguments)
+    return None, list(arguments)
+
+
+def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """The options that were given, as text (lists as tuples of text, switches as booleans)."""
+    fields: dict[str, Any] = {name: _option(*texts) for name, texts in COMMAND.items()}
+    fields["logger"] = _option("NAME", "tensorboard, wandb, trackio; several may be named", tuple[str, ...])
+    for cls, defaults in _sections(agent):
+        for name, kind, default, meaning in describe_fields(cls):
+            value = defaults.get(name, default)
+            shown = "" if "default:" in meaning else f" (default: {_show(value)})"
+            typed = bool if kind == "true or false" else tuple[str, ...] if kind.startswith("[") else str
+            fields[name] = _option(kind, f"{meaning}{shown}", typed, name.rstrip("_"))
+    parser = TypedDict("parser", fields, total=False)  # type: ignore[misc]
+    prog = f"rlkit2 train {agent or 'AGENT'}"
+    given, unknown = tyro.cli(
+        parser, args=arguments, prog=prog, description=_description(agent), return_unknown_args=True
+    )
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], agent, fields))
+    return dict(given)
+
+
+def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) -> Any:
+    words = {"whole number": "N", "number": "NUMBER", "text": "TEXT"}
+    metavar = next((short for word, short in words.items() if word in kind), kind if kind.isupper() else None)
+    if typed == tuple[str, ...]:
+        metavar = f"{metavar} ..."
+    return Annotated[typed, tyro.conf.arg(name=name, metavar=metavar, help=meaning, help_behavior_hint="")]
+
+
+def _sections(agent: str | None) -> list[tuple[type[Any], dict[str, Any]]]:
+    """Where options come from: how to train, how to see the data, and the agent's own config with its preset."""
+    sections: list[tuple[type[Any], dict[str, Any]]] = [(TrainingOptions, {}), (DataOptions, {})]
+    return [*sections, (agent_class(agent).config_class, asdict(make_config(agent)))] if agent else sections
+
+
+def _section(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Take a section's options out of `given`, read as the types of its fields."""
+    names = [name for name, *_ in describe_fields(cls) if name in given]
+    return read_overrides(cls, [f"{name}={_text(given.pop(name))}" for name in names])
+
+
+def _text(value: Any) -> str:
+    """An option as TOML."""
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+def _show(value: Any) -> str:
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if value in (None, True, False)
+        else str(value)
+    )
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be a number of seeds or seeds with commas between, not {text!r}") from error
+
+
+def _unknown(argument: str, agent: str | None, fields: dict[str, Any]) -> str:
+    options = [f"--{name.rstrip('_').replace('_', '-')}" for name in fields]
+    where = f"rlkit2 train {agent} --help" if agent else "rlkit2 train --help"
+    if argument in list_agents():
+        return f"the agent comes first: rlkit2 train {argument} ..."
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}; {where} shows all options"
+    close = get_close_matches(argument.partition("=")[0].replace("_", "-"), options, 2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"{where} shows all options"
+    return (
+        f"unknown option {argument!r}; {hint}"
+        if agent
+        else f"unknown option {argument!r}; name the agent first, or {hint}"
+    )
+
+
+def _description(agent: str | None) -> str:
+    if agent is not None:
+        return (
+            f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{EXAMPLES}"
+        )
+    width = max(map(len, list_agents()))
+    lines = "\n".join(f"  {name:<{width}}  {_about(name)}" for name in list_agents())
+    return "\n\n".join(
+        [
+            "Train an agent on a dataset, several seeds together, into a new run folder.",
+            f"Agents:\n{lines}",
+            "rlkit2 train AGENT --help shows the agent's own options.",
+            EXAMPLES,
+        ]
+    )
+
+
+def _about(agent: str) -> str:
+    """The first line of the agent's file, and what its preset changes."""
+    cls = agent_class(agent)
+    preset = {
+        name: value for name, value in asdict(make_config(agent)).items() if value != getattr(cls.config_class(), name)
+    }
+    text = (inspect.getdoc(importlib.import_module(cls.__module__)) or agent).partition("\n")[0].rstrip(".")
+    return text + (f" ({', '.join(f'{name} = {value}' for name, value in preset.items())})" if preset else "")
+
+
+def _print(out: Console, done: Run) -> None:
+    """Where the run is, what it scored last, and what to do with it."""
+    manifest = done.manifest
+    out.print(
+        f"{done.path}: {manifest['status']} at step {manifest['step']} after {manifest['seconds']:.0f} s",
+        soft_wrap=True,
+    )
+    if done.evaluations():
+        summary = score_summary(done)
+        final, seeds = summary["final"], summary["seeds"]
+        if final["mean"] is not None:
+            low, high = final["interval"]
+            out.print(
+                f"final {summary['unit']}: {final['mean']:.1f} (95 % interval {low:.1f} to {high:.1f}), "
+                f"seeds {', '.join(map(str, seeds))}, {final['episodes']} episodes each"
+            )
+    out.print(f"next: rlkit2 evaluate {done.path}", soft_wrap=True)
