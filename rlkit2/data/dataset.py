@@ -227,10 +227,10 @@ class TransitionDataset:
         values = values.clone()
         return replace(self, spec=self._derived(b"rewards", values.cpu().numpy().tobytes()), new_rewards=values)
 
-    def segments(self, length: int, stride: int = 1) -> Tensor:
-        """Row indices `[K, length]` of every window of `length` consecutive steps that stays inside one episode, starting every `stride` steps.
+    def segment_starts(self, length: int, stride: int = 1) -> Tensor:
+        """Rows `[K]` int64 at which a window of `length` consecutive steps starts that stays inside one episode, every `stride` steps.
 
-        Index any field with it: `dataset.rewards[dataset.segments(50)]` is `[K, 50]`. `DatasetError` where no episode is long enough.
+        `DatasetError` where no episode is long enough.
         """
         if length < 1 or stride < 1:
             raise DatasetError(f"segment length {length} and stride {stride} must be positive")
@@ -240,9 +240,16 @@ class TransitionDataset:
                 f"no episode of {self.spec.id} has {length} steps; the longest has {int(self.episode_lengths.max())}"
             )
         first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-        offset = (torch.arange(int(counts.sum())) - first) * stride
-        starts = torch.repeat_interleave(self.episode_starts[:-1], counts) + offset
-        return starts[:, None] + torch.arange(length)
+        offset = (torch.arange(int(counts.sum()), device=counts.device) - first) * stride
+        return torch.repeat_interleave(self.episode_starts[:-1], counts) + offset
+
+    def segments(self, length: int, stride: int = 1) -> Tensor:
+        """Row indices `[K, length]` of every window of `length` consecutive steps that stays inside one episode, starting every `stride` steps.
+
+        Index any field with it: `dataset.rewards[dataset.segments(50)]` is `[K, 50]`. `DatasetError` where no episode is long enough.
+        """
+        starts = self.segment_starts(length, stride)
+        return starts[:, None] + torch.arange(length, device=starts.device)
 
     def to_minari(self, dataset_id: str, **metadata: Any) -> Any:
         """Write the dataset as a Minari dataset `dataset_id` and return the `minari.MinariDataset`; see `rlkit2.data.export.to_minari`."""
