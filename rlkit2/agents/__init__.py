@@ -28,8 +28,11 @@ class _Entry:
 
 _REGISTRY = {
     "bc": _Entry("rlkit2.agents.bc", "BC"),
+    "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
+    "iql": _Entry("rlkit2.agents.iql", "IQL"),
     "odice": _Entry("rlkit2.agents.odice", "ODICE"),
     "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
+    "td3bc": _Entry("rlkit2.agents.td3bc", "TD3BC"),
     "vdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "true"}),
 }
 

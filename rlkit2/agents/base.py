@@ -102,6 +102,13 @@ class Agent:
             terminations=batch.terminations.to(self.dtype),
         )
 
+    def raw_q(self, critic: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
+        """Every member of `critic`, `[S, M, B]`, at raw observations `[S, B, obs]` and actions (for an agent's public `q`)."""
+        observations = self.normalizer.observations(observations.to(self.device, self.dtype))
+        actions = actions.to(self.device) if self.discrete else actions.to(self.device, self.dtype)
+        values: Tensor = critic(observations, self.normalizer.actions(actions))
+        return values
+
     # State
 
     def _live_state(self) -> dict[str, Tensor]:

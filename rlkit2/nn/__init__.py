@@ -1,6 +1,7 @@
 """Stacked networks, heads and distributions; every parameter carries the seed axis in front."""
 
 from rlkit2.nn.actors import Actor, make_actor
+from rlkit2.nn.critics import Critic
 from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_copy, unflatten
 from rlkit2.nn.normalizer import Normalizer
 from rlkit2.nn.optim import Adam
@@ -9,6 +10,7 @@ from rlkit2.nn.policy import Policy, load_policy
 __all__ = [
     "Actor",
     "Adam",
+    "Critic",
     "Normalizer",
     "Policy",
     "StackedMLP",

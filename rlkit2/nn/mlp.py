@@ -151,6 +151,15 @@ class StackedMLP(nn.Module):
         self._layers = self._split(self.flat.detach())
         return self
 
+    def member(self, index: int) -> StackedMLP:
+        """One member as a network with M = 1 that shares this one's weights; they cannot be trained through it."""
+        flat = self.flat.detach().view(self.num_seeds, self.members or 1, -1)[:, index]
+        alone = copy.copy(self)
+        alone.members = 1
+        alone._parameters = {"flat": nn.Parameter(flat, requires_grad=False)}
+        alone._layers = alone._split(flat)
+        return alone
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StackedMLP:
         twin = copy.copy(self)
         twin._parameters = {"flat": nn.Parameter(self.flat.detach().clone(), requires_grad=self.flat.requires_grad)}

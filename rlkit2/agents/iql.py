@@ -1,0 +1,218 @@
+"""Implicit Q-learning: the best action in the data, found without ever asking Q about an action outside it.
+
+V is an expectile of Q over the dataset's actions, Q regresses on V, and the policy clones the data weighted by the exponentiated advantage:
+
+    A(s, a) = min_i Q_target_i(s, a) - V(s)
+    L(V)  = E[ |tau - 1(A < 0)| A^2 ]
+    L(Q)  = E[ sum_i (r + gamma (1 - terminated) V(s') - Q_i(s, a))^2 ]
+    L(pi) = -E[ min(exp(beta A), 100) log pi(a|s) ]
+
+Source: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning" (ICLR 2022), with the hyper-parameters of its
+MuJoCo experiments. Differences from the authors' code: A and V(s') are those before V's step (theirs: after it), which saves a second evaluation
+of V; weights start as torch's linear layers do (theirs: orthogonal); no dropout in the policy. Discrete actions have one output of Q per action and
+a categorical policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.base import Agent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.td import expectile_loss, squared_td_error, td_target
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, make_actor, target_copy
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Implicit Q-learning."""
+
+    expectile: float = (
+        0.7  # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
+    )
+    inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
+    weight_clamp: float = 100.0  # upper bound of the policy weight exp(beta A)
+    discount: float = 0.99  # gamma
+    num_critics: int = 2  # estimates of Q; their minimum is the target of V
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q, V and the policy
+    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
+    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
+    critic_learning_rate: float = 3e-4  # Adam's step size for Q
+    value_learning_rate: float = 3e-4  # Adam's step size for V
+    policy_learning_rate: float = 3e-4  # Adam's step size for the policy, at the start
+    policy_cosine_steps: int | None = (
+        1_000_000  # updates over which that step size falls to zero along half a cosine; none: constant
+    )
+    target_update_rate: float = 0.005  # Polyak rate of the target Q
+
+    def __post_init__(self) -> None:
+        for name, value, good in (
+            ("expectile", self.expectile, 0.0 < self.expectile < 1.0),
+            ("inverse_temperature", self.inverse_temperature, self.inverse_temperature >= 0.0),
+            ("weight_clamp", self.weight_clamp, self.weight_clamp > 0.0),
+            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
+            ("num_critics", self.num_critics, self.num_critics >= 1),
+            ("policy_cosine_steps", self.policy_cosine_steps, (self.policy_cosine_steps or 1) >= 1),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value} is out of range")
+
+
+class IQL(Agent):
+    """Implicit Q-learning for S seeds; arguments as for `Agent`."""
+
+    config_class = IQLConfig
+    config: IQLConfig
+
+    def __init__(
+        self,
+        config: IQLConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self.value_network = StackedMLP(
+            observation_size, config.hidden_sizes, seeds=self.seeds, stream="value", dtype=dtype, device=device
+        )
+        self.critic = Critic(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_critics,
+            discrete=discrete,
+            dtype=dtype,
+            device=device,
+        )
+        self.critic_target = target_copy(self.critic)
+        self.actor = make_actor(
+            "categorical" if discrete else config.policy_head,
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=config.tanh_mean,
+            log_std_init=config.log_std_init,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
+        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
+        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate, cosine_steps=config.policy_cosine_steps)
+        self._register(
+            {
+                "value": self.value_network,
+                "critic": self.critic,
+                "critic_target": self.critic_target,
+                "policy": self.actor,
+            },
+            {"value": self.value_optimizer, "critic": self.critic_optimizer, "policy": self.policy_optimizer},
+        )
+
+    # The terms of the objective, on normalised batches
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """A = min over target critics of Q(s, a) - V(s), `[S, B]`; differentiable in V."""
+        with torch.no_grad():
+            target = self.critic_target(batch.observations, batch.actions).amin(1)
+        advantage: Tensor = target - self.value_network(batch.observations)
+        return advantage
+
+    def value_loss(self, advantage: Tensor) -> Tensor:
+        """Expectile regression of V on Q, `[S]`."""
+        return expectile_loss(advantage, self.config.expectile).mean(1)
+
+    def critic_loss(self, batch: Batch, next_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Regression of every Q on r + gamma V(s'), `[S]`, and Q itself, `[S, M, B]`."""
+        targets = td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+        values = self.critic(batch.observations, batch.actions)
+        return squared_td_error(values, targets), values
+
+    def policy_weight(self, advantage: Tensor) -> Tensor:
+        """min(exp(beta A), clamp), `[S, B]`, without gradient."""
+        return (self.config.inverse_temperature * advantage.detach()).exp().clamp(max=self.config.weight_clamp)
+
+    def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
+        """Weighted negative log-likelihood of the data's actions, `[S]`."""
+        return -(weight * self.actor.log_prob(batch.observations, batch.actions)).mean(1)
+
+    # One update
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Steps of V, Q and the policy, all at the values before them; then the target of Q."""
+        batch = self.normalize(batch)
+        with torch.no_grad():
+            next_value = self.value_network(batch.next_observations)
+        advantage = self.advantage(batch)
+        value_loss = self.value_loss(advantage)
+        value_gradient_norm = self.value_optimizer.minimize(value_loss)
+
+        critic_loss, values = self.critic_loss(batch, next_value)
+        critic_gradient_norm = self.critic_optimizer.minimize(critic_loss)
+
+        weight = self.policy_weight(advantage)
+        policy_loss = self.policy_loss(batch, weight)
+        policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
+
+        lerp_(self.critic_target, self.critic, self.config.target_update_rate)
+        self.step += 1
+        return {
+            "value/loss": value_loss.detach(),
+            "value/grad_norm": value_gradient_norm,
+            "value/next_mean": next_value.mean(1),
+            "critic/loss": critic_loss.detach(),
+            "critic/grad_norm": critic_gradient_norm,
+            "critic/q_mean": values.detach().mean((1, 2)),
+            "policy/loss": policy_loss.detach(),
+            "policy/grad_norm": policy_gradient_norm,
+            "advantage/mean": advantage.detach().mean(1),
+            "weight/mean": weight.mean(1),
+            "weight/clamp_share": (weight == self.config.weight_clamp).to(weight).mean(1),
+        }
+
+    # What it offers to others
+
+    @torch.no_grad()
+    def value(self, observations: Tensor) -> Tensor:
+        """V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
+        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
+        return values
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over critics of Q at raw observations `[S, B, obs]` and actions, as `[S, B]`, in units of the batch's rewards."""
+        return self.raw_q(self.critic, observations, actions).amin(1)
+
+    @classmethod
+    def warnings(cls, config: IQLConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Saturated policy weights: beyond the clamp all good actions look alike."""
+        if metrics.get("weight/clamp_share", 0.0) > 0.5:
+            return {
+                "clamped_weights": "more than half of the policy weights are at the clamp; use a smaller inverse_temperature or reward_scale"
+            }
+        return {}

@@ -1,0 +1,178 @@
+"""TD3+BC: twin delayed deterministic policy gradient, kept near the data by a cloning term.
+
+The policy maximises Q, scaled to the size of the cloning error, and every second critic step updates it:
+
+    y     = r + gamma (1 - terminated) min_i Q_target_i(s', pi_target(s') + noise),   noise = clip(N(0, 0.2^2), -0.5, 0.5)
+    L(Q)  = E[ sum_i (y - Q_i(s, a))^2 ]
+    L(pi) = -lambda E[ Q_1(s, pi(s)) ] + E[ |pi(s) - a|^2 ] / act,   lambda = alpha / E|Q_1(s, pi(s))|
+
+Source: Fujimoto and Gu, "A Minimalist Approach to Offline Reinforcement Learning" (NeurIPS 2021), and the TD3 of Fujimoto, van Hoof and Meger
+(ICML 2018), with the authors' hyper-parameters. Noise and clip are in units of the rescaled action, whose bounds are -1 and 1. Train on normalised
+observations, as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.base import Agent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.td import squared_td_error, td_target
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn.random import normal
+
+
+@dataclass(frozen=True)
+class TD3BCConfig:
+    """TD3+BC, for continuous actions."""
+
+    alpha: float = 2.5  # weight of Q against the cloning term; 0 clones the data
+    discount: float = 0.99  # gamma
+    num_critics: int = 2  # estimates of Q; targets take their minimum
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q and the policy
+    critic_learning_rate: float = 3e-4  # Adam's step size for Q
+    policy_learning_rate: float = 3e-4  # Adam's step size for the policy
+    policy_delay: int = 2  # critic updates per update of the policy and of the targets
+    target_noise: float = 0.2  # standard deviation of the noise on the target action
+    target_noise_clip: float = 0.5  # bound of that noise
+    target_update_rate: float = 0.005  # Polyak rate of the targets, whenever the policy is updated
+
+    def __post_init__(self) -> None:
+        for name, value, good in (
+            ("alpha", self.alpha, self.alpha >= 0.0),
+            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
+            ("num_critics", self.num_critics, self.num_critics >= 1),
+            ("policy_delay", self.policy_delay, self.policy_delay >= 1),
+            ("target_noise", self.target_noise, self.target_noise >= 0.0),
+            ("target_noise_clip", self.target_noise_clip, self.target_noise_clip >= 0.0),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value} is out of range")
+
+
+class TD3BC(Agent):
+    """TD3+BC for S seeds; arguments as for `Agent`.
+
+    Raises:
+        ConfigError: discrete actions.
+    """
+
+    config_class = TD3BCConfig
+    config: TD3BCConfig
+
+    def __init__(
+        self,
+        config: TD3BCConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        if discrete:
+            raise ConfigError("td3bc needs continuous actions; for discrete ones choose iql, odice or bc")
+        super().__init__(
+            config, observation_size, action_size, seeds=seeds, dtype=dtype, device=device, normalizer=normalizer
+        )
+        self.critic = Critic(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_critics,
+            dtype=dtype,
+            device=device,
+        )
+        self.critic_target = target_copy(self.critic)
+        self.actor = make_actor(
+            "deterministic",
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            dtype=dtype,
+            device=device,
+        )
+        self.actor_target = target_copy(self.actor)
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
+        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)
+        self._phase = 0  # step modulo policy_delay, on the host: the delay must not ask the device
+        self._register(
+            {
+                "critic": self.critic,
+                "critic_target": self.critic_target,
+                "policy": self.actor,
+                "policy_target": self.actor_target,
+            },
+            {"critic": self.critic_optimizer, "policy": self.policy_optimizer},
+        )
+
+    # The terms of the objective, on normalised batches
+
+    @torch.no_grad()
+    def critic_targets(self, batch: Batch) -> Tensor:
+        """y, `[S, B]`: the least target critic at the smoothed action of the target policy."""
+        noise = normal(batch.actions.shape, self.seed_keys, self.step, stream="target_noise", dtype=self.dtype)
+        limit = self.config.target_noise_clip
+        noise = (self.config.target_noise * noise).clamp(-limit, limit)
+        next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1.0, 1.0)
+        next_value = self.critic_target(batch.next_observations, next_actions).amin(1)
+        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Regression of every Q on y, `[S]`, and Q itself, `[S, M, B]`."""
+        values = self.critic(batch.observations, batch.actions)
+        return squared_td_error(values, self.critic_targets(batch)), values
+
+    def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """-lambda Q_1(s, pi(s)) plus the cloning error, `[S]`, with metrics of both."""
+        actions = self.actor(batch.observations)
+        values = self.critic.first(batch.observations, actions)
+        cloning = (actions - batch.actions).square().mean((1, 2))
+        weight = self.config.alpha / values.detach().abs().mean(1)
+        loss = cloning - weight * values.mean(1)
+        return loss, {"policy/cloning_error": cloning.detach(), "policy/lambda": weight}
+
+    # One update
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """A critic step; every `policy_delay`-th time also a policy step and a step of the targets."""
+        batch = self.normalize(batch)
+        critic_loss, values = self.critic_loss(batch)
+        metrics = {
+            "critic/grad_norm": self.critic_optimizer.minimize(critic_loss),
+            "critic/loss": critic_loss.detach(),
+            "critic/q_mean": values.detach().mean((1, 2)),
+        }
+        self.step += 1
+        self._phase = (self._phase + 1) % self.config.policy_delay
+        if self._phase == 0:
+            policy_loss, policy_metrics = self.policy_loss(batch)
+            metrics["policy/grad_norm"] = self.policy_optimizer.minimize(policy_loss)
+            metrics["policy/loss"] = policy_loss.detach()
+            metrics.update(policy_metrics)
+            lerp_(self.critic_target, self.critic, self.config.target_update_rate)
+            lerp_(self.actor_target, self.actor, self.config.target_update_rate)
+        return metrics
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` in, and go on in the same phase of the delay."""
+        super().load_state_dict(state)
+        self._phase = int(self.step[0]) % self.config.policy_delay
+
+    # What it offers to others
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over critics of Q at raw observations `[S, B, obs]` and actions `[S, B, act]`, as `[S, B]`, in units of the batch's rewards."""
+        return self.raw_q(self.critic, observations, actions).amin(1)
