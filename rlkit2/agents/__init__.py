@@ -16,7 +16,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
 from rlkit2.nn import Normalizer
 
-__all__ = ["Agent", "agent_class", "list_agents", "make_agent", "make_config", "make_normalizer"]
+__all__ = ["Agent", "agent_class", "list_agents", "make_agent", "make_config", "make_normalizer", "plain_name"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
         ):
             return candidate
     raise ConfigError(f"{type(name_or_config).__name__} is no agent's config; give one of: {', '.join(list_agents())}")
+
+
+def plain_name(name: str) -> str:
+    """The name of the agent that `name` is a preset of: "odice" for "sdice", "bc" for "bc10"; a plain agent's own name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    entry = _entry(name)
+    return next(plain for plain, other in _REGISTRY.items() if other.name == entry.name and not other.preset)
 
 
 def make_config(name: str, **overrides: Any) -> Any:

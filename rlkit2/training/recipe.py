@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rlkit2.agents import agent_class
+from rlkit2.agents import agent_class, plain_name
 from rlkit2.errors import ConfigError
 from rlkit2.recipes import recipe_folder
 from rlkit2.training.options import DataOptions, TrainingOptions
@@ -75,14 +75,15 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def find_recipe(agent: str, dataset: str) -> Recipe | None:
-    """The shipped recipe `agents/<agent>/*.toml` for a dataset, or None."""
+    """The shipped recipe `agents/<agent>/*.toml` for a dataset, or None; a preset without a folder of its own shares its agent's."""
     try:
-        paths = sorted((recipe_folder("agents") / agent).glob("*.toml"))
+        folder = recipe_folder("agents")
     except ConfigError:
         return None
-    for path in paths:
+    name = agent if (folder / agent).is_dir() else plain_name(agent)
+    for path in sorted((folder / name).glob("*.toml")):
         recipe = load_recipe(path)
-        if recipe.dataset == dataset and recipe.agent == agent:
+        if recipe.dataset == dataset and recipe.agent == name:
             return recipe
     return None
 
