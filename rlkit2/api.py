@@ -16,6 +16,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
 from rlkit2.nn.policy import Policy
 from rlkit2.nn.policy import load_policy as read_policy
+from rlkit2.progress import progress_bar
 from rlkit2.training.options import DataOptions, TrainingOptions
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run
@@ -32,8 +33,8 @@ def load_dataset(
     """A dataset as aligned tensors.
 
     Args:
-        source: a Minari id (looked for locally, then at Minari's remotes), a built-in id (`builtin/...`, built on first use), a
-            `minari.MinariDataset`, a D4RL-style `.hdf5` file, a folder, or arrays by name.
+        source: a Minari id (looked for locally, then at Minari's remotes), a built-in id (`builtin/rooms`, built on
+            first use; `rlkit2 data list` shows all), a `minari.MinariDataset`, a D4RL-style `.hdf5` file, a folder, or arrays by name.
         observation_keys: the keys of Dict observations to use, in order; default: all.
         cache: keep aligned records on disk, so that the next time takes milliseconds.
 
@@ -42,9 +43,10 @@ def load_dataset(
         DatasetError: it is there but cannot be used; the message names the episode or field.
     """
     if isinstance(source, str) and source.startswith("builtin/"):
-        from rlkit2.envs.builtin import ensure_builtin
+        from rlkit2.envs.builtin import builtin_id, ensure_builtin
 
-        source = ensure_builtin(source)
+        with progress_bar(f"building {builtin_id(source)}") as progress:
+            source = ensure_builtin(source, progress=progress)
     return read_dataset(source, observation_keys=observation_keys, cache=cache)
 
 

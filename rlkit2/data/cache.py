@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,7 @@ def open_cached(key: str, dtype: np.dtype[Any], fill: Fill) -> TransitionDataset
             _remove(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent, ".*-*")
         temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
     except OSError as error:
         return _in_memory(dtype, fill, error)
@@ -153,6 +155,16 @@ def _read(folder: Path) -> TransitionDataset:
         raise CorruptDatasetError("episode_starts.npy does not fit records.bin")
     spec = DatasetSpec.from_json(described["spec"])
     return TransitionDataset(Records.map_file(folder / "records.bin", dtype, length), torch.from_numpy(starts), spec)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Delete what processes killed in mid-work left in `folder`: temporary folders of that name pattern, untouched for a day."""
+    for path in folder.glob(pattern):
+        try:
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # another process has removed it
+            continue
 
 
 def _remove(folder: Path) -> None:

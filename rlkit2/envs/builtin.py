@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
+from rlkit2.data.cache import remove_leftovers
+from rlkit2.data.load import minari_root
 from rlkit2.envs.behaviors import make_behavior
 from rlkit2.envs.recipe import DatasetRecipe, PolicyRecipe, read_recipe
 from rlkit2.envs.rollouts import rollout
@@ -26,6 +30,16 @@ from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, Datase
 from rlkit2.recipes import recipe_folder
 
 Progress = Callable[[int, int], None]
+
+# What the name of a family alone stands for: `builtin/rooms` is `builtin/rooms/stitch-sparse-v0`.
+DEFAULTS = {
+    "rooms": "stitch-sparse-v0",
+    "noisy-rooms": "explore-v0",
+    "gridworld": "mixed-v0",
+    "pendulum": "mixed-v0",
+    "cartpole": "mixed-v0",
+    "pointmaze": "umaze-v0",
+}
 
 
 def data_root() -> Path:
@@ -48,12 +62,30 @@ def list_builtin() -> tuple[tuple[str, str], ...]:
     return tuple((dataset_id, read_recipe(file).description) for dataset_id, file in builtin_recipes().items())
 
 
-def ensure_builtin(dataset_id: str, *, progress: Progress | None = None) -> MinariDataset:
+def builtin_id(name: str) -> str:
+    """The full id of a built-in dataset, also for a family's name alone (`builtin/rooms`).
+
+    Raises:
+        DatasetNotFoundError: there is no such dataset; the message names the closest ids.
+    """
+    recipes = builtin_recipes()
+    family = name.removeprefix("builtin/").strip("/")
+    wanted = f"builtin/{family}/{DEFAULTS[family]}" if family in DEFAULTS else name
+    if wanted in recipes:
+        return wanted
+    families = [f"builtin/{name}" for name in DEFAULTS]
+    close = get_close_matches(wanted, [*recipes, *families], 3, 0.7)
+    hint = f"close ids: {', '.join(close)}" if close else f"families: {', '.join(families)}"
+    raise DatasetNotFoundError(f"no built-in dataset {name!r}; {hint}; `rlkit2 data list` shows all")
+
+
+def ensure_builtin(dataset_id: str, *, progress: Progress | None = None, rebuild: bool = False) -> MinariDataset:
     """Open a built-in dataset, building it if it is not there yet.
 
     Args:
-        dataset_id: one of `list_builtin()`.
+        dataset_id: one of `list_builtin()`, or the name of a family, such as `builtin/rooms`.
         progress: called with (episodes done, episodes in all) while building.
+        rebuild: build it even if it is there, and put it in the place of the old one.
 
     Raises:
         DatasetNotFoundError: no built-in dataset has that id.
@@ -61,65 +93,77 @@ def ensure_builtin(dataset_id: str, *, progress: Progress | None = None) -> Mina
         CorruptDatasetError: what is stored there cannot be read.
         MissingExtraError: the environment needs an extra that is not installed.
     """
-    recipes = builtin_recipes()
-    if dataset_id not in recipes:
-        raise DatasetNotFoundError(f"no built-in dataset {dataset_id!r}; there are {', '.join(recipes)}")
-    return _ensure(read_recipe(recipes[dataset_id]), data_root(), progress)
+    return _ensure(read_recipe(builtin_recipes()[builtin_id(dataset_id)]), data_root(), progress, rebuild)
 
 
 def build_recipe(
-    path: str | Path, *, root: str | Path | None = None, progress: Progress | None = None
+    path: str | Path, *, root: str | Path | None = None, progress: Progress | None = None, rebuild: bool = False
 ) -> MinariDataset:
     """Build the dataset of a recipe file, or open it if it has been built from the same recipe before.
 
     Args:
         path: TOML file, see `rlkit2.envs.recipe.DatasetRecipe`.
-        root: folder of datasets; `data_root()` by default. Minari finds the dataset there with MINARI_DATASETS_PATH.
+        root: folder of datasets; by default Minari's own, so that every tool finds the dataset by its id.
         progress: called with (episodes done, episodes in all) while building.
+        rebuild: build it even if it is there, and put it in the place of the old one.
 
     Raises:
         ConfigError: a field of the recipe is wrong; the message names it.
         DatasetError: the folder cannot be written, or holds a dataset of that id made from another recipe.
     """
     recipe = read_recipe(path)
-    if recipe.id.startswith("builtin/") and recipe_folder("envs") not in Path(path).resolve().parents:
+    builtin = recipe.id.startswith("builtin/")
+    if builtin and recipe_folder("envs") not in Path(path).resolve().parents:
         raise ConfigError(f"{path}: id {recipe.id!r} is in the namespace of the built-in datasets; choose another")
-    return _ensure(recipe, data_root() if root is None else Path(root).absolute(), progress)
+    own = data_root() if builtin else minari_root()
+    return _ensure(recipe, own.absolute() if root is None else Path(root).absolute(), progress, rebuild)
 
 
-def _ensure(recipe: DatasetRecipe, root: Path, progress: Progress | None) -> MinariDataset:
+def _ensure(recipe: DatasetRecipe, root: Path, progress: Progress | None, rebuild: bool) -> MinariDataset:
     folder = root / recipe.id
-    if not folder.exists():
-        temporary = root / f".building-{uuid.uuid4().hex}"
-        try:
-            temporary.mkdir(parents=True)
-            write_dataset(recipe, temporary / "data", progress=progress)
-            _publish(temporary, folder)
-        except OSError as error:
-            raise DatasetError(
-                f"cannot write {folder} ({error.strerror}); set RLKIT2_DATA to a folder that can be written"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if rebuild or not folder.exists():
+        _build(recipe, root, folder, progress)
     try:
         dataset = MinariDataset(folder / "data")
         digest = MinariStorage.read_raw_metadata(folder / "data").get("recipe_digest")
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise CorruptDatasetError(
-            f"{recipe.id}: {folder} cannot be read ({error}); delete it to build it anew"
-        ) from error
+        raise CorruptDatasetError(f"{recipe.id}: {folder} cannot be read ({error}); {_mend(recipe)}") from error
+    if digest is None:
+        raise DatasetError(f"{recipe.id}: {folder} holds a dataset of that id that no recipe made; choose another id")
     if digest != recipe.digest:
-        raise DatasetError(
-            f"{recipe.id}: {folder} was made from another recipe; delete it to build it anew, or change the id"
-        )
+        raise DatasetError(f"{recipe.id}: {folder} was made from another recipe; {_mend(recipe)}, or change the id")
     return dataset
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+def _mend(recipe: DatasetRecipe) -> str:
+    what = recipe.id if recipe.id.startswith("builtin/") else "--recipe FILE"
+    return f"build it anew with: rlkit2 data build {what} --rebuild"
+
+
+def _build(recipe: DatasetRecipe, root: Path, folder: Path, progress: Progress | None) -> None:
+    """Build beside the final place and rename; what a killed build left behind is swept up by a later one."""
+    temporary = root / f".building-{uuid.uuid4().hex}"
+    try:
+        (temporary / "new").mkdir(parents=True)
+        remove_leftovers(root, ".building-*")
+        write_dataset(recipe, temporary / "new" / "data", progress=progress)
+        if folder.exists():
+            folder.rename(temporary / "old")
+        _publish(temporary / "new", folder)
+    except OSError as error:
+        variable = "RLKIT2_DATA" if recipe.id.startswith("builtin/") else "MINARI_DATASETS_PATH"
+        raise DatasetError(
+            f"cannot write {folder} ({error.strerror or error}); set {variable} to a folder that can be written"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(finished: Path, folder: Path) -> None:
     """Put the finished dataset in its place; if another process was faster, its dataset stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.rename(folder)
+        finished.rename(folder)
     except OSError:
         if not folder.exists():
             raise
@@ -128,12 +172,15 @@ def _publish(temporary: Path, folder: Path) -> None:
 def write_dataset(recipe: DatasetRecipe, path: Path, *, progress: Progress | None = None) -> None:
     """Run the recipe and write the dataset into the new folder `path`, which must be absolute."""
     spec, eval_spec = recipe.spec(), recipe.spec(**recipe.evaluation)
-    episodes = _collect(recipe, progress)
+    done = itertools.count(1)
+    total = recipe.episodes + 2 * recipe.reference.episodes
+    count = (lambda: progress(next(done), total)) if progress is not None else (lambda: None)
+    episodes = _collect(recipe, count)
     # HDF5: Minari writes a thousand short episodes in a second, twenty times faster than Arrow with its folder per episode.
     with closing(gymnasium.make(spec)) as env:
         storage = MinariStorage.new(path, env.observation_space, env.action_space, env_spec=spec, data_format="hdf5")
     storage.update_episodes(episodes)
-    scores = reference_scores(recipe)
+    scores = reference_scores(recipe, count)
     storage.update_metadata(
         {
             "dataset_id": recipe.id,
@@ -151,49 +198,43 @@ def write_dataset(recipe: DatasetRecipe, path: Path, *, progress: Progress | Non
     )
 
 
-def _collect(recipe: DatasetRecipe, progress: Progress | None) -> list[EpisodeBuffer]:
-    """All episodes, shuffled, so that their order says nothing about the behaviour."""
+def _collect(recipe: DatasetRecipe, count: Callable[[], None]) -> list[EpisodeBuffer]:
+    """All episodes, shuffled, so that their order says nothing about the behaviour; `count` is called after each."""
     episodes: list[EpisodeBuffer] = []
     for i, behavior in enumerate(recipe.behaviors):
         seed = int(np.random.SeedSequence((recipe.seed, i)).generate_state(1)[0])
-        run = _run(
-            recipe.spec(**behavior.kwargs),
-            behavior,
-            episodes=behavior.episodes,
-            seed=seed,
-            max_steps=behavior.max_steps,
-        )
-        for episode in run:
+        spec = recipe.spec(**behavior.kwargs)
+        for episode in _run(spec, behavior, episodes=behavior.episodes, seed=seed, max_steps=behavior.max_steps):
             episodes.append(episode)
-            if progress is not None:
-                progress(len(episodes), recipe.episodes)
+            count()
     order = np.random.default_rng(recipe.seed).permutation(len(episodes))
     return [episodes[i] for i in order]
 
 
-def _run(spec: EnvSpec, policy: PolicyRecipe, **how: Any) -> Sequence[EpisodeBuffer]:
+def _run(spec: EnvSpec, policy: PolicyRecipe, **how: Any) -> Iterator[EpisodeBuffer]:
     with closing(gymnasium.make(spec)) as env:
         mixed = {"noise": policy.noise, "epsilon": policy.epsilon}
-        return list(rollout(spec, lambda: make_behavior(policy.policy, env, **mixed, **policy.options), **how))
+        yield from rollout(spec, lambda: make_behavior(policy.policy, env, **mixed, **policy.options), **how)
 
 
-def reference_scores(recipe: DatasetRecipe) -> dict[str, dict[str, Any]]:
-    """Returns of uniform actions ("random") and of the expert in the evaluation environment.
+def reference_scores(recipe: DatasetRecipe, count: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
+    """Returns of uniform actions ("random") and of the expert in the evaluation environment; `count` is called after each episode.
 
     Returns:
-        for each, `mean`, `standard_error`, `episodes`, `seed` and `policy` (JSON types).
+        for each, `mean`, `standard_error` (None for a single episode), `episodes`, `seed` and `policy` (JSON types).
     """
+    spec, how = recipe.spec(**recipe.evaluation), recipe.reference
     scores = {}
-    for name, policy in (("random", PolicyRecipe("random")), ("expert", recipe.reference.expert)):
-        run = _run(
-            recipe.spec(**recipe.evaluation), policy, episodes=recipe.reference.episodes, seed=recipe.reference.seed
-        )
-        returns = np.array([np.sum(episode.rewards) for episode in run])
+    for name, policy in (("random", PolicyRecipe("random")), ("expert", how.expert)):
+        totals: list[float] = []
+        for episode in _run(spec, policy, episodes=how.episodes, seed=how.seed):
+            totals.append(float(np.sum(episode.rewards)))
+            count()
         scores[name] = {
-            "mean": float(returns.mean()),
-            "standard_error": float(returns.std(ddof=1) / np.sqrt(len(returns))),
-            "episodes": len(returns),
-            "seed": recipe.reference.seed,
+            "mean": float(np.mean(totals)),
+            "standard_error": float(np.std(totals, ddof=1) / np.sqrt(len(totals))) if len(totals) > 1 else None,
+            "episodes": len(totals),
+            "seed": how.seed,
             "policy": json.dumps(
                 {"policy": policy.policy, "noise": policy.noise, "epsilon": policy.epsilon, **policy.options}
             ),

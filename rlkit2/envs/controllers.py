@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import gymnasium
@@ -76,6 +77,7 @@ def maze_controller(env: gymnasium.Env[Any, Any], stiffness: float = 10.0, dampi
     maze = env.unwrapped.maze  # type: ignore[attr-defined]
     walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
 
+    @cache
     def cell_distances(goal: tuple[int, int]) -> Array:
         distances = np.full(walls.shape, np.inf)
         distances[goal] = 0
