@@ -252,6 +252,7 @@ class Trainer:
             generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
             self._build([states[seed] for seed in self.active], [generators[seed] for seed in self.active])
             self._restore_metrics(checkpoint)
+            self._tidy()
         else:
             self._build()
             self._save()
@@ -309,9 +310,12 @@ class Trainer:
         for growing in self.files.values():
             growing.sync()
         facts["sizes"] = {name: growing.size for name, growing in self.files.items()}
-        folder = self.run.path / "checkpoints"
-        save_checkpoint(folder, Checkpoint(self.step, tensors, facts))
-        prune_checkpoints(folder, self._kept())
+        save_checkpoint(self.run.path / "checkpoints", Checkpoint(self.step, tensors, facts))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """What follows a checkpoint, and is made up for when a kill came in between."""
+        prune_checkpoints(self.run.path / "checkpoints", self._kept())
         self.run.write_csv()
 
     def _kept(self) -> set[int]:

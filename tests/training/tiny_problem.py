@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from gymnasium import spaces
 
 from rlkit2.agents.bc import BC, BCConfig
 from rlkit2.data import Batch, DatasetSpec, TransitionDataset, dataset_from_arrays
-from rlkit2.training import DataOptions, Run, TrainingOptions
-from rlkit2.training.building import agent_name, run_config
+from rlkit2.agents import Agent
+from rlkit2.evaluation import Evaluator
+from rlkit2.training import DataOptions, Run, Trainer, TrainingOptions
+from rlkit2.training.building import AgentFactory, agent_factory, agent_name, run_config
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(-2.0, 2.0, (2,), np.float32)
@@ -102,6 +107,39 @@ def tiny_run(folder: Path, config: BCConfig, dataset: TransitionDataset, seeds: 
         recipe=None,
     )
     return Run.create(folder, "tiny", plan)
+
+
+def fit(run: Run, dataset: TransitionDataset, *, wrap: Callable[[Agent], None] | None = None, **options: Any) -> Run:
+    """Train a run to its end, with two evaluation episodes; `wrap` may change the agents that are built."""
+    plain = agent_factory(run.config, dataset)
+
+    def make(seeds: Sequence[int], device: Any) -> Agent:
+        agent = plain(seeds, device)
+        if wrap is not None:
+            wrap(agent)
+        return agent
+
+    factory: AgentFactory = make
+    with Evaluator(dataset.spec, episodes=2, env=Walk) as evaluator:
+        Trainer(run, dataset, factory, **{"evaluator": evaluator, **options}).fit()
+    return run
+
+
+def interrupting(step: int) -> Callable[[Agent], None]:
+    """For `fit`: the process gets SIGINT, as from Ctrl-C, when the first agent has done `step` updates."""
+
+    def wrap(agent: Agent) -> None:
+        update = agent.update
+
+        def interrupted(batch: Batch) -> dict[str, torch.Tensor]:
+            metrics = update(batch)
+            if agent.seeds[0] == 0 and int(agent.step[0]) == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return metrics
+
+        agent.update = interrupted  # type: ignore[method-assign]
+
+    return wrap
 
 
 def contents(run: Run) -> dict[str, Any]:
