@@ -9,6 +9,9 @@ from rlkit2.data.load import local_datasets as local_datasets
 from rlkit2.data.load import read_dataset as read_dataset
 from rlkit2.data.normalizers import observation_statistics as observation_statistics
 from rlkit2.data.normalizers import reward_transform as reward_transform
+from rlkit2.data.preferences import PreferenceBatch as PreferenceBatch
+from rlkit2.data.preferences import PreferenceDataset as PreferenceDataset
+from rlkit2.data.preferences import SegmentIndex as SegmentIndex
 from rlkit2.data.replay import ReplayBuffer as ReplayBuffer
 from rlkit2.data.spaces import DatasetWarning as DatasetWarning
 from rlkit2.data.spec import DatasetSpec as DatasetSpec
