@@ -18,7 +18,9 @@ from rlkit2.rewards.arrays import Array, any_floating, give_back, result_dtype
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P, minimal, minimal_potential
 
-Canonicalization: TypeAlias = Literal["val", "val_potential", "minimal", "minimal_potential", "epic", "dard", "none"]
+Canonicalization: TypeAlias = Literal[
+    "val", "val_potential", "minimal", "minimal_potential", "epic", "dard", "srrd", "none"
+]
 CANONICALIZATIONS: tuple[Canonicalization, ...] = (
     "val",
     "val_potential",
@@ -26,6 +28,7 @@ CANONICALIZATIONS: tuple[Canonicalization, ...] = (
     "minimal_potential",
     "epic",
     "dard",
+    "srrd",
     "none",
 )
 
@@ -35,7 +38,7 @@ class Canonicalizer:
     """One canonicalisation with everything that must be the same for all rewards it is applied to.
 
     `kind`, `policy` (reference policy of the val forms, uniform if None), `p` (norm minimised by the minimal forms), `state_dist [S]`,
-    `action_dist [A]` (coverage of EPIC and DARD, uniform if None).
+    `action_dist [A]` (coverage of EPIC, DARD and SRRD, uniform if None).
     """
 
     mdp: TabularMDP
@@ -52,16 +55,19 @@ class Canonicalizer:
             )
 
     @property
+    def reduced(self) -> bool:
+        """Whether the form depends on the reward through its mean over next states alone."""
+        return self.kind in ("val", "minimal")
+
+    @property
     def axes(self) -> int:
         """How many axes one form has: 2, `[S, A]`, where it does not depend on s', else 3, `[S, A, S']`."""
         return 2 if self.kind == "val" or (self.kind == "minimal" and self.p not in (1, 2)) else 3
 
     def __call__(self, reward: Any, name: str = "reward") -> Tensor:
         """The canonical form of `reward`: `[..., S, A]` where it does not depend on s', else `[..., S, A, S']`."""
-        if self.kind == "val":
-            return self._val(reward, name)
-        if self.kind == "minimal":
-            return minimal(self.mdp, self.mdp.expected_reward(reward, name), self.p)
+        if self.reduced:
+            return self.of_expected(self.mdp.expected_reward(reward, name))
         full = self.mdp.full_reward(reward, name)
         if self.kind == "val_potential":
             return self._shape(
@@ -71,18 +77,21 @@ class Canonicalizer:
             return minimal_potential(self.mdp, full, self.p)
         if self.kind == "epic":
             return self._epic(full)
+        if self.kind == "srrd":
+            return self._srrd(full)
         return self._dard(full) if self.kind == "dard" else full
+
+    def of_expected(self, expected: Tensor) -> Tensor:
+        """The form of a reward with means `r[..., s, a]` over next states, which is all that `val` and `minimal` depend on."""
+        if self.kind == "minimal":
+            return minimal(self.mdp, expected, self.p)
+        # The advantage Q^pi - V^pi (STARC, value-adjusted levelling).
+        values = self.mdp.values(expected, self.mdp.policy(self.policy))
+        return expected + self.mdp.discount * self.mdp.dynamics.next_mean(values) - values[..., None]
 
     def _shape(self, reward: Tensor, potential: Tensor) -> Tensor:
         """`R + gamma Phi(s') - Phi(s)`."""
         return reward + self.mdp.discount * potential[..., None, None, :] - potential[..., :, None, None]
-
-    def _val(self, reward: Any, name: str) -> Tensor:
-        """The advantage `Q^pi - V^pi` (STARC, value-adjusted levelling)."""
-        mdp, policy = self.mdp, self.mdp.policy(self.policy)
-        expected = mdp.expected_reward(reward, name)
-        values = mdp.values(expected, policy)
-        return expected + mdp.discount * mdp.dynamics.next_mean(values) - values[..., None]
 
     def _coverage(self) -> tuple[Tensor, Tensor]:
         states, actions = self.mdp.num_states, self.mdp.num_actions
@@ -110,6 +119,23 @@ class Canonicalizer:
         offset = self.mdp.discount * torch.einsum("a,...asz->...sz", actions, paired)
         return self._shape(reward, mean) - offset[..., :, None, :]
 
+    def _srrd(self, reward: Tensor) -> Tensor:
+        """Nyanhongo et al. 2025, arXiv 2504.11508, with full coverage: every expectation follows the dynamics under random
+        actions, S_3 ~ state_dist; S_1, S_2, S_4 are next states of s', s, S_3 and S_5, S_6 of S_1, S_2."""
+        states, actions = self._coverage()
+        step = torch.einsum("a,saz->sz", actions, self.mdp.dense)
+        mean = torch.einsum("a,...saz->...sz", actions, reward)
+        here = (step * mean).sum(-1)
+        potential = here + self.mdp.discount * (here @ step.mT)
+        twice = step @ step
+        # R(S_3, A, .) and R(S_4, A, .) as functions of the last state, averaged over two steps from s and from s'.
+        start = torch.einsum("x,...xy->...y", states, mean) @ twice.mT
+        after = torch.einsum("x,...xy->...y", states @ step, mean) @ twice.mT
+        discount = self.mdp.discount
+        offset = discount * (here @ states)
+        shaped = self._shape(reward, potential) + discount * start[..., :, None, None]
+        return shaped - discount**2 * after[..., None, None, :] - offset[..., None, None, None]
+
 
 def common_process(mdp: TabularMDP, *rewards: Any) -> TabularMDP:
     """`mdp` in the wider of its own and the rewards' dtype, in which all is computed."""
@@ -135,11 +161,12 @@ def canonicalize(
         reward: `[S, A, S']`, `[S, A]`, `[S]`, or a batch `[K, S, A, S']`.
         mdp: dynamics and discount.
         kind: `val` (advantage of the reference policy) and `minimal` are invariant to shaping and redistribution; `val_potential`,
-            `minimal_potential`, `epic`, `dard` to shaping alone; `none` is the reward itself. `dard` does not keep the policy ordering.
+            `minimal_potential`, `epic`, `dard`, `srrd` to shaping alone; `none` is the reward itself. `dard` and `srrd` do not keep the
+            policy ordering.
         policy: reference policy `[S, A]` of the val forms; uniform when left out. It must not depend on the reward.
         p: the norm that the minimal forms minimise, 1, 2, "inf", "weighted_1" or "weighted_2" (weighted by the transition
             probabilities). Only 2 and "weighted_2" have unique minimisers that are linear in the reward.
-        state_dist, action_dist: coverage `[S]`, `[A]` of `epic` and `dard`; uniform when left out.
+        state_dist, action_dist: coverage `[S]`, `[A]` of `epic`, `dard` and `srrd`; uniform when left out.
 
     Returns:
         `[..., S, A]` for `val` and for `minimal` with p "inf", "weighted_1", "weighted_2" (constant in s'), else `[..., S, A, S']`.

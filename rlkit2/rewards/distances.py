@@ -1,7 +1,9 @@
-"""Distances between reward functions in a finite process: STARC, EPIC, DARD."""
+"""Distances between reward functions in a finite process: STARC, EPIC, DARD, SRRD."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, sparse_matrix, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
+from rlkit2.rewards.matrix import RewardDistanceMatrix, named_rewards
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P
 from rlkit2.rewards.norms import TRIVIAL_TOLERANCE, Norm, NormName, standardized
@@ -76,15 +79,34 @@ class Metric:
 
     def standardize(self, reward: Any, name: str) -> tuple[Tensor, Tensor]:
         """`(s, trivial)` of one reward or of a batch `[K, S, A, S']`; s has the axes of the canonical form."""
-        mdp = self.canonical.mdp
+        form, magnitude = self.canonical(reward, name), self._magnitude(reward, name)
+        return self._standardize(form, magnitude, [name])
+
+    def standardize_all(self, rewards: Iterable[tuple[str, Any]]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        """`(names [K], s [K, ...], trivial [K])` of K rewards of any shapes, read one after the other: what s' decides is averaged out at once."""
+        first = self.canonical.mdp.expected_reward if self.canonical.reduced else self.canonical
+        names, parts = [], []
+        for name, reward in rewards:
+            names.append(name)
+            parts.append((first(reward, name), self._magnitude(reward, name)))
+        if not parts:
+            raise RewardError("there are no rewards to compare; give at least one")
+        forms, magnitudes = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+        forms = self.canonical.of_expected(forms) if self.canonical.reduced else forms
+        return (tuple(names), *self._standardize(forms, magnitudes, names))
+
+    def _magnitude(self, reward: Any, name: str) -> Tensor:
+        """`max |R|` of every reward of a batch."""
         matrix = sparse_matrix(reward)
-        if matrix is not None and mdp.sparse:
-            magnitude: Tensor | float = float(np.abs(matrix.data).max(initial=0.0))
-        else:
-            reward = mdp.reward(reward, name)
-            magnitude = reward.detach().abs().flatten(max(reward.ndim - 3, 0)).amax(-1)
-        scaled, _, trivial = standardized(self.canonical(reward, name), self.axes, self.norm, magnitude, self.tol)
+        if matrix is not None and self.canonical.mdp.sparse:
+            return torch.tensor(np.abs(matrix.data).max(initial=0.0), dtype=self.canonical.mdp.dtype)
+        tensor = self.canonical.mdp.reward(reward, name).detach()
+        return tensor.abs().flatten(max(tensor.ndim - 3, 0)).amax(-1)
+
+    def _standardize(self, form: Tensor, magnitude: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        scaled, _, trivial = standardized(form, self.axes, self.norm, magnitude, self.tol)
         if self.trivial == "raise" and bool(trivial.any()):
+            name = names[int(trivial.reshape(-1).nonzero()[0])] if len(names) > 1 else names[0]
             raise RewardError(
                 f"{name} is trivial: every policy has the same return under it; pass trivial='zero' to compare it all the same"
             )
@@ -151,11 +173,10 @@ def starc_distance(
         RewardError: shapes, non-finite entries, a policy that is not a distribution. ConfigError: choices that do not go together.
     """
     given = reward_a, reward_b
-    mdp = common_process(mdp, *given)
-    if restrict_to_reachable:
-        mdp, (reward_a, reward_b) = mdp.restrict_to_reachable(reward_a, reward_b)
-    metric = Metric.build(
+    metric, cut = _metric(
         mdp,
+        given,
+        restrict_to_reachable,
         canonicalization=canonicalization,
         norm=norm,
         distance=distance,
@@ -164,14 +185,100 @@ def starc_distance(
         scale=scale,
         trivial=trivial,
         p=p,
-        tol=default_tolerance(mdp, *given) if tol is None else tol,
+        tol=tol,
         legacy=legacy,
     )
-    first, first_trivial = metric.standardize(reward_a, "reward_a")
-    second, second_trivial = metric.standardize(reward_b, "reward_b")
+    first, first_trivial = metric.standardize(cut(reward_a), "reward_a")
+    second, second_trivial = metric.standardize(cut(reward_b), "reward_b")
     sums = metric.distance(first + second, metric.axes) if scale == "angle" else None
     gap = metric.distance(first - second, metric.axes)
     return give_back(metric.finish(gap, sums, first_trivial | second_trivial), *given)  # type: ignore[no-any-return]
+
+
+def starc_matrix(
+    rewards: Mapping[str, Array] | Iterable[Array],
+    mdp: TabularMDP,
+    *,
+    canonicalization: Canonicalization = "val",
+    norm: NormName = "l2",
+    distance: NormName = "l2",
+    policy: Array | None = None,
+    weights: Array | None = None,
+    scale: Scale = "starc",
+    trivial: TrivialRule = "zero",
+    p: P = 2,
+    tol: float | None = None,
+    legacy: bool = False,
+    restrict_to_reachable: bool = False,
+) -> RewardDistanceMatrix:
+    """The distances between all of several rewards, under one policy, discount and metric.
+
+    Args:
+        rewards: names and rewards; or a sequence, an array `[K, S, A, S']` or `[K, S, A]`, or an iterator, whose members are named
+            `reward_0`, `reward_1`, .... They are read one after the other; `val` and `minimal` keep `[S, A]` of each.
+        mdp and the rest: as in `starc_distance`.
+
+    Returns:
+        A `RewardDistanceMatrix` with `values [K, K]` in float64 (numpy) and `trivial [K]`.
+
+    Raises:
+        RewardError, ConfigError: as `starc_distance`, naming the reward.
+    """
+    sample = list(rewards.values()) if isinstance(rewards, Mapping) else rewards
+    if isinstance(sample, Iterator):
+        first = list(itertools.islice(sample, 1))
+        rewards = itertools.chain(first, sample)
+        sample = first
+    metric, cut = _metric(
+        mdp,
+        tuple(sample),
+        restrict_to_reachable,
+        canonicalization=canonicalization,
+        norm=norm,
+        distance=distance,
+        policy=policy,
+        weights=weights,
+        scale=scale,
+        trivial=trivial,
+        p=p,
+        tol=tol,
+        legacy=legacy,
+    )
+    with torch.no_grad():
+        names, forms, flags = metric.standardize_all((name, cut(reward)) for name, reward in named_rewards(rewards))
+        values = metric.distance.pairwise(forms, metric.axes)
+        sums = metric.distance.pairwise(forms, metric.axes, sign=-1.0) if scale == "angle" else None
+        values = metric.finish(values, sums, flags[:, None] | flags[None])
+    note = None if restrict_to_reachable else mdp.unreachable_note()
+    return RewardDistanceMatrix(
+        values=values.double().cpu().numpy(),
+        names=names,
+        trivial=flags.cpu().numpy(),
+        settings={
+            "label": f"STARC distance ({canonicalization}, {norm}/{distance})",
+            "canonicalization": canonicalization,
+            "norm": norm,
+            "distance": distance,
+            "scale": scale,
+            "discount": mdp.discount,
+        },
+        notes=() if note is None else (note,),
+    )
+
+
+def _metric(
+    mdp: TabularMDP, rewards: Sequence[Any], restrict: bool, *, tol: float | None, **choices: Any
+) -> tuple[Metric, Callable[[Any], Any]]:
+    """The metric on a process in the precision of the rewards, and how rewards get onto its states."""
+    mdp = common_process(mdp, *rewards)
+    tol = default_tolerance(mdp, *rewards) if tol is None else tol
+    if not restrict:
+        mdp.warn_unreachable()
+        return Metric.build(mdp, tol=tol, **choices), lambda reward: reward
+    whole = mdp
+    for name in ("policy", "weights"):
+        choices[name] = None if choices[name] is None else whole.cut(choices[name])
+    return Metric.build(whole.reachable_part, tol=tol, **choices), lambda reward: whole.cut(whole.reward(reward))
 
 
 def default_tolerance(mdp: TabularMDP, *rewards: Any) -> float:
@@ -218,6 +325,24 @@ def dard_distance(
     Arguments, conventions and errors as in `epic_distance`; transitions are weighted by the dynamics unless told otherwise.
     """
     return _compared("dard", reward_a, reward_b, mdp, coverage, convention, None, action_dist)
+
+
+def srrd_distance(
+    reward_a: Array,
+    reward_b: Array,
+    mdp: TabularMDP,
+    *,
+    coverage: str | Array = "transition",
+    convention: Literal["pearson", "starc"] = "pearson",
+    state_dist: Array | None = None,
+    action_dist: Array | None = None,
+) -> Scalar:
+    """The sparsity resilient reward distance (Nyanhongo et al. 2025, arXiv 2504.11508): invariant to shaping, made for thin coverage.
+
+    Its canonical form averages over next states of the dynamics in every term, so that it asks for no transition that cannot happen.
+    Arguments, conventions and errors as in `epic_distance`.
+    """
+    return _compared("srrd", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist)
 
 
 def _compared(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,10 @@ from rlkit2.rewards.dynamics import DenseDynamics, SparseDynamics
 
 _FACTORS_KEPT = 8
 _DENSE_BELOW = 512  # sparse dynamics with fewer states are solved densely
+
+
+class RewardWarning(UserWarning):
+    """Something about rewards or their process that moves the numbers and that their owner should know."""
 
 
 class TabularMDP:
@@ -60,6 +65,7 @@ class TabularMDP:
         self.initial_distribution = self.distribution(initial_distribution, "initial_distribution", (self.num_states,))
         self._solvers: dict[bytes, Callable[[Tensor, bool], Tensor]] = {}
         self._casts: dict[torch.dtype, TabularMDP] = {self.dtype: self}
+        self._warned = False
 
     def __repr__(self) -> str:
         kind = "sparse" if self.sparse else "dense"
@@ -108,22 +114,52 @@ class TabularMDP:
         mask[breadth_first_order(graph, states, return_predecessors=False)] = True
         return mask[:states]
 
+    @cached_property
+    def reachable_part(self) -> TabularMDP:
+        """The process on the states that can be reached from the start."""
+        kept = self._reachable_states
+        if len(kept) == self.num_states:
+            return self
+        tau = self.dense.index_select(0, kept).index_select(2, kept)
+        return TabularMDP(tau, self.discount, self.initial_distribution[kept])
+
+    @cached_property
+    def _reachable_states(self) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(self.reachable)).to(self.device)
+
+    def cut(self, values: Array) -> Array:
+        """A reward, weights (`[..., S, A, S']`, `[S, A]` or `[S]`) or a policy on the states of `reachable_part`."""
+        tensor = to_tensor(values, "values")
+        kept = self._reachable_states.to(tensor.device)
+        axis = max(tensor.ndim - 3, 0)
+        if self.num_states not in (tensor.shape[axis : axis + 1] or (0,)):
+            raise RewardError(f"an array of shape {list(tensor.shape)} does not fit {self!r}")
+        tensor = tensor.index_select(axis, kept)
+        result: Array = give_back(tensor.index_select(-1, kept) if tensor.ndim >= 3 else tensor, values)
+        return result
+
     def restrict_to_reachable(self, *rewards: Array) -> tuple[TabularMDP, tuple[Array, ...]]:
         """The process and the rewards (`[..., S, A, S']`, `[S, A]` or `[S]`) on the states that can be reached from the start."""
-        kept = torch.from_numpy(np.flatnonzero(self.reachable)).to(self.device)
-        if len(kept) == self.num_states:
-            return self, rewards
-        tau = self.dense.index_select(0, kept).index_select(2, kept)
-        mdp = TabularMDP(tau, self.discount, self.initial_distribution[kept])
-        cut = []
-        for reward in rewards:
-            tensor = self.reward(reward)
-            axis = max(tensor.ndim - 3, 0)
-            tensor = tensor.index_select(axis, kept.to(tensor.device))
-            cut.append(
-                give_back(tensor.index_select(-1, kept.to(tensor.device)) if tensor.ndim >= 3 else tensor, reward)
-            )
-        return mdp, tuple(cut)
+        return self.reachable_part, tuple(self.cut(self.reward(reward)) for reward in rewards)
+
+    def unreachable_note(self) -> str | None:
+        """One line about states that no policy reaches from the start, None where there are none."""
+        states = np.flatnonzero(~self.reachable).tolist()
+        if not states:
+            return None
+        named = ", ".join(map(str, states[:8])) + (", ..." if len(states) > 8 else "")
+        return (
+            f"{len(states)} of {self.num_states} states cannot be reached from the start ({named}): what rewards say there moves "
+            "distances, never a return; restrict_to_reachable=True leaves them out"
+        )
+
+    def warn_unreachable(self) -> None:
+        """Warn with `unreachable_note`, once per process."""
+        if not self._warned:
+            self._warned = True
+            note = self.unreachable_note()
+            if note:
+                warnings.warn(note, RewardWarning, stacklevel=4)
 
     def to(self, target: torch.dtype | torch.device | str) -> TabularMDP:
         """The same process in another floating dtype (kept for the next call) or on another device."""

@@ -105,10 +105,11 @@ class Norm:
     def pairwise(self, forms: Tensor, axes: int, *, sign: float = 1.0) -> Tensor:
         """`m(x_i - sign x_j)` of all pairs of `forms [K, ...]`, `[K, K]`, by differences (a Gram matrix would lose half the digits)."""
         if self.name == "range":
-            rows, columns = torch.triu_indices(len(forms), len(forms), 1 if sign > 0 else 0)
-            upper = self(forms[rows] - sign * forms[columns], axes)
-            result = forms.new_zeros(len(forms), len(forms)).index_put((rows, columns), upper)
-            return result.index_put((columns, rows), upper)
+            result = forms.new_zeros(len(forms), len(forms))
+            for i in range(len(forms)):
+                row = self(forms[i] - sign * forms[i:], axes)
+                result[i, i:], result[i:, i] = row, row
+            return result
         rows = self.embed(forms, axes)
         return torch.cdist(rows, sign * rows, p=self.order, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -116,7 +117,10 @@ class Norm:
 def standardized(
     form: Tensor, axes: int, norm: Norm, magnitude: Tensor | float, tol: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(s, n, trivial)` for a batch of forms: `s = form / n`, and 0 where `max |form|` or n is at most `tol * magnitude`, without a NaN in any gradient."""
+    """`(s, n, trivial)` for a batch of forms: `s = form / n`, or 0 where `max |form|` or n is at most `tol * magnitude`.
+
+    No gradient is ever NaN.
+    """
     tol = TRIVIAL_TOLERANCE[form.dtype] if tol is None else tol
     size = norm(form, axes)
     trivial = (form.detach().abs().flatten(-axes).amax(-1) <= tol * magnitude) | (size.detach() <= tol * magnitude)
