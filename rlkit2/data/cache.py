@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlkit2.data.dataset import TransitionDataset, write_in_memory
+from rlkit2.data.files import remove_leftovers
 from rlkit2.data.records import Packed, Records, RecordWriter, content_hash, dtype_from_json, dtype_to_json
 from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
@@ -155,16 +155,6 @@ def _read(folder: Path) -> TransitionDataset:
         raise CorruptDatasetError("episode_starts.npy does not fit records.bin")
     spec = DatasetSpec.from_json(described["spec"])
     return TransitionDataset(Records.map_file(folder / "records.bin", dtype, length), torch.from_numpy(starts), spec)
-
-
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what processes killed in mid-work left in `folder`: temporary folders of that name pattern, untouched for a day."""
-    for path in folder.glob(pattern):
-        try:
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:  # another process has removed it
-            continue
 
 
 def _remove(folder: Path) -> None:

@@ -2,104 +2,139 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import minari
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.files import new_folder
 from rlkit2.data.load import minari_root
+from rlkit2.data.spaces import action_layout
+from rlkit2.data.spec import env_spec_text
 from rlkit2.errors import DatasetError
 
+Progress = Callable[[int, int], None]
 
-def to_minari(dataset: TransitionDataset, dataset_id: str, **metadata: Any) -> minari.MinariDataset:
-    """Write `dataset` as the Minari dataset `dataset_id` under Minari's root and return it; `metadata` goes to Minari (author, description, ...).
 
-    Loading it again gives equal tensors. Dict and Tuple observations are written as the flat Box that the dataset holds.
-    Raises `DatasetError` where the id is taken or invalid, or where the next observation of a step is not the observation of
-    the step after it; nothing is left half-written.
+def to_minari(
+    dataset: TransitionDataset,
+    dataset_id: str,
+    *,
+    data_format: str = "hdf5",
+    progress: Progress | None = None,
+    **metadata: Any,
+) -> minari.MinariDataset:
+    """Write `dataset` as the Minari dataset `dataset_id` under Minari's root and return it.
+
+    Loading it again gives equal tensors. Dict and Tuple observations are written as such, with the keys the dataset holds. Episodes are
+    written one by one, so that a dataset may be larger than memory.
+
+    Args:
+        dataset: what to write.
+        dataset_id: `namespace/name-v0`.
+        data_format: `hdf5` or `arrow`.
+        progress: called with (episodes done, episodes in all).
+        metadata: JSON values for Minari's metadata (author, description, algorithm_name, ...) and whatever else should be remembered.
+
+    Raises:
+        DatasetError: the id is taken or invalid, the folder cannot be written, or the next observation of a step is not the observation of
+            the step after it; nothing is left half-written.
     """
-    spec = dataset.spec
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{dataset_id!r} is no dataset id; it must have the form namespace/name-v0") from error
+    root = minari_root().absolute()
+    folder = root / dataset_id
+    if folder.exists():
+        raise DatasetError(f"{dataset_id} exists in {root}; choose another id or delete it")
+    spec, flat, actions = dataset.spec, dataset.spec.flattener, action_layout(dataset.spec.action_space)
+    described: dict[str, Any] = {
+        "eval_env_spec": env_spec_text(spec.eval_env_spec),
+        "ref_min_score": spec.ref_min_score,
+        "ref_max_score": spec.ref_max_score,
+        "observation_keys": None if spec.observation_keys is None else list(spec.observation_keys),
+        **metadata,
+    }
+    try:
+        with new_folder(folder, root) as new:
+            write_minari(
+                new / "data",
+                dataset_id,
+                _episodes(dataset.to("cpu"), progress),
+                observation_space=flat.kept_space,
+                action_space=actions.kept_space(spec.action_space),
+                env_spec=spec.env_spec,
+                metadata=described,
+                data_format=data_format,
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{dataset_id} could not be written to {root}: {error}") from error
+    return minari.MinariDataset(folder / "data")
+
+
+def write_minari(
+    path: Path,
+    dataset_id: str,
+    episodes: Iterable[EpisodeBuffer],
+    *,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    env_spec: EnvSpec | None,
+    metadata: Mapping[str, Any],
+    data_format: str = "hdf5",
+) -> None:
+    """Write episodes into the new folder `path`, which must be absolute; entries of `metadata` that are None are left out.
+
+    This goes through Minari's storage, not through `create_dataset_from_buffers`, which builds the environment where there are reference scores.
+    """
+    storage = MinariStorage.new(
+        path,
+        observation_space,
+        action_space,
+        env_spec=env_spec if env_spec_text(env_spec) else None,
+        data_format=data_format,
+        jpeg_encoding=False,
+    )
+    storage.update_episodes(episodes)
+    people = {key: {value} for key, value in metadata.items() if key in ("author", "author_email") and value}
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **kept, **people})
+
+
+def _episodes(dataset: TransitionDataset, progress: Progress | None) -> Iterator[EpisodeBuffer]:
+    flat, actions = dataset.spec.flattener, action_layout(dataset.spec.action_space)
     for episode in range(dataset.num_episodes):
         fields = dataset.episode(episode)
         if not torch.equal(_bits(fields["observations"][1:]), _bits(fields["next_observations"][:-1])):
             raise DatasetError(
-                f"episode {episode} of {spec.id} is not contiguous; Minari stores one chain of observations per episode"
+                f"episode {episode} of {dataset.spec.id} is not contiguous; Minari stores one chain of observations per episode"
             )
-    folder = minari_root() / dataset_id
-    if folder.exists():
-        raise DatasetError(f"{dataset_id} exists in {minari_root()}; choose another id or delete it")
-    options: dict[str, Any] = {
-        "env": spec.env_spec,
-        "eval_env": spec.eval_env_spec,
-        "ref_min_score": spec.ref_min_score,
-        "ref_max_score": spec.ref_max_score,
-        "observation_space": _observation_space(dataset),
-        "action_space": _action_space(dataset),
-        "jpeg_encoding": False,
-        **metadata,
-    }
-    buffers = [_buffer(dataset, episode) for episode in range(dataset.num_episodes)]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari asks for author and permalink
-            return minari.create_dataset_from_buffers(dataset_id, buffers, **options)
-    except (ValueError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise DatasetError(f"{dataset_id} could not be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in fields.items()}
+        chain = np.concatenate([arrays["observations"], arrays["next_observations"][-1:]])
+        yield EpisodeBuffer(
+            id=episode,
+            observations=flat.unflatten(chain),
+            actions=actions.unflatten(dataset.spec.action_space, arrays["actions"]),
+            rewards=arrays["rewards"],
+            terminations=arrays["terminations"],
+            truncations=arrays["truncations"],
+        )
+        if progress is not None:
+            progress(episode + 1, dataset.num_episodes)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Values compared as bits, so that NaN equals itself."""
     return values.contiguous().view(torch.int32) if values.dtype == torch.float32 else values
-
-
-def _observation_space(dataset: TransitionDataset) -> spaces.Space[Any]:
-    space = dataset.spec.observation_space
-    shape = tuple(dataset.observations.shape[1:])
-    if isinstance(space, spaces.Box):
-        if space.dtype == np.uint8:
-            return space
-        with np.errstate(over="ignore"):
-            return spaces.Box(
-                space.low.reshape(shape).astype(np.float32),
-                space.high.reshape(shape).astype(np.float32),
-                dtype=np.float32,
-            )
-    return spaces.Box(-np.inf, np.inf, shape, np.float32)
-
-
-def _action_space(dataset: TransitionDataset) -> spaces.Space[Any]:
-    space = dataset.spec.action_space
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and (
-        isinstance(space, spaces.Discrete) or space.nvec.ndim == 1
-    ):
-        return space
-    if isinstance(space, spaces.Box):
-        shape = tuple(dataset.actions.shape[1:])
-        return spaces.Box(
-            space.low.reshape(shape).astype(np.float32), space.high.reshape(shape).astype(np.float32), dtype=np.float32
-        )
-    if dataset.actions.dtype == torch.int64:
-        return spaces.MultiDiscrete((dataset.actions.amax(0) + 1).tolist())
-    return spaces.Box(-np.inf, np.inf, tuple(dataset.actions.shape[1:]), np.float32)
-
-
-def _buffer(dataset: TransitionDataset, episode: int) -> EpisodeBuffer:
-    fields = {name: value.numpy() for name, value in dataset.episode(episode).items()}
-    return EpisodeBuffer(
-        id=episode,
-        observations=np.concatenate([fields["observations"], fields["next_observations"][-1:]]),
-        actions=np.ascontiguousarray(fields["actions"]),
-        rewards=np.ascontiguousarray(fields["rewards"]),
-        terminations=np.ascontiguousarray(fields["terminations"]),
-        truncations=np.ascontiguousarray(fields["truncations"]),
-    )

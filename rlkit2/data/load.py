@@ -74,8 +74,8 @@ def local_datasets() -> dict[str, Path]:
         if "metadata.json" in files and os.path.basename(folder) == "data":
             data_path = Path(folder)
             found[data_path.parent.relative_to(root).as_posix()] = data_path
-        if "metadata.json" in files:
-            folders.clear()  # episodes live below, not datasets
+        # Below metadata are episodes, in hidden folders datasets that are still being written.
+        folders[:] = [] if "metadata.json" in files else [name for name in folders if not name.startswith(".")]
     return dict(sorted(found.items()))
 
 

@@ -93,6 +93,8 @@ def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[
             raise CorruptDatasetError(f"{data_path}/metadata.json: {kind} cannot be read ({error})") from error
     for score in ("ref_min_score", "ref_max_score"):
         found[score] = None if metadata.get(score) is None else float(metadata[score])
+    if observation_keys is None:
+        observation_keys = metadata.get("observation_keys")  # written by `to_minari`: JSON forgets the order of a Dict
     return DatasetSpec(
         **found,
         env_spec=env_spec,

@@ -8,7 +8,7 @@ depth first. Goal dictionaries (`observation`, `achieved_goal`, `desired_goal`) 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,41 @@ class Leaf:
             nvec = self.space.nvec.reshape(-1)
             return _one_hot(array.reshape(len(array), -1) - self.space.start.reshape(-1), nvec)
         return array.reshape(len(array), self.stop - self.start)
+
+    def values(self, columns: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `columns`: values `[n, *shape]` of this leaf, in the type of `stored_space`."""
+        space = self.space
+        if isinstance(space, spaces.Discrete):
+            return np.asarray(columns.argmax(axis=1) + space.start)
+        if isinstance(space, spaces.MultiDiscrete):
+            ends = np.cumsum(space.nvec.reshape(-1))
+            chosen = np.stack([part.argmax(axis=1) for part in np.split(columns, ends[:-1], axis=1)], axis=1)
+            return np.asarray(chosen.reshape(-1, *space.shape) + space.start)
+        return columns.reshape(-1, *(space.shape or ())).astype(stored_space(space).dtype)
+
+
+def stored_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """An elementary space as rows hold its values: float64 boxes become float32."""
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating) and space.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+    return space
+
+
+def _rebuild(space: spaces.Space[Any], path: Path, parts: Mapping[Path, Any], nodes: tuple[Any, Any]) -> Any:
+    """The tree of `space` with `parts` at its leaves; what has no part is left out (None where nothing is left).
+
+    `nodes` make an inner node from a dict and from a tuple.
+    """
+    if path in parts:
+        return parts[path]
+    if isinstance(space, spaces.Dict):
+        below = {key: _rebuild(value, (*path, key), parts, nodes) for key, value in space.spaces.items()}
+        kept = {key: value for key, value in below.items() if value is not None}
+        return nodes[0](kept) if kept else None
+    if isinstance(space, spaces.Tuple):
+        return nodes[1](tuple(_rebuild(value, (*path, i), parts, nodes) for i, value in enumerate(space.spaces)))
+    return None
 
 
 def _one_hot(indices: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.float32]:
@@ -172,6 +207,19 @@ class SpaceFlattener:
             out[:, leaf.start : leaf.stop] = part
         return out
 
+    @property
+    def kept_space(self) -> spaces.Space[Any]:
+        """The part of the observation space that rows hold, which `unflatten` gives values of."""
+        parts = {leaf.path: stored_space(leaf.space) for leaf in self.leaves}
+        kept: spaces.Space[Any] = _rebuild(self.space, (), parts, (spaces.Dict, spaces.Tuple))
+        return kept
+
+    def unflatten(self, rows: NDArray[Any]) -> Any:
+        """The inverse of `flatten`: rows `[n, *shape]` as a batch of `kept_space` (arrays, dicts or tuples with a leading axis n)."""
+        columns = rows.reshape(len(rows), self.size)
+        parts = {leaf.path: leaf.values(columns[:, leaf.start : leaf.stop]) for leaf in self.leaves}
+        return _rebuild(self.space, (), parts, (dict, tuple))
+
 
 def flattener(space: spaces.Space[Any], observation_keys: Sequence[str] | None = None) -> SpaceFlattener:
     """The `SpaceFlattener` of an observation space.
@@ -199,6 +247,24 @@ class ActionLayout:
                 f"actions have {joined.shape[1]} columns where the action space has {int(np.prod(self.shape or (1,)))}"
             )
         return joined.reshape(len(joined), *self.shape)
+
+    def kept_space(self, space: spaces.Space[Any]) -> spaces.Space[Any]:
+        """The action space `space` of this layout in the types actions are stored in."""
+        kept: spaces.Space[Any] = _rebuild(
+            space, (), {leaf.path: stored_space(leaf.space) for leaf in self.leaves}, (spaces.Dict, spaces.Tuple)
+        )
+        return kept
+
+    def unflatten(self, space: spaces.Space[Any], actions: NDArray[Any]) -> Any:
+        """The inverse of `flatten`: stored actions `[n, *shape]` as a batch of `kept_space(space)`."""
+        columns = actions.reshape(len(actions), -1)
+        parts = {
+            leaf.path: columns[:, leaf.start : leaf.stop]
+            .reshape(-1, *(leaf.space.shape or ()))
+            .astype(stored_space(leaf.space).dtype)
+            for leaf in self.leaves
+        }
+        return _rebuild(space, (), parts, (dict, tuple))
 
 
 def action_layout(space: spaces.Space[Any]) -> ActionLayout:

@@ -1,0 +1,46 @@
+"""Dataset folders appear whole or not at all; what a killed process leaves behind is swept up by a later one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DAY = 86400
+
+
+@contextmanager
+def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to write into; when the block ends without an error it becomes `folder`, in one step.
+
+    Where another process was faster its folder stays, unless `replace`. `root` is on the same disk and holds what is being written.
+    Raises `OSError`.
+    """
+    temporary = root / f".building-{uuid.uuid4().hex}"
+    try:
+        (temporary / "new").mkdir(parents=True)
+        remove_leftovers(root, ".building-*")
+        yield temporary / "new"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if replace and folder.exists():
+            folder.rename(temporary / "old")
+        try:
+            (temporary / "new").rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Delete what processes killed in mid-work left in `folder`: temporary folders of that name pattern, untouched for a day."""
+    for path in folder.glob(pattern):
+        try:
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # another process has removed it
+            continue
