@@ -1,4 +1,4 @@
-"""Groups of seeds: how a run is laid out on the machine, without a trace of it in the results."""
+"""Groups of seeds: how a run is laid out on the machine; in the results it shows in the last bit at most."""
 
 from __future__ import annotations
 

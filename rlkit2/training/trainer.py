@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 AgentFactory = Callable[[Sequence[int], "torch.device | str"], "Agent"]
 Evaluator = Callable[["Policy", int], Sequence[Mapping[str, Any]]]
 GROWING = ("metrics", "evaluations")
+SETTLED = 1000  # updates after which, or after a tenth of a shorter run, signs of trouble are more than a bumpy start
 
 
 class Trainer:
@@ -49,7 +50,8 @@ class Trainer:
         evaluator: the lines of `evaluations.jsonl`, one per seed in the order of the policy's seeds, for a policy at a step.
         loggers: where metrics and scores go besides the files of the run.
         progress: what the user sees.
-        groups: seeds trained together by one agent; default `seed_groups`. Results do not depend on it.
+        groups: seeds trained together by one agent; default `seed_groups`. A seed learns the same in any group up to rounding
+            (vectorised sums round by where a number lies in memory), so a run keeps the groups it began with, bit for bit.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Trainer:
         self.progress = progress or Progress(None)
         self.layout = groups
         self.step = 0
+        self.parts: list[tuple[int, ...]] = []  # the groups the run began with
         self.groups: list[SeedGroup] = []
         self.stopped: dict[int, dict[str, Any]] = {}  # seed -> step, metric, rows of its batch, last finite checkpoint
         self.frozen: dict[int, dict[str, Tensor]] = {}  # seed -> its state at that checkpoint
@@ -168,6 +171,8 @@ class Trainer:
 
     def _warn(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Say once per run what the agent finds alarming about its metrics."""
+        if self.step < min(SETTLED, self.options.steps // 10):
+            return
         agent = self.groups[0].agent
         for line in lines:
             for name, message in agent.warnings(agent.config, line).items():
@@ -216,7 +221,7 @@ class Trainer:
                 f"seed {seed} stopped: {metric} is not finite at step {step}; its weights are those of step {finite_step}"
             )
         self.run.update_manifest(stopped={str(seed): facts for seed, facts in self.stopped.items()})
-        self._build([state[seed] for seed in self.active], [generators[seed] for seed in self.active])
+        self._build(state, generators)
 
     def _last_finite(self, seed: int) -> tuple[int, dict[str, Tensor]]:
         index = self.seeds.index(seed)
@@ -242,6 +247,9 @@ class Trainer:
             self.stopped = {int(seed): record for seed, record in facts["stopped"].items()}
             self.best = facts["best"]
             self._warned = set(facts["warned"])
+            if facts.get("device") == self.device.type:
+                self.parts = [tuple(part) for part in facts["groups"]]
+        self.parts = self.parts or self.layout(self.seeds, self.device)
         self.files = {
             name: JsonLines(self.run.path / f"{name}.jsonl", facts["sizes"][name] if checkpoints else 0)
             for name in GROWING
@@ -250,7 +258,7 @@ class Trainer:
             states = _slices(agent_state(checkpoint), self.seeds)
             self.frozen = {seed: states[seed] for seed in self.stopped}
             generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
-            self._build([states[seed] for seed in self.active], [generators[seed] for seed in self.active])
+            self._build(states, generators)
             self._restore_metrics(checkpoint)
             self._tidy()
         else:
@@ -265,20 +273,23 @@ class Trainer:
             stopped={str(seed): facts for seed, facts in self.stopped.items()},
         )
 
-    def _build(self, states: Sequence[dict[str, Tensor]] = (), generators: Sequence[Tensor] = ()) -> None:
-        """Lay out the active seeds as groups, with the given states (one per active seed) or fresh ones."""
-        self.groups, done = [], 0
-        for seeds in self.layout(self.active, self.device) if self.active else []:
+    def _build(
+        self, states: Mapping[int, dict[str, Tensor]] | None = None, generators: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Lay out the active seeds as groups, with the given states and generators or fresh ones."""
+        self.groups = []
+        for part in self.parts:
+            seeds = [seed for seed in part if seed not in self.stopped]
+            if not seeds:
+                continue
             agent = self.make_agent(seeds, self.device)
-            part = slice(done, done + len(seeds))
-            if states:
-                agent.load_state_dict(_concatenated(states[part]))
+            if states is not None:
+                agent.load_state_dict(_concatenated([states[seed] for seed in seeds]))
             group = SeedGroup(agent, self.dataset, self.options.batch_size, self.device, self.compile)
             group.step = self.step
-            if generators:
-                group.indices.load_state(torch.stack(list(generators[part])))
+            if generators is not None:
+                group.indices.load_state(torch.stack([generators[seed] for seed in seeds]))
             self.groups.append(group)
-            done += len(seeds)
         for note in {group.note for group in self.groups if group.note}:
             self.progress.message(note)
 
@@ -302,6 +313,8 @@ class Trainer:
             "stopped": {str(seed): record for seed, record in self.stopped.items()},
             "best": self.best,
             "warned": sorted(self._warned),
+            "device": self.device.type,
+            "groups": self.parts,
         }
         if interrupted:
             taken = [group.metrics.take() for group in self.groups]

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch._dynamo  # torch.optim imports it on first use: once here instead of in every child
+import torch._dynamo  # noqa: F401 (torch.optim imports it on first use: once here instead of in every child)
 
 import rlkit2
 import rlkit2.evaluation
@@ -95,7 +95,7 @@ def child(work: Callable[[], None]) -> int:
     if process == 0:
         try:
             work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (a forked child must not return; its parent reads the exit status)
             import traceback
 
             traceback.print_exc()

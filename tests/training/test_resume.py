@@ -180,7 +180,6 @@ def test_ctrl_c_prints_the_resume_command_and_keeps_the_policy(tmp_path, capsys,
     from rlkit2.agents.bc import BC
     from rlkit2.cli.main import main
 
-    monkeypatch.setitem(sys.modules, "tiny_walk", sys.modules["tests.training.tiny_problem"])
     DATASET.to_minari("tiny/walk-v0")
     update = BC.update
 

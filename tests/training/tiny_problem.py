@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from rlkit2.agents import Agent
 from rlkit2.agents.bc import BC, BCConfig
 from rlkit2.data import Batch, DatasetSpec, TransitionDataset, dataset_from_arrays
-from rlkit2.agents import Agent
 from rlkit2.evaluation import Evaluator
 from rlkit2.training import DataOptions, Run, Trainer, TrainingOptions
 from rlkit2.training.building import AgentFactory, agent_factory, agent_name, run_config
