@@ -1,5 +1,6 @@
 """Tabular MDPs, canonical reward forms and the distances between rewards, exact and from data."""
 
+from rlkit2.rewards.batched import batched_starc_distance as batched_starc_distance
 from rlkit2.rewards.canonical import CANONICALIZATIONS as CANONICALIZATIONS
 from rlkit2.rewards.canonical import canonicalize as canonicalize
 from rlkit2.rewards.distances import dard_distance as dard_distance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Hashable
 from typing import Any
@@ -16,6 +17,7 @@ from rlkit2.rewards.mdp import TabularMDP
 # (state, action) -> [(probability, next state, reward, terminated)]
 Table = dict[int, dict[int, list[tuple[float, int, float, bool]]]]
 _MAX_STATES = 2000
+_TRIALS = 4
 
 
 def from_gym(env: Any, discount: float) -> tuple[TabularMDP, np.ndarray[Any, Any]]:
@@ -98,7 +100,7 @@ def _entered_alive(
 def enumerate_deterministic(env: Any) -> Table:
     """The table of a deterministic environment, states numbered in the order a breadth-first search from `reset(seed=0)` meets them.
 
-    Every step is taken twice with different random streams, and a state that is met again is stepped again, so that chance and hidden
+    Every step is taken four times with different random streams, and a state that is met again is stepped again, so that chance and hidden
     state are found out instead of averaged away: both raise `RewardError`.
     """
     first = env.action_space.start
@@ -107,6 +109,7 @@ def enumerate_deterministic(env: Any) -> Table:
     table: Table = {}
     queue = deque([(0, copy.deepcopy(env), False)])
     checked: set[int] = set()
+    streams = itertools.count()
     while queue:
         state, here, ended = queue.popleft()
         again = state in table
@@ -117,8 +120,9 @@ def enumerate_deterministic(env: Any) -> Table:
             if ended:
                 row[action] = [(1.0, state, 0.0, True)]
                 continue
-            there, key, reward, end = _step(here, int(first) + action, 0)
-            if (key, reward, end) != _step(here, int(first) + action, 1)[1:]:
+            outcomes = [_step(here, int(first) + action, next(streams)) for _ in range(_TRIALS)]
+            there, key, reward, end = outcomes[0]
+            if any(outcome[1:] != (key, reward, end) for outcome in outcomes):
                 raise RewardError(
                     f"{env} is stochastic (state {state}, action {action}); compare rewards from data with SampledStarc"
                 )

@@ -218,7 +218,9 @@ class TabularMDP:
         )
 
     def full_reward(self, reward: Any, name: str = "reward") -> Tensor:
-        """`reward` broadcast to `[..., S, A, S']` (a view)."""
+        """`reward` broadcast to `[..., S, A, S']` (a view); raises `RewardError` for sparse dynamics, where that would not fit."""
+        if self.sparse:
+            raise RewardError(f"{self!r} is too large for rewards over all (s, a, s'); use canonicalization 'val'")
         tensor = self.reward(reward, name)
         if tensor.ndim < 3:
             tensor = tensor.reshape(*tensor.shape, *[1] * (3 - tensor.ndim))
