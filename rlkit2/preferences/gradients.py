@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlkit2.errors import ConfigError
 from rlkit2.preferences.scores import Rows, SequenceScore
@@ -48,7 +49,7 @@ def paired_inner(first: Tensor | Factors, second: Tensor | Factors) -> Tensor:
         return ((first.left @ second.left.mT) * (first.right @ second.right.mT)).sum((1, 2))
     assert isinstance(first, Tensor)
     assert isinstance(second, Tensor)
-    return torch.linalg.vecdot(first, second).movedim(0, -1)
+    return (first * second).sum(-1).movedim(0, -1)
 
 
 def cross_inner(first: Tensor | Factors, second: Tensor | Factors) -> Tensor:
@@ -102,7 +103,8 @@ def vmap_gradients(score: Score, params: Mapping[str, Tensor], rows: Rows) -> Gr
         return value.sum(), value
 
     detached = {name: p.detach() for name, p in params.items()}
-    found, values = vmap(grad(summed, has_aux=True), in_dims=(None, 0))(detached, dict(rows))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule and fall back to a loop
+        found, values = vmap(grad(summed, has_aux=True), in_dims=(None, 0))(detached, dict(rows))
     return {name: _wide(g).reshape(*values.shape, -1) for name, g in found.items()}
 
 
@@ -114,36 +116,35 @@ def _count(rows: Rows) -> int:
 
 
 class CountSketch:
-    """Signed hashing of every coordinate into `dim` buckets: unbiased inner products with relative error about sqrt(2 / dim).
+    """Signed hashing of every tensor's coordinates into `dim` buckets: unbiased inner products (Charikar, Chen and Farach-Colton 2002).
 
-    The hash of a tensor depends only on the seed and its name. Memory: one integer per parameter for the hash, `dim` numbers per
-    sequence and group.
+    The variance of `<x, y>` is at most `2/dim * sum |x_t|^2 |y_t|^2` over the tensors t with more than `dim` numbers; smaller ones are kept as
+    they are. The hash of a tensor depends only on the seed and its name. Memory: one integer per parameter for the hash.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], dim: int, seed: int, group: Callable[[str], str]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], dim: int, seed: int) -> None:
         if dim < 1:
             raise ConfigError(f"sketch_dim={dim} must be at least 1")
-        self.dim, self.group = dim, group
-        self.buckets = {name: self._hash(name, p.numel(), seed).to(p.device) for name, p in params.items()}
+        self.dim = dim
+        self.buckets = {name: self._hash(name, p, seed) for name, p in params.items() if p.numel() > dim}
 
-    def _hash(self, name: str, size: int, seed: int) -> Tensor:
+    def _hash(self, name: str, parameter: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
-        return torch.randint(2 * self.dim, (size,), generator=generator)  # the upper half is the negative sign
+        buckets = torch.randint(2 * self.dim, (parameter.numel(),), generator=generator)
+        return buckets.to(parameter.device)  # the upper half is the negative sign
 
     def __call__(self, gradients: Gradients) -> Gradients:
-        sketches: Gradients = {}
-        for name, gradient in gradients.items():
-            assert isinstance(gradient, Tensor)
-            buckets = self.buckets[name]
-            if gradient.shape[-1] != len(buckets):
-                raise ConfigError(
-                    f"the sketch does not support a seed axis in front of {name}: measure seeds one by one"
-                )
-            halves = gradient.new_zeros(*gradient.shape[:-1], 2 * self.dim).index_add_(-1, buckets, gradient)
-            signed = halves[..., : self.dim] - halves[..., self.dim :]
-            key = self.group(name)
-            sketches[key] = sketches[key] + signed if key in sketches else signed  # type: ignore[operator]
-        return sketches
+        return {name: self._compress(name, gradient) for name, gradient in gradients.items()}
+
+    def _compress(self, name: str, gradient: Tensor | Factors) -> Tensor:
+        assert isinstance(gradient, Tensor)
+        buckets = self.buckets.get(name)
+        if buckets is None:
+            return gradient
+        if gradient.shape[-1] != len(buckets):
+            raise ConfigError(f"the sketch does not support a seed axis in front of {name}: measure seeds one by one")
+        halves = gradient.new_zeros(*gradient.shape[:-1], 2 * self.dim).index_add_(-1, buckets, gradient)
+        return halves[..., : self.dim] - halves[..., self.dim :]
 
 
 # --- ghost -----------------------------------------------------------------------------------------------------------------------
@@ -186,6 +187,11 @@ def ghost_gradients(score: SequenceScore, params: Mapping[str, Tensor], rows: Ro
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad(), _recorded_calls(list(owners)) as calls:
         total = score.terms(leaves, rows).sum()
+    for module, _, output in calls:
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"{type(module).__name__} has parameters of its own but returns no tensor: use method='loop' for this model"
+            )
     deltas = torch.autograd.grad(total, [output for _, _, output in calls], materialize_grads=True, allow_unused=True)
     gradients: Gradients = {}
     with torch.no_grad():

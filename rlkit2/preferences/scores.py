@@ -7,11 +7,12 @@ a margin loss. It is functional in the parameters, so gradients can be taken per
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -34,6 +35,9 @@ class PairBatch:
     rejected: Rows
 
     def __post_init__(self) -> None:
+        for side in ("chosen", "rejected"):
+            rows = {name: torch.as_tensor(value) for name, value in getattr(self, side).items()}
+            object.__setattr__(self, side, rows)
         sizes = {len(tensor) for side in (self.chosen, self.rejected) for tensor in side.values()}
         if len(sizes) != 1:
             raise ConfigError(
@@ -61,14 +65,21 @@ PairLike = PairBatch | tuple[Rows, Rows] | Rows
 
 
 def as_pair_batch(batch: PairLike) -> PairBatch:
-    """A `PairBatch` from itself, from `(chosen, rejected)`, or from one mapping of 2P rows with the chosen first (TRL's collator)."""
+    """A `PairBatch` from itself, from `(chosen, rejected)`, from one mapping of 2P rows with the chosen first (TRL's collator), or from a
+    mapping whose names end in `_w` and `_l`.
+    """
     if isinstance(batch, PairBatch):
         return batch
     if isinstance(batch, tuple):
         return PairBatch(*batch)
     tensors = {
-        name: value for name, value in batch.items() if isinstance(value, Tensor) and not name.startswith("ref_")
+        name: torch.as_tensor(value)
+        for name, value in batch.items()
+        if isinstance(value, Tensor | np.ndarray) and not name.startswith("ref_")
     }
+    if tensors and all(name.endswith(("_w", "_l")) for name in tensors):
+        sides = [{name[:-2]: x for name, x in tensors.items() if name.endswith(end)} for end in ("_w", "_l")]
+        return PairBatch(*sides)
     odd = [name for name, value in tensors.items() if len(value) % 2]
     if odd or not tensors:
         raise ConfigError(
@@ -134,10 +145,11 @@ class SequenceScore:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Dropout off and every submodule's training flag restored afterwards."""
-    flags = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
+    flags = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
@@ -150,7 +162,7 @@ def chosen_parameters(module: nn.Module, parameters: str | Iterable[str] = "trai
 
     With LoRA the first and the second differ, and so do their gradients' angles.
     """
-    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    named: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     if parameters == "all":
         chosen = named
     elif parameters == "trainable":
@@ -164,6 +176,31 @@ def chosen_parameters(module: nn.Module, parameters: str | Iterable[str] = "trai
     if not chosen:
         raise ConfigError('no parameter to take gradients of: set requires_grad or pass parameters="all"')
     return chosen
+
+
+def select_parameters(params: Mapping[str, Tensor] | None, scores: Sequence[SequenceScore]) -> dict[str, Tensor]:
+    """The parameters to take gradients of: the given ones (a tied tensor once, under its first name) or those of the score.
+
+    Raises:
+        ConfigError: none are known, or a name is no parameter of the module.
+    """
+    if params is None:
+        if not scores:
+            raise ConfigError("params=None needs a score that knows its parameters, such as causal_lm_logp(model)")
+        return dict(scores[0].params)
+    given = {name: p for name, p in params.items() if isinstance(p, Tensor) and p.is_floating_point()}
+    if scores:
+        module = scores[0].module
+        first = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        canonical = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+        buffers = {name for name, _ in module.named_buffers()}
+        unknown = [name for name in given if name not in canonical and name not in buffers]
+        if unknown:
+            raise ConfigError(f"{unknown[0]!r} is no parameter of the model; see model.named_parameters()")
+        given = {canonical[name]: p for name, p in given.items() if name in canonical}
+    if not given:
+        raise ConfigError("no floating-point parameter to take gradients of")
+    return given
 
 
 # --- language models -------------------------------------------------------------------------------------------------------------
@@ -190,12 +227,17 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         if "use_cache" in known:
             arguments["use_cache"] = False
         output = module(**arguments) if "input_ids" in known else module(ids)
-        logits = getattr(output, "logits", output)[:, :-1]
+        logits: Tensor = getattr(output, "logits", output)[:, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logp = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
         return logp * rows["completion_mask"][:, 1:].to(logp.dtype)
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
+    any_model: Any = model
+    head = (
+        any_model.get_output_embeddings()
+        if hasattr(model, "get_output_embeddings")
+        else getattr(model, "lm_head", None)
+    )
     return SequenceScore(
         module=model,
         function=function,
@@ -209,7 +251,8 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
 
 
 def _forward_arguments(model: nn.Module) -> frozenset[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    any_model: Any = model
+    base = any_model.get_base_model() if hasattr(model, "get_base_model") else model
     return frozenset(inspect.signature(base.forward).parameters)
 
 
@@ -305,7 +348,7 @@ def segment_logp(
     if not 0.0 < discount <= 1.0:
         raise ConfigError(f"discount={discount} must be in (0, 1]")
 
-    def function(module: nn.Module, rows: Rows) -> Tensor:
+    def function(module: Any, rows: Rows) -> Tensor:
         observations, actions = rows["observations"], rows["actions"]
         logp = (
             module.log_prob(observations, actions)
