@@ -7,9 +7,9 @@ turns its residual into importance weights, and the policy clones the weighted d
     L(V)  = (1 - lambda) E[V(s)] + lambda E[f*(R)]
     L(pi) = -E[w(R) log pi(a|s)]
 
-The gradient of the second term of L(V) has a forward part (through V(s), at R_f = r + gamma V_target(s') - V(s)) and a backward part (through V(s'), at
-R_b = r + gamma V(s') - V_target(s)) that nearly cancel. The orthogonal rule removes from the backward part what is parallel to the forward one,
-over all parameters of a seed at once:
+The gradient of the second term of L(V) has a forward part (through V(s), at R_f = r + gamma V_target(s') - V(s)) and a backward part
+(through V(s'), at R_b = r + gamma V(s') - V_target(s)) that nearly cancel. The orthogonal rule removes from the backward part what is
+parallel to the forward one, over all parameters of a seed at once:
 
     c = <g_f, g_b> / <g_f, g_f>,    total = g_0 + g_f + (g_b - c g_f)
 
@@ -207,21 +207,22 @@ class ODICE(Agent):
         """R_f and R_b of a normalised batch, each once per head: online heads apart, target heads by their minimum."""
         rows = batch.rewards.shape[1]
         rewards = batch.rewards.unsqueeze(1)
-        bootstrap = (self.config.discount * (1.0 - batch.terminations)).unsqueeze(1)
+        discount = self.config.discount
+        bootstrap = torch.rsub(batch.terminations, discount, alpha=discount).unsqueeze(1)  # gamma (1 - terminated)
         backward = None
         if self.config.gradient_rule == "semi":
             value, pullback = linearize(self.value_network, batch.observations)
-            forward = rewards + bootstrap * self._target(batch.next_observations) - value
+            forward = torch.addcmul(rewards, bootstrap, self._target(batch.next_observations)) - value
         else:
             both = torch.cat([batch.observations, batch.next_observations], 1)
             values, pullback = linearize(self.value_network, both)
             value, next_value = values[..., :rows], values[..., rows:]
             if self.config.gradient_rule == "true":
-                forward = rewards + bootstrap * next_value - value
+                forward = torch.addcmul(rewards, bootstrap, next_value) - value
             else:
                 target, next_target = self._target(both).split_with_sizes([rows, rows], -1)
-                forward = rewards + bootstrap * next_target - value
-                backward = self._scaled(rewards + bootstrap * next_value - target)
+                forward = torch.addcmul(rewards, bootstrap, next_target) - value
+                backward = self._scaled(torch.addcmul(rewards, bootstrap, next_value) - target)
         return _Residuals(self._scaled(forward), backward, value, bootstrap, pullback)
 
     @torch.no_grad()
@@ -234,18 +235,29 @@ class ODICE(Agent):
             return residual * self.residual_scale.view(-1, 1, 1)
         return residual if self.config.residual_scale == 1.0 else residual * self.config.residual_scale
 
+    def _cotangents(self, residuals: _Residuals) -> tuple[float, Tensor, Tensor | None]:
+        """Derivatives of the objective: of (1 - lambda) mean V with respect to each V(s); of lambda mean f*(R) with respect to V(s) and V(s')."""
+        config = self.config
+        share = 1.0 / (residuals.value.shape[1] * residuals.value.shape[2])  # means over heads and batch
+        at_value = self._slope(residuals.forward) * (-config.lambda_ * share)
+        at_next = None
+        if config.gradient_rule == "true":
+            at_next = residuals.bootstrap * -at_value
+        elif residuals.backward is not None:
+            at_next = residuals.bootstrap * self._slope(residuals.backward) * (config.lambda_ * config.eta * share)
+        return (1.0 - config.lambda_) * share, at_value, at_next
+
+    def _unscaled(self, term: Tensor) -> Tensor:
+        """A term `[S]` of the scaled objective, (1/scale) f*(scale R), in units of V."""
+        if self.adaptive:
+            return term / self.residual_scale
+        return term if self.config.residual_scale == 1.0 else term / self.config.residual_scale
+
     def _slope(self, residual: Tensor) -> Tensor:
-        """(f*)'(R) as V's gradient uses it: times lambda, averaged over heads and batch."""
+        """(f*)'(R), the optimal weight, as V's gradient uses it."""
         if self.config.residual_clip is not None:
             residual = residual.clamp(max=self.config.residual_clip)
-        count = residual.shape[1] * residual.shape[2]
-        return f_conjugate_grad(self.config.divergence, residual, alpha=self.config.alpha) * (
-            self.config.lambda_ / count
-        )
-
-    def _value_cotangent(self, residuals: _Residuals) -> float:
-        """Derivative of (1 - lambda) mean V with respect to each V(s)."""
-        return (1.0 - self.config.lambda_) / (residuals.value.shape[1] * residuals.value.shape[2])
+        return f_conjugate_grad(self.config.divergence, residual, alpha=self.config.alpha)
 
     def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Policy weights before and after normalisation and clamp."""
@@ -259,31 +271,29 @@ class ODICE(Agent):
     # The value gradient
 
     def _value_gradient(self, residuals: _Residuals) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient `[S, P]` given to V's optimiser, and what the projection did."""
+        """The gradient `[S, P]` given to V's optimiser, and what went into it."""
         pullback, rows = residuals.pullback, residuals.value.shape[2]
-        slope = self._slope(residuals.forward)
-        mean_cotangent = self._value_cotangent(residuals)
-        if self.config.gradient_rule == "semi":
-            return pullback(mean_cotangent - slope), {}
+        mean_term, at_value, at_next = self._cotangents(residuals)
+        metrics = {"weight/conjugate_mean": at_value.sum((1, 2)) / -self.config.lambda_}
+        if at_next is None:
+            return pullback(at_value + mean_term), metrics
         if self.config.gradient_rule == "true":
-            return pullback(torch.cat([mean_cotangent - slope, residuals.bootstrap * slope], 2)), {}
-        assert residuals.backward is not None
+            return pullback(torch.cat([at_value + mean_term, at_next], 2)), metrics
         here, there = slice(0, rows), slice(rows, 2 * rows)
-        semi = pullback(mean_cotangent - slope, here)
-        forward = pullback(-slope, here)
-        backward = pullback(self.config.eta * residuals.bootstrap * self._slope(residuals.backward), there)
-        perpendicular, metrics = self._project(forward, backward)
-        return semi + perpendicular, metrics
+        semi = pullback(at_value + mean_term, here)
+        perpendicular, projection = self._project(pullback(at_value, here), pullback(at_next, there))
+        return semi + perpendicular, metrics | projection
 
     def _project(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_b - c g_f for vectors `[S, P]`, c per seed; with the metrics of the projection."""
-        dot = torch.linalg.vecdot(forward, backward)
-        square = torch.linalg.vecdot(forward, forward)
-        coefficient = (dot / square.clamp(min=self.config.projection_guard)).nan_to_num(0.0, 0.0, 0.0)
+        guard = self.config.projection_guard
+        forward_norm, backward_norm = (torch.linalg.vector_norm(gradient, dim=1) for gradient in (forward, backward))
+        dot, square = torch.linalg.vecdot(forward, backward), forward_norm * forward_norm
+        coefficient = (dot / square.clamp(min=guard)).nan_to_num(0.0, 0.0, 0.0)
         perpendicular = torch.addcmul(backward, forward, coefficient.unsqueeze(1), value=-1.0)
-        forward_norm, backward_norm = square.sqrt(), torch.linalg.vector_norm(backward, dim=1)
         perpendicular_norm = torch.linalg.vector_norm(perpendicular, dim=1)
         cosine = _ratio(dot, forward_norm * backward_norm)
+        dot_after = torch.linalg.vecdot(forward, perpendicular)
         return perpendicular, {
             "projection/forward_norm": forward_norm,
             "projection/backward_norm": backward_norm,
@@ -291,12 +301,10 @@ class ODICE(Agent):
             "projection/perpendicular_norm": perpendicular_norm,
             "projection/coefficient": coefficient,
             "projection/cosine": cosine,
-            "projection/cosine_after": _ratio(
-                torch.linalg.vecdot(forward, perpendicular), forward_norm * perpendicular_norm
-            ),
-            "projection/removed_share": cosine.square(),
-            "projection/flow_discount": self.config.discount * self.config.eta / (1.0 - coefficient),
-            "projection/guard_active": (square < self.config.projection_guard).to(square),
+            "projection/cosine_after": _ratio(dot_after, forward_norm * perpendicular_norm),
+            "projection/removed_share": cosine * cosine,
+            "projection/flow_discount": (self.config.discount * self.config.eta) / (1.0 - coefficient),
+            "projection/guard_active": square < guard,
         }
 
     # One update
@@ -314,7 +322,7 @@ class ODICE(Agent):
 
         raw, weight = self._weights(residuals.forward)
         log_prob = self.actor.log_prob(batch.observations, batch.actions)
-        policy_loss = -(weight.mean(1) * log_prob).mean(1)
+        policy_loss = (log_prob * (weight.mean(1) * (-1.0 / log_prob.shape[1]))).sum(1)
         policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
 
         if self.adaptive:
@@ -326,7 +334,7 @@ class ODICE(Agent):
             "policy/loss": policy_loss.detach(),
             "policy/grad_norm": policy_gradient_norm,
             **metrics,
-            **self._metrics(residuals, weight),
+            **self._metrics(batch, residuals, weight),
         }
 
     def _adapt_scale(self, raw: Tensor) -> None:
@@ -338,42 +346,48 @@ class ODICE(Agent):
         """
         target = self.config.target_effective_sample_share
         assert target is not None
-        share = _effective_sample_share(raw).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6)
+        raw = raw / raw.amax((1, 2), keepdim=True)  # against under- and overflow of the squares
+        share = _share(raw.mean((1, 2)), raw.square().mean((1, 2))).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6)
         error = (share / target).log().clamp(-1.0, 1.0)
         self.residual_scale.mul_((self.config.residual_scale_rate * error).exp()).clamp_(1e-4, 1e4)
 
-    def _metrics(self, residuals: _Residuals, weight: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, batch: Batch, residuals: _Residuals, weight: Tensor) -> dict[str, Tensor]:
+        """Statistics of the batch before the step, in few operations on small tensors."""
         config, residual, value = self.config, residuals.forward, residuals.value
-        smallest, largest = value.flatten(1).aminmax(dim=1)
-        low, high = residual.flatten(1).aminmax(dim=1)
-        value_mean = value.mean((1, 2))
-
-        def dual(scale: float, at: Tensor) -> Tensor:
-            return scale * f_conjugate(config.divergence, at, alpha=config.alpha).mean((1, 2))
-
-        metrics = {
-            "value/dual_forward": dual(config.lambda_, residual),
-            "value/mean_term": (1.0 - config.lambda_) * value_mean,
-            "value/mean": value_mean,
-            "value/min": smallest,
-            "value/max": largest,
-            "value/head_gap": (value.amax(1) - value.amin(1)).mean(1),
-            "residual/mean": residual.mean((1, 2)),
-            "residual/min": low,
-            "residual/max": high,
-            "weight/mean": weight.mean((1, 2)),
-            "weight/max": weight.amax((1, 2)),
-            "weight/zero_share": (weight == 0.0).to(weight).mean((1, 2)),
-            "weight/effective_sample_share": _effective_sample_share(weight),
-            "weight/conjugate_mean": f_conjugate_grad(config.divergence, residual, alpha=config.alpha).mean((1, 2)),
+        lowest, highest = value.aminmax(dim=1, keepdim=True)
+        samples = {  # [S, M, B] each, averaged together
+            "value/mean": value,
+            "residual/mean": residual,
+            "weight/mean": weight,
+            "value/head_gap": (highest - lowest).expand_as(value),
+            "value/dual_forward": f_conjugate(config.divergence, residual, alpha=config.alpha),
+            "weight/zero_share": weight == 0.0,
+            "square": weight * weight,
         }
         if residuals.backward is not None:
-            metrics["value/dual_backward"] = dual(config.lambda_ * config.eta, residuals.backward)
+            samples["value/dual_backward"] = f_conjugate(config.divergence, residuals.backward, alpha=config.alpha)
         if config.weight_clamp is not None:
-            metrics["weight/clamp_share"] = (weight == config.weight_clamp).to(weight).mean((1, 2))
+            samples["weight/clamp_share"] = weight == config.weight_clamp
         if config.residual_clip is not None:
-            metrics["residual/clip_share"] = (residual > config.residual_clip).to(weight).mean((1, 2))
-        return metrics
+            samples["residual/clip_share"] = residual > config.residual_clip
+        stacked = torch.stack(list(samples.values())).flatten(2)
+        metrics = dict(zip(samples, stacked.mean(2), strict=True))
+        metrics["weight/effective_sample_share"] = _share(metrics["weight/mean"], metrics.pop("square"))
+        metrics["value/mean_term"] = (1.0 - config.lambda_) * metrics["value/mean"]
+        metrics["value/dual_forward"] = self._unscaled(config.lambda_ * metrics["value/dual_forward"])
+        if residuals.backward is not None:
+            factor = config.lambda_ * config.eta
+            metrics["value/dual_backward"] = self._unscaled(factor * metrics["value/dual_backward"])
+        (metrics["value/min"], metrics["residual/min"], _), largest = stacked[:3].aminmax(dim=2)
+        metrics["value/max"], metrics["residual/max"], metrics["weight/max"] = largest
+        return metrics | self._value_bounds(batch)
+
+    def _value_bounds(self, batch: Batch) -> dict[str, Tensor]:
+        """What a return can be at most and at least by the rewards of the batch, for comparison with V."""
+        if self.config.discount == 1.0:
+            return {}
+        low, high = (torch.stack(batch.rewards.aminmax(dim=1)) / (1.0 - self.config.discount)).unbind()
+        return {"value/bound_min": low, "value/bound_max": high}
 
     # What it offers to others
 
@@ -386,14 +400,15 @@ class ODICE(Agent):
     def value_gradients(self, batch: Batch) -> ODICEGradients:
         """The parts of V's gradient on a raw batch (before `max_gradient_norm`), without an update."""
         residuals = self._residuals(self.normalize(batch))
-        pullback, here = residuals.pullback, slice(0, residuals.value.shape[2])
-        total, projection = self._value_gradient(residuals)
-        value_term = pullback(torch.full_like(residuals.value, self._value_cotangent(residuals)), here)
-        forward, backward = total - value_term, None
-        if residuals.backward is not None:
-            there = slice(here.stop, 2 * here.stop)
-            forward = pullback(-self._slope(residuals.forward), here)
-            backward = pullback(self.config.eta * residuals.bootstrap * self._slope(residuals.backward), there)
+        pullback, rows = residuals.pullback, residuals.value.shape[2]
+        here, there = slice(0, rows), slice(rows, 2 * rows)
+        mean_term, at_value, at_next = self._cotangents(residuals)
+        total, metrics = self._value_gradient(residuals)
+        value_term = pullback(torch.full_like(residuals.value, mean_term), here)
+        if residuals.backward is None or at_next is None:
+            forward, backward = total - value_term, None
+        else:
+            forward, backward = pullback(at_value, here), pullback(at_next, there)
 
         def parts(vector: Tensor) -> list[Tensor]:
             return unflatten(self.value_network, vector)
@@ -403,7 +418,7 @@ class ODICE(Agent):
             None if backward is None else parts(backward),
             parts(value_term),
             parts(total),
-            projection.get("projection/coefficient", total.new_zeros(len(self.seeds))),
+            metrics.get("projection/coefficient", total.new_zeros(len(self.seeds))),
         )
 
     @torch.no_grad()
@@ -450,22 +465,20 @@ class ODICE(Agent):
             )
         if metrics.get("projection/coefficient", 0.0) < -2.0:
             found["projection"] = (
-                "the projection coefficient is below -2 (about -1 once V settles): V still travels, or its targets lag; lower value_learning_rate or train longer"
+                "the projection coefficient is below -2 (about -1 once V settles): V runs ahead of its target; raise target_update_rate or train longer"
             )
         return found
 
 
-def _effective_sample_share(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) over the n weights of a seed, `[S]`; 0 where all are zero."""
-    share: Tensor = weight.mean((1, 2)).square() / weight.square().mean((1, 2)).clamp(
-        min=torch.finfo(weight.dtype).tiny
-    )
+def _share(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """Effective sample share (sum w)^2 / (n sum w^2) of n weights, `[S]`; 0 where all are zero."""
+    share: Tensor = mean * mean / mean_square.clamp(min=torch.finfo(mean.dtype).tiny)
     return share
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient, 0 where the denominator is 0."""
-    return torch.where(denominator == 0.0, 0.0, numerator / denominator)
+def _ratio(dot: Tensor, norms: Tensor) -> Tensor:
+    """Cosine from an inner product and the product of the norms; 0 where a norm is 0."""
+    return dot / norms.clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:

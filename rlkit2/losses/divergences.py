@@ -48,7 +48,8 @@ def f_conjugate(name: str, residual: Array, *, alpha: float = 1.5) -> Array:
 
     def conjugate(r: Tensor) -> Tensor:
         if name == "pearson":
-            return torch.where(r > -2.0, r + r * r / 4.0, -1.0)
+            r = r.clamp(min=-2.0)
+            return torch.addcmul(r, r, r, value=0.25)
         if name == "rkl":
             return torch.exp(r - 1.0)
         if name == "soft_chi2":
@@ -65,7 +66,7 @@ def f_conjugate_grad(name: str, residual: Array, *, alpha: float = 1.5) -> Array
 
     def gradient(r: Tensor) -> Tensor:
         if name == "pearson":
-            return (r / 2.0 + 1.0).clamp(min=0.0)
+            return torch.rsub(r, 1.0, alpha=-0.5).clamp(min=0.0)  # max(0, R/2 + 1)
         if name == "rkl":
             return torch.exp(r - 1.0)
         if name == "soft_chi2":
