@@ -154,6 +154,11 @@ class Agent:
                 ) from error
 
 
+def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over the batch of metrics `[S, B]`, in one operation; flags count as 0 and 1."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).mean(-1).unbind(), strict=True))
+
+
 def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """`n` means seeds 0 to n-1.
 

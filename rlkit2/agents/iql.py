@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, batch_means
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.td import expectile_loss, squared_td_error, td_target
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, make_actor, target_copy
+from rlkit2.losses.td import expectile_slope, squared_error, td_target
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, linearize, make_actor, target_copy
 
 
 @dataclass(frozen=True)
@@ -136,44 +136,53 @@ class IQL(Agent):
 
     # The terms of the objective, on normalised batches
 
-    def advantage(self, batch: Batch) -> Tensor:
-        """A = min over target critics of Q(s, a) - V(s), `[S, B]`; differentiable in V."""
-        with torch.no_grad():
-            target = self.critic_target(batch.observations, batch.actions).amin(1)
-        advantage: Tensor = target - self.value_network(batch.observations)
-        return advantage
+    @torch.no_grad()
+    def value_target(self, batch: Batch) -> Tensor:
+        """min over target critics of Q(s, a), `[S, B]`."""
+        minimum: Tensor = self.critic_target(batch.observations, batch.actions).amin(1)
+        return minimum
 
-    def value_loss(self, advantage: Tensor) -> Tensor:
-        """Expectile regression of V on Q, `[S]`."""
-        return expectile_loss(advantage, self.config.expectile).mean(1)
+    def value_term(self, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """Expectile loss of every row, `[S, B]`, and the derivative of L(V) with respect to each V(s), `[S, B]`."""
+        slope = expectile_slope(advantage, self.config.expectile)
+        return slope * advantage, slope * (-2.0 / advantage.shape[1])
 
-    def critic_loss(self, batch: Batch, next_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Regression of every Q on r + gamma V(s'), `[S]`, and Q itself, `[S, M, B]`."""
-        targets = td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
-        values = self.critic(batch.observations, batch.actions)
-        return squared_td_error(values, targets), values
+    @torch.no_grad()
+    def critic_target_values(self, batch: Batch) -> Tensor:
+        """r + gamma (1 - terminated) V(s'), `[S, B]`."""
+        next_value = self.value_network(batch.next_observations)
+        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+
+    def critic_term(self, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of every row, `[S, B]`, and the derivative of L(Q) with respect to each Q_i(s, a), `[S, M, B]`."""
+        return squared_error(q, targets)
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
-        """min(exp(beta A), clamp), `[S, B]`, without gradient."""
-        return (self.config.inverse_temperature * advantage.detach()).exp().clamp(max=self.config.weight_clamp)
+        """min(exp(beta A), clamp), `[S, B]`."""
+        return (self.config.inverse_temperature * advantage).exp().clamp(max=self.config.weight_clamp)
 
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
-        """Weighted negative log-likelihood of the data's actions, `[S]`."""
-        return -(weight * self.actor.log_prob(batch.observations, batch.actions)).mean(1)
+        """L(pi), `[S]`."""
+        log_prob = self.actor.log_prob(batch.observations, batch.actions)
+        loss: Tensor = torch.linalg.vecdot(weight, log_prob) / -weight.shape[1]
+        return loss
 
     # One update
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Steps of V, Q and the policy, all at the values before them; then the target of Q."""
         batch = self.normalize(batch)
-        with torch.no_grad():
-            next_value = self.value_network(batch.next_observations)
-        advantage = self.advantage(batch)
-        value_loss = self.value_loss(advantage)
-        value_gradient_norm = self.value_optimizer.minimize(value_loss)
+        targets = self.critic_target_values(batch)
+        values, pullback = linearize(self.value_network, batch.observations)
+        advantage = self.value_target(batch) - values
+        value_loss, cotangent = self.value_term(advantage)
+        value_gradient = pullback(cotangent)
+        self.value_optimizer.step(value_gradient)
 
-        critic_loss, values = self.critic_loss(batch, next_value)
-        critic_gradient_norm = self.critic_optimizer.minimize(critic_loss)
+        q, pullback = linearize(self.critic, batch.observations, batch.actions)
+        critic_loss, cotangent = self.critic_term(q, targets)
+        critic_gradient = pullback(cotangent)
+        self.critic_optimizer.step(critic_gradient)
 
         weight = self.policy_weight(advantage)
         policy_loss = self.policy_loss(batch, weight)
@@ -182,17 +191,21 @@ class IQL(Agent):
         lerp_(self.critic_target, self.critic, self.config.target_update_rate)
         self.step += 1
         return {
-            "value/loss": value_loss.detach(),
-            "value/grad_norm": value_gradient_norm,
-            "value/next_mean": next_value.mean(1),
-            "critic/loss": critic_loss.detach(),
-            "critic/grad_norm": critic_gradient_norm,
-            "critic/q_mean": values.detach().mean((1, 2)),
-            "policy/loss": policy_loss.detach(),
+            "value/grad_norm": torch.linalg.vector_norm(value_gradient, dim=1),
+            "critic/grad_norm": torch.linalg.vector_norm(critic_gradient, dim=1),
             "policy/grad_norm": policy_gradient_norm,
-            "advantage/mean": advantage.detach().mean(1),
-            "weight/mean": weight.mean(1),
-            "weight/clamp_share": (weight == self.config.weight_clamp).to(weight).mean(1),
+            "policy/loss": policy_loss.detach(),
+            **batch_means(
+                {
+                    "value/loss": value_loss,
+                    "value/mean": values,
+                    "critic/loss": critic_loss,
+                    "critic/q_mean": q[:, 0],
+                    "advantage/mean": advantage,
+                    "weight/mean": weight,
+                    "weight/clamp_share": weight == self.config.weight_clamp,
+                }
+            ),
         }
 
     # What it offers to others

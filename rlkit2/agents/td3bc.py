@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, batch_means
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.td import squared_td_error, td_target
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
+from rlkit2.losses.td import squared_error, td_target
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, linearize, make_actor, target_copy
 from rlkit2.nn.random import normal
 
 
@@ -129,10 +129,9 @@ class TD3BC(Agent):
         next_value = self.critic_target(batch.next_observations, next_actions).amin(1)
         return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
 
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Regression of every Q on y, `[S]`, and Q itself, `[S, M, B]`."""
-        values = self.critic(batch.observations, batch.actions)
-        return squared_td_error(values, self.critic_targets(batch)), values
+    def critic_term(self, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of every row, `[S, B]`, and the derivative of L(Q) with respect to each Q_i(s, a), `[S, M, B]`."""
+        return squared_error(q, targets)
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """-lambda Q_1(s, pi(s)) plus the cloning error, `[S]`, with metrics of both."""
@@ -148,11 +147,13 @@ class TD3BC(Agent):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """A critic step; every `policy_delay`-th time also a policy step and a step of the targets."""
         batch = self.normalize(batch)
-        critic_loss, values = self.critic_loss(batch)
+        q, pullback = linearize(self.critic, batch.observations, batch.actions)
+        critic_loss, cotangent = self.critic_term(q, self.critic_targets(batch))
+        gradient = pullback(cotangent)
+        self.critic_optimizer.step(gradient)
         metrics = {
-            "critic/grad_norm": self.critic_optimizer.minimize(critic_loss),
-            "critic/loss": critic_loss.detach(),
-            "critic/q_mean": values.detach().mean((1, 2)),
+            "critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1),
+            **batch_means({"critic/loss": critic_loss, "critic/q_mean": q[:, 0]}),
         }
         self.step += 1
         self._phase = (self._phase + 1) % self.config.policy_delay

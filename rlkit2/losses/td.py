@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discount: float) -> Tensor:
@@ -13,7 +15,12 @@ def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discoun
         next_value: value of the next observations, `[S, B]`.
         discount: in [0, 1].
     """
-    return rewards + discount * (1.0 - terminations) * next_value
+    return torch.add(rewards, (1.0 - terminations) * next_value, alpha=discount)
+
+
+def expectile_slope(difference: Tensor, expectile: float) -> Tensor:
+    """|expectile - 1(difference < 0)| difference, element by element; half the derivative of `expectile_loss`."""
+    return expectile * F.leaky_relu(difference, (1.0 - expectile) / expectile)
 
 
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
@@ -23,15 +30,18 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
         difference: target minus estimate, any shape.
         expectile: in (0, 1); 1/2 is half the squared error, larger values move the minimiser towards the largest targets.
     """
-    weight = (difference > 0.0).to(difference) * (2.0 * expectile - 1.0) + (1.0 - expectile)
-    return weight * difference.square()
+    return expectile_slope(difference, expectile) * difference
 
 
-def squared_td_error(values: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of every member against the same targets: mean over the batch, sum over the members, `[S]`.
+def squared_error(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Regression of every ensemble member on the same targets.
 
     Args:
         values: `[S, M, B]`.
-        targets: `[S, B]`, without gradient.
+        targets: `[S, B]`.
+
+    Returns:
+        The squared errors summed over members, `[S, B]`, and the derivative of their mean over the batch with respect to `values`, `[S, M, B]`.
     """
-    return (values - targets.unsqueeze(1)).square().mean(2).sum(1)
+    error = values - targets.unsqueeze(1)
+    return error.square().sum(1), error * (2.0 / error.shape[2])

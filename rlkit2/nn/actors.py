@@ -83,9 +83,8 @@ class GaussianActor(Actor):
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Sum over action dimensions of log N(action; mean, std)."""
         log_std = self.log_std.clamp(*self.log_std_bounds)
-        standardized = (actions - self.mean(observations)) * torch.exp(-log_std)
-        constant = 0.5 * math.log(2.0 * math.pi) * actions.shape[-1]
-        return -0.5 * standardized.square().sum(-1) - (log_std.sum(-1) + constant)
+        standardized = (self.mean(observations) - actions) * torch.exp(-log_std)
+        return torch.add(-0.5 * math.log(2.0 * math.pi) - log_std, standardized.square(), alpha=-0.5).sum(-1)
 
     def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
         mean = self.mean(observations)

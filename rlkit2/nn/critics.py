@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlkit2.nn.mlp import StackedMLP, named_tensors
+from rlkit2.nn.mlp import Pullback, StackedMLP, linearize, linearize_by_autograd, named_tensors
 
 
 class Critic(nn.Module):
@@ -20,6 +20,8 @@ class Critic(nn.Module):
         hidden_sizes, layer_norm, seeds, dtype, device: as for `StackedMLP`.
         members: M.
         discrete: actions are int64 choices.
+        noise_outputs: further outputs beside each value (`outputs`), for a model of its errors.
+        detach_noise: keep those outputs from training the hidden layers, as `StackedMLP`'s `detached_outputs`.
         stream: name of the network, as for `StackedMLP`.
 
     `network` is a `StackedMLP`; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
@@ -38,16 +40,21 @@ class Critic(nn.Module):
         members: int = 2,
         discrete: bool = False,
         layer_norm: bool = False,
+        noise_outputs: int = 0,
+        detach_noise: bool = True,
         stream: str = "critic",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.discrete = discrete
+        self.discrete, self.noise_outputs = discrete, noise_outputs
+        self.num_actions = action_size if discrete else 1
+        scalar = not discrete and noise_outputs == 0
         self.network = StackedMLP(
             observation_size if discrete else observation_size + action_size,
             hidden_sizes,
-            action_size if discrete else None,
+            None if scalar else (1 + noise_outputs) * self.num_actions,
+            detached_outputs=noise_outputs * self.num_actions if detach_noise else 0,
             seeds=seeds,
             members=members,
             layer_norm=layer_norm,
@@ -58,28 +65,51 @@ class Critic(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q of every member, `[S, M, B]`, for observations `[S, B, obs]` and actions `[S, B, act]` (discrete: int64 `[S, B]`)."""
-        if not self.discrete:
-            values: Tensor = self.network(torch.cat([observations, actions], -1))
-            return values
-        every = self.every_action(observations)
-        taken = actions[:, None, :, None].expand(-1, every.shape[1], -1, 1)
-        chosen: Tensor = every.gather(-1, taken)
-        return chosen.squeeze(-1)
+        if self.discrete:
+            return taken(self.every_action(observations), actions)
+        values: Tensor = self.network(torch.cat([observations, actions], -1))
+        return values[..., 0] if self.noise_outputs else values
+
+    def outputs(self, observations: Tensor, actions: Tensor, *, frozen: bool = False) -> Tensor:
+        """Q and the noise outputs behind it, `[S, M, B, 1 + noise_outputs]`; `frozen`: gradients to the actions, not to the weights."""
+        if self.discrete:
+            return taken(self.every_output(observations), actions)
+        inputs = torch.cat([observations, actions], -1)
+        found: Tensor = self.network(inputs, frozen=frozen) if frozen else self.network(inputs)
+        return found if self.noise_outputs else found.unsqueeze(-1)
 
     def every_action(self, observations: Tensor) -> Tensor:
         """Q of every member and every discrete action, `[S, M, B, n]`."""
         values: Tensor = self.network(observations)
-        return values
+        return values[..., : self.num_actions] if self.noise_outputs else values
+
+    def every_output(self, observations: Tensor) -> Tensor:
+        """Q and the noise outputs for every discrete action, `[S, M, B, n, 1 + noise_outputs]`."""
+        found: Tensor = self.network(observations)
+        return found.view(*found.shape[:-1], -1, self.num_actions).transpose(-1, -2)
 
     def first(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q of the first member alone, `[S, B]`, for continuous actions; gradients flow to the actions, not to the weights."""
         inputs = torch.cat([observations, actions], -1)
         if isinstance(self.network, StackedMLP):
-            first: Tensor = self.network.member(0)(inputs, frozen=True)
-            return first.squeeze(1)
-        values: Tensor = self.network(inputs)
-        return values[:, 0]
+            values: Tensor = self.network.member(0)(inputs, frozen=True)
+        else:
+            values = self.network(inputs)
+        return values[:, 0, :, 0] if self.noise_outputs else values[:, 0]
+
+    def linearize(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Pullback]:
+        """Q of every member, `[S, M, B]`, and its pullback to the parameters; see `rlkit2.nn.linearize`."""
+        if self.discrete or self.noise_outputs:
+            return linearize_by_autograd(self, observations, actions)
+        return linearize(self.network, torch.cat([observations, actions], -1))
 
     def named_views(self) -> dict[str, Tensor]:
         """The network's tensors, under its own names."""
         return named_tensors(self.network)
+
+
+def taken(every: Tensor, actions: Tensor) -> Tensor:
+    """Entries of the actions taken: `[S, M, B, n, ...]` and int64 `[S, B]` -> `[S, M, B, ...]`."""
+    index = actions[:, None, :, None].view(len(actions), 1, -1, 1, *(1 for _ in every.shape[4:]))
+    chosen: Tensor = every.gather(3, index.expand(*every.shape[:3], 1, *every.shape[4:]))
+    return chosen.squeeze(3)

@@ -66,6 +66,8 @@ class StackedMLP(nn.Module):
         seeds: one integer per seed; initial weights of a seed depend on it and on `stream` alone.
         members: M, or None for a network without a member axis.
         layer_norm: put a layer norm (eps 1e-5) between each hidden linear map and its ReLU.
+        detached_outputs: the last so many outputs are read off the hidden layers without training them: only their own weights learn from them
+            (gradients to the inputs under `frozen` count all outputs).
         stream: name of the network; networks of one agent need different ones to start different.
 
     Linear layers start as `torch.nn.Linear` does: uniform in +-1/sqrt(in).
@@ -83,11 +85,13 @@ class StackedMLP(nn.Module):
         seeds: Sequence[int],
         members: int | None = None,
         layer_norm: bool = False,
+        detached_outputs: int = 0,
         stream: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        self.attached_outputs = None if output_size is None else output_size - detached_outputs
         self.input_size, self.hidden_sizes, self.output_size = input_size, tuple(hidden_sizes), output_size
         self.num_seeds, self.members, self.layer_norm = len(seeds), members, layer_norm
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -183,20 +187,31 @@ class StackedMLP(nn.Module):
     def linearize(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
         """Outputs `[S, M, B]` of a scalar network, and their pullback to the parameters.
 
-        `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows to the gradient `[S, P]`. The network is
-        backpropagated once, for a unit cotangent: a scalar output makes every hidden derivative proportional to its row's cotangent,
-        so further cotangents cost their weight products only.
+        `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows to the gradient `[S, P]`. Parts of the rows
+        share one backward pass, for a unit cotangent: a scalar output makes every hidden derivative proportional to its row's
+        cotangent, so further cotangents cost their weight products only.
+
+        Raises:
+            RuntimeError: by the pullback, if the weights have changed since.
         """
         if self.output_size is not None:
             raise ValueError("linearize needs a scalar network (output_size=None)")
         with torch.no_grad():
             outputs, traces = self._run(self._merge(inputs))
-            cotangents, _ = self._backpropagate(traces, None)
         lead = self.num_seeds * (self.members or 1)
+        version = None if torch.compiler.is_compiling() else self.flat._version
+        unit: list[_Cotangent] = []
 
         @torch.no_grad()
         def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
-            return self._weight_gradient(traces, cotangents, cotangent.reshape(lead, 1, -1), rows)
+            if version is not None and version != self.flat._version:
+                raise RuntimeError("the weights have changed since linearize; pull back before the optimiser's step")
+            cotangent = cotangent.reshape(lead, 1, -1)
+            if rows == slice(None):
+                return self._weight_gradient(traces, self._backpropagate(traces, cotangent)[0], None)
+            if not unit:
+                unit.extend(self._backpropagate(traces, None)[0])
+            return self._weight_gradient(traces, unit, cotangent, rows)
 
         return self._unmerge(outputs), pullback
 
@@ -212,7 +227,16 @@ class StackedMLP(nn.Module):
         last = layers[-1]
         if self.output_size is None:
             return self._unmerge((hidden * last.weight).sum(-1) + last.bias.squeeze(-1))
-        return self._unmerge(torch.baddbmm(last.bias, hidden, last.weight))
+        if self.attached_outputs is None or self.attached_outputs == self.output_size or frozen:
+            return self._unmerge(torch.baddbmm(last.bias, hidden, last.weight))
+        sizes = [self.attached_outputs, self.output_size - self.attached_outputs]
+        parts = zip(
+            (hidden, hidden.detach()),
+            last.bias.split_with_sizes(sizes, -1),
+            last.weight.split_with_sizes(sizes, -1),
+            strict=True,
+        )
+        return self._unmerge(torch.cat([torch.baddbmm(bias, inputs, weight) for inputs, bias, weight in parts], -1))
 
     def _merge(self, inputs: Tensor) -> Tensor:
         if self.members is None or (self.members == 1 and inputs.ndim == 3):
@@ -240,20 +264,29 @@ class StackedMLP(nn.Module):
                 hidden = torch.addcmul(layer.shift, normalized, layer.gain).relu_()
         traces.append(_Trace(hidden))
         last = self._layers[-1]
-        if self.output_size is None:  # a matrix product with one column is several times slower
-            return torch.linalg.vecdot(hidden, last.weight) + last.bias.squeeze(-1), traces
+        if (
+            self.output_size is None
+        ):  # as a product with one row: with one column, or as a dot product, it is several times slower
+            return torch.baddbmm(last.bias, last.weight, hidden.transpose(1, 2)).squeeze(1), traces
         return torch.baddbmm(last.bias, hidden, last.weight), traces
 
     def _backpropagate(
-        self, traces: list[_Trace], cotangent: Tensor | None, *, to_inputs: bool = False
+        self, traces: list[_Trace], cotangent: Tensor | None, *, to_inputs: bool = False, attached: int | None = None
     ) -> tuple[list[_Cotangent], Tensor | None]:
-        """Cotangents of every layer for `cotangent [SM, B, out]`, or for ones on the outputs of a scalar network (None)."""
+        """Cotangents of every layer for `cotangent [SM, B, out]`; of a scalar network for `[SM, 1, B]`, or for ones (None).
+
+        `attached`: how many of the outputs send a cotangent below the last layer; None for all.
+        """
         found = [_Cotangent(cotangent)]
         for i in range(len(self._layers) - 1, 0 if not to_inputs else -1, -1):
             weight = self._layers[i].weight
             above = found[-1].linear
+            if attached is not None and above is not None and i == len(self._layers) - 1:
+                above, weight = above[..., :attached], weight[..., :attached]
             if above is None:
                 at_input = weight.expand_as(traces[i].inputs)
+            elif self.output_size is None and len(found) == 1:
+                at_input = above.transpose(1, 2) * weight
             else:
                 at_input = torch.bmm(above, weight.transpose(1, 2))
             if i == 0:
@@ -283,27 +316,34 @@ class StackedMLP(nn.Module):
         compiling = torch.compiler.is_compiling()
         gradient = torch.empty_like(self.flat)
         blocks: list[Tensor | None] = [None] * len(self._shapes) if compiling else list(self._blocks(gradient))
-        first = traces[0].inputs
-        row_sum = first.new_ones(len(first), 1, first.shape[1]) if scale is None else scale
         results: list[Tensor] = []
 
         def contract(left: Tensor, right: Tensor) -> None:
             results.append(torch.bmm(left, right, out=blocks[len(results)]))
 
-        for trace, cotangent in zip(traces, cotangents, strict=True):
+        def total(cotangent: Tensor) -> None:
+            if scale is None:
+                results.append(torch.sum(cotangent, 1, keepdim=True, out=blocks[len(results)]))
+            else:
+                contract(scale, cotangent)
+
+        for i, (trace, cotangent) in enumerate(zip(traces, cotangents, strict=True)):
             inputs = trace.inputs[:, rows]
-            if cotangent.linear is None:
-                contract(row_sum, inputs)
-                results.append(torch.sum(row_sum, -1, keepdim=True, out=blocks[len(results)]))
+            if self.output_size is None and i == len(traces) - 1:
+                top = scale if cotangent.linear is None else cotangent.linear
+                assert top is not None
+                contract(top, inputs)
+                results.append(torch.sum(top, 2, keepdim=True, out=blocks[len(results)]))
                 continue
+            assert cotangent.linear is not None
             linear = cotangent.linear[:, rows]
             scaled = inputs if scale is None else inputs * scale.transpose(1, 2)
             contract(scaled.transpose(1, 2), linear)
-            contract(row_sum, linear)
+            total(linear)
             if cotangent.affine is not None and trace.normalized is not None:
                 affine = cotangent.affine[:, rows]
-                contract(row_sum, affine * trace.normalized[:, rows])
-                contract(row_sum, affine)
+                total(affine * trace.normalized[:, rows])
+                total(affine)
         if compiling:
             return torch.cat([result.flatten(1) for result in results], 1).view_as(self.flat)
         return gradient
@@ -326,29 +366,35 @@ class _Evaluate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         _ = ctx.saved_tensors
         network, traces = ctx.network, ctx.traces
-        scalar = network.output_size is None
         _, to_flat, to_inputs = ctx.needs_input_grad
-        cotangents, at_inputs = network._backpropagate(traces, None if scalar else gradient, to_inputs=to_inputs)
-        if scalar and at_inputs is not None:
-            at_inputs = at_inputs * gradient.unsqueeze(-1)
-        scale = gradient.unsqueeze(1) if scalar else None
-        at_flat = network._weight_gradient(traces, cotangents, scale) if to_flat else None
+        cotangent = gradient.unsqueeze(1) if network.output_size is None else gradient
+        attached = network.attached_outputs if to_flat and network.attached_outputs != network.output_size else None
+        cotangents, at_inputs = network._backpropagate(traces, cotangent, to_inputs=to_inputs, attached=attached)
+        at_flat = network._weight_gradient(traces, cotangents, None) if to_flat else None
         return None, at_flat, at_inputs
 
 
-def linearize(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Pullback]:
-    """`StackedMLP.linearize` for any module that maps `[S, B, in]` to `[S, M, B]` and whose parameters all lead with S.
+def linearize(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
+    """`StackedMLP.linearize` for any module with outputs `[S, ..., B]` and parameters that all lead with S.
 
     The pullback returns the gradients of all parameters as one vector per seed, `[S, P]`, in the order of `module.parameters()`.
     """
-    if isinstance(module, StackedMLP):
-        return module.linearize(inputs)
+    own = getattr(module, "linearize", None)
+    if own is None:
+        return linearize_by_autograd(module, *inputs)
+    outputs, pullback = own(*inputs)
+    return outputs, pullback
+
+
+def linearize_by_autograd(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
+    """What `linearize` does for a module that has no method of that name."""
     parameters = list(module.parameters())
     with torch.enable_grad():
-        outputs = module(inputs)
+        outputs = module(*inputs)
 
     def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
-        gradients = torch.autograd.grad(outputs[..., rows], parameters, cotangent, retain_graph=True)
+        selected = outputs[..., rows]
+        gradients = torch.autograd.grad(selected, parameters, cotangent.expand_as(selected), retain_graph=True)
         return torch.cat([gradient.flatten(1) for gradient in gradients], 1)
 
     return outputs.detach(), pullback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -25,7 +26,12 @@ class Adam:
         self._parameters = list(self._named.values())
         device = self._parameters[0].device
         self._base_rate, self._cosine_steps = learning_rate, cosine_steps
-        self._rate = torch.tensor(learning_rate, device=device) if cosine_steps else learning_rate
+        kind = (
+            torch.float32 if device.type == "cuda" else self._parameters[0].dtype
+        )  # CUDA's fused Adam reads a float32
+        self._rate = torch.tensor(learning_rate, dtype=kind, device=device) if cosine_steps else learning_rate
+        self._ones = torch.ones_like(self._parameters[0].flatten(1)[:, 0])
+        self._half_rate = torch.tensor(0.5 * learning_rate, dtype=kind, device=device)
         self._optimizer = torch.optim.Adam(
             self._parameters, lr=self._rate, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
         )
@@ -47,19 +53,18 @@ class Adam:
 
     def minimize(self, losses: Tensor) -> Tensor:
         """One step down the sum of `losses [S]`; returns the gradient's norm per seed, `[S]`, before weight decay."""
-        gradients = torch.autograd.grad(losses.sum(), self._parameters)
+        gradients = torch.autograd.grad(losses, self._parameters, self._ones)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         norms: list[Tensor] = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
         self._advance()
-        return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+        return functools.reduce(torch.hypot, norms)
 
     def _advance(self) -> None:
         if self._cosine_steps and isinstance(self._rate, Tensor):
-            progress = (
-                self._optimizer.state[self._parameters[0]]["step"].clamp(max=self._cosine_steps) / self._cosine_steps
-            )
-            self._rate.copy_(0.5 * self._base_rate * (1.0 + torch.cos(math.pi * progress)))
+            done = self._optimizer.state[self._parameters[0]]["step"]
+            angle = (done.to(self._rate.dtype) * (math.pi / self._cosine_steps)).clamp(max=math.pi)
+            torch.add(self._half_rate, angle.cos(), alpha=0.5 * self._base_rate, out=self._rate)
         self._optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
