@@ -15,3 +15,5 @@ from rlkit2.data.preferences import SegmentIndex as SegmentIndex
 from rlkit2.data.replay import ReplayBuffer as ReplayBuffer
 from rlkit2.data.spaces import DatasetWarning as DatasetWarning
 from rlkit2.data.spec import DatasetSpec as DatasetSpec
+from rlkit2.data.weighted import WeightedDataset as WeightedDataset
+from rlkit2.data.weighted import with_weights as with_weights

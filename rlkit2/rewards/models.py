@@ -137,9 +137,7 @@ class RewardEnsemble(nn.Module):
         flat = features.reshape(1, -1, features.shape[-1]).expand(len(self.seeds), -1, -1)
         return self.predict(flat).view(len(self.seeds), self.members, *shape)
 
-    def forward(
-        self, observations: Any, actions: Any, next_observations: Any = None, terminations: Any = None
-    ) -> Any:
+    def forward(self, observations: Any, actions: Any, next_observations: Any = None, terminations: Any = None) -> Any:
         """Mean reward over members `[...]` (`[S, ...]` with several seeds) for a batch of transitions, NumPy arrays or tensors.
 
         `terminations` are accepted, as of any reward, and not read.
@@ -174,7 +172,9 @@ class RewardEnsemble(nn.Module):
         self.check_spec(dataset.spec)
         return torch.cat(
             [
-                torch.sigmoid(self.logits(*(self._row_features(dataset, side[i : i + chunk]) for side in (rows_1, rows_2))))
+                torch.sigmoid(
+                    self.logits(*(self.row_features(dataset, side[i : i + chunk]) for side in (rows_1, rows_2)))
+                )
                 for i in range(0, len(rows_1), chunk)
             ],
             -1,
@@ -189,10 +189,12 @@ class RewardEnsemble(nn.Module):
         if features.ndim == 3:
             features = features.expand(len(self.seeds), *features.shape)
         pairs, steps = features.shape[-3:-1]
-        rewards = self.predict(features.flatten(-3, -2)).unflatten(-1, (pairs, steps))
+        rewards = self.predict(features.flatten(-3, -2))
+        rewards = rewards.view(*rewards.shape[:-1], pairs, steps)
         return rewards.mean(-1) if self.reduce == "mean" else rewards.sum(-1)
 
-    def _row_features(self, dataset: TransitionDataset, rows: Tensor) -> Tensor:
+    def row_features(self, dataset: TransitionDataset, rows: Tensor | slice) -> Tensor:
+        """Standardised inputs `[..., in]` of a dataset's rows `[...]`."""
         return self.features(dataset.observations[rows], dataset.actions[rows], dataset.next_observations[rows])
 
     def check_spec(self, spec: DatasetSpec) -> None:
@@ -200,8 +202,12 @@ class RewardEnsemble(nn.Module):
         mine = (self.observation_size, self.action_size, self.discrete)
         theirs = (spec.observation_size, spec.action_size, spec.discrete)
         if mine != theirs:
-            kinds = [f"{size} observations and {count} {'choices' if d else 'actions'}" for size, count, d in (mine, theirs)]
-            raise RewardError(f"this reward model takes {kinds[0]}, but {spec.id} has {kinds[1]}; fit one to that dataset")
+            kinds = [
+                f"{size} observations and {count} {'choices' if d else 'actions'}" for size, count, d in (mine, theirs)
+            ]
+            raise RewardError(
+                f"this reward model takes {kinds[0]}, but {spec.id} has {kinds[1]}; fit one to that dataset"
+            )
 
     # Parts and files
 
@@ -281,7 +287,10 @@ class RewardEnsemble(nn.Module):
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, data in (("reward.safetensors", self._bytes()), ("reward.json", json.dumps(text, indent=2).encode())):
+            for name, data in (
+                ("reward.safetensors", self._bytes()),
+                ("reward.json", json.dumps(text, indent=2).encode()),
+            ):
                 temporary = folder / f".{name}.tmp"
                 temporary.write_bytes(data)
                 os.replace(temporary, folder / name)
@@ -299,7 +308,9 @@ class RewardEnsemble(nn.Module):
         try:
             text = json.loads((folder / "reward.json").read_text())
             if text["format"] != FORMAT:
-                raise RewardError(f"{folder}: reward model format {text['format']} is not known to this version; upgrade rlkit2")
+                raise RewardError(
+                    f"{folder}: reward model format {text['format']} is not known to this version; upgrade rlkit2"
+                )
             model = cls(**text["settings"], dtype=getattr(torch, text["dtype"]))
             model.load_state_dict(load((folder / "reward.safetensors").read_bytes()))
         except FileNotFoundError as error:

@@ -1,0 +1,282 @@
+"""Fitting Bradley-Terry reward ensembles to labelled pairs, all members and seeds in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.preferences import PreferenceDataset
+from rlkit2.errors import ConfigError
+from rlkit2.losses.preference import bradley_terry_loss
+from rlkit2.nn import Adam
+from rlkit2.rewards.models import RewardEnsemble
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Labelled pairs of S seeds as network inputs: `first`, `second` `[S, P, H, in]`, `label [S, P]`."""
+
+    first: Tensor
+    second: Tensor
+    label: Tensor
+
+    def gather(self, chosen: Tensor) -> _Pairs:
+        """The pairs `chosen [S, M, B]` of every seed and member."""
+        seeds = torch.arange(len(chosen), device=chosen.device)[:, None, None]
+        return _Pairs(self.first[seeds, chosen], self.second[seeds, chosen], self.label[seeds, chosen])
+
+
+def fit_reward_model(
+    preferences: PreferenceDataset | Sequence[PreferenceDataset],
+    dataset: TransitionDataset,
+    *,
+    seeds: int | Sequence[int] = 1,
+    members: int = 3,
+    hidden_sizes: Sequence[int] = (256, 256, 256),
+    head: str = "linear",
+    reduce: str = "mean",
+    inputs: Sequence[str] = ("observations", "actions"),
+    beta: float | None = None,
+    bootstrap: bool = True,
+    steps: int = 1000,
+    batch_size: int = 64,
+    learning_rate: float = 3e-4,
+    weight_decay: float = 0.0,
+    assumed_noise: float = 0.0,
+    centering: float = 0.0,
+    held_out: float = 0.2,
+    check_every: int = 25,
+    patience: int | None = 10,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> RewardEnsemble:
+    """Fit an ensemble by the Bradley-Terry likelihood of its labels (Christiano et al., "Deep Reinforcement Learning from Human Preferences",
+    NeurIPS 2017, section 2.2.3; settings of B-Pref and of the Markovian model in Preference Transformer).
+
+    The probability that the second segment is preferred is `sigmoid(beta (R_2 - R_1))` with R the mean or sum of predicted rewards.
+    Every member starts from weights of its own and, with `bootstrap`, sees a resample of the pairs. Every member keeps the weights that were best
+    on held-out pairs; training stops when no member has improved for `patience` checks.
+
+    Args:
+        preferences: labels of `dataset`; a sequence gives every seed its own labels (equally many).
+        dataset: where the segments are.
+        seeds: n for seeds 0 to n-1, or the integers themselves; they decide weights, bootstraps, minibatches and the held-out pairs.
+        members, hidden_sizes, head, reduce, inputs, device, dtype: see `RewardEnsemble`.
+        beta: fixed inverse temperature; None learns one per member, which makes "mean" and "sum" equally easy to fit.
+        bootstrap: resample the training pairs for every member.
+        steps: most updates; batch_size: pairs per update, seed and member.
+        learning_rate, weight_decay: of Adam.
+        assumed_noise: share of answers taken to be coin flips (Christiano et al. assume 0.1), in [0, 1).
+        centering: weight of `(R_1 + R_2)^2`, which fixes the free offset.
+        held_out: share of the pairs for early stopping (Christiano et al.: 1/e), in [0, 1); 0 trains all `steps` on all pairs.
+        check_every, patience: updates between checks, and checks without gain before training stops; patience None never stops early.
+        progress: called with (updates done, updates at most, mean held-out or training loss).
+
+    Returns:
+        The ensemble; `description` says what it was fitted to and how well: `held_out` (per seed `nll` and `accuracy` of the members' mean
+        probability), `best_step` `[S][M]`, `steps`.
+
+    Raises:
+        ConfigError: a number out of range or labels that do not fit each other.
+        DatasetError: labels of another dataset.
+    """
+    model = RewardEnsemble.for_spec(
+        dataset.spec,
+        seeds=seeds,
+        members=members,
+        hidden_sizes=hidden_sizes,
+        head=head,
+        reduce=reduce,
+        inputs=inputs,
+        dtype=dtype,
+        device=device,
+    )
+    each = [preferences] * len(model.seeds) if isinstance(preferences, PreferenceDataset) else list(preferences)
+    _check(each, model, steps=steps, batch_size=batch_size, beta=beta, assumed_noise=assumed_noise, held_out=held_out)
+    train, test = _prepare(model, dataset, each, held_out)
+    if beta is not None:
+        model.log_beta.requires_grad_(False).fill_(math.log(beta))
+    elif reduce == "mean":
+        with torch.no_grad():  # between 1 and the H that would make a mean a sum
+            model.log_beta.fill_(math.log(each[0].length) / 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in model.seeds]
+    drawn = _bootstraps(train, generators, members, bootstrap).to(device)
+    optimizer = Adam(_Trained(model), learning_rate, weight_decay=weight_decay)
+    best = _Best(model, test, patience)
+    loss = torch.zeros(len(model.seeds))
+    step = 0
+    for step in range(1, steps + 1):
+        places = torch.stack([torch.randint(drawn.shape[-1], (members, batch_size), generator=g) for g in generators])
+        batch = train.gather(drawn.gather(-1, places.to(device)))
+        loss = _loss(model, batch, assumed_noise, centering)
+        optimizer.minimize(loss)
+        if step % check_every == 0 or step == steps:
+            if best.check(step):
+                break
+            if progress is not None:
+                progress(step, steps, best.mean_loss if test is not None else float(loss.detach().mean()) / members)
+    best.restore()
+    model.requires_grad_(False)
+    model.description = _describe(each, dataset, best, step, test)
+    return model
+
+
+class _Trained(torch.nn.Module):
+    """The parameters of an ensemble that take part in training, for the optimiser."""
+
+    def __init__(self, model: RewardEnsemble) -> None:
+        super().__init__()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "_"), parameter)
+
+
+def _check(each: list[PreferenceDataset], model: RewardEnsemble, **numbers: Any) -> None:
+    if len(each) != len(model.seeds):
+        raise ConfigError(f"{len(each)} sets of labels for {len(model.seeds)} seeds; give one set, or one per seed")
+    if len({(len(labels), labels.length) for labels in each}) != 1:
+        raise ConfigError(
+            "the seeds' sets of labels differ in their number of pairs or in segment length; make them equal"
+        )
+    for name, good in (
+        ("steps", numbers["steps"] >= 1),
+        ("batch_size", numbers["batch_size"] >= 1),
+        ("beta", numbers["beta"] is None or numbers["beta"] > 0),
+        ("assumed_noise", 0 <= numbers["assumed_noise"] < 1),
+        ("held_out", 0 <= numbers["held_out"] < 1),
+    ):
+        if not good:
+            raise ConfigError(f"{name} = {numbers[name]} of the reward fit is out of range")
+    if len(each[0]) < (2 if numbers["held_out"] else 1):
+        raise ConfigError(f"{len(each[0])} labelled pairs are too few to fit a reward; label more")
+
+
+def _prepare(
+    model: RewardEnsemble, dataset: TransitionDataset, each: list[PreferenceDataset], held_out: float
+) -> tuple[_Pairs, _Pairs | None]:
+    """Standardise by the statistics of the dataset, and cut every seed's pairs into training and held-out ones."""
+    parts: tuple[list[_Pairs], list[_Pairs]] = ([], [])
+    model.check_spec(dataset.spec)
+    everything = model.row_features(dataset, slice(None))
+    model.input_mean.copy_(everything.mean(0))
+    spread = everything.std(0, correction=0)
+    model.input_std.copy_(torch.where(spread > 1e-6, spread, 1.0))
+    for seed, labels in zip(model.seeds, each, strict=True):
+        sets = labels.split(held_out, seed=seed) if held_out else (labels,)
+        for part, chosen in zip(parts, sets, strict=False):
+            sides = [model.row_features(dataset, rows) for rows in chosen.rows(dataset)]
+            part.append(_Pairs(sides[0], sides[1], chosen.label_mass.to(sides[0])))
+    joined = [
+        _Pairs(*(torch.stack([getattr(pairs, name) for pairs in part]) for name in ("first", "second", "label")))
+        for part in parts
+        if part
+    ]
+    return joined[0], joined[1] if len(joined) > 1 else None
+
+
+def _bootstraps(train: _Pairs, generators: list[torch.Generator], members: int, bootstrap: bool) -> Tensor:
+    """The training pairs that every member draws its minibatches from, `[S, M, P]`."""
+    count = train.label.shape[1]
+    if not bootstrap:
+        return torch.arange(count).expand(len(generators), members, count)
+    return torch.stack([torch.randint(count, (members, count), generator=g) for g in generators])
+
+
+def _loss(model: RewardEnsemble, batch: _Pairs, assumed_noise: float, centering: float) -> Tensor:
+    """Sum over members of the mean loss of their pairs, `[S]`."""
+    returns = [model.segment_returns(side) for side in (batch.first, batch.second)]
+    beta = model.log_beta.exp().unsqueeze(-1)
+    if not assumed_noise:
+        loss: Tensor = bradley_terry_loss(*returns, label_mass=batch.label, beta=beta, centering=centering)
+        return loss.mean(-1).sum(-1)
+    z = beta * (returns[1] - returns[0])
+    likelihoods = [  # log((1 - noise) s(+-z) + noise / 2)
+        torch.logaddexp(
+            torch.nn.functional.logsigmoid(sign * z) + math.log1p(-assumed_noise),
+            z.new_tensor(math.log(assumed_noise / 2)),
+        )
+        for sign in (1, -1)
+    ]
+    loss = -(batch.label * likelihoods[0] + (1 - batch.label) * likelihoods[1])
+    return (loss + centering * (returns[0] + returns[1]).square()).mean(-1).sum(-1)
+
+
+class _Best:
+    """The best weights of every member by the likelihood of the held-out pairs."""
+
+    def __init__(self, model: RewardEnsemble, test: _Pairs | None, patience: int | None) -> None:
+        self.model, self.test, self.patience = model, test, patience
+        shape = model.log_beta.shape
+        self.loss = torch.full(shape, math.inf, device=model.log_beta.device)
+        self.step = torch.zeros(shape, dtype=torch.int64)
+        self.flat = self._weights().clone()
+        self.log_beta = model.log_beta.detach().clone()
+        self.mean_loss = math.nan
+        self._since = 0
+
+    def _weights(self) -> Tensor:
+        return self.model.network.flat.detach().view(*self.model.log_beta.shape, -1)
+
+    @torch.no_grad()
+    def check(self, step: int) -> bool:
+        """Take up better members; whether all have stopped improving."""
+        if self.test is None:
+            self.step.fill_(step)
+            return False
+        z = self.model.logits(self.test.first, self.test.second)
+        loss = bradley_terry_loss(torch.zeros_like(z), z, label_mass=self.test.label.unsqueeze(1)).mean(-1)
+        better = loss < self.loss - 1e-4
+        self.loss = torch.where(better, loss, self.loss)
+        self.flat[better] = self._weights()[better]
+        self.log_beta[better] = self.model.log_beta[better]
+        self.step[better.cpu()] = step
+        self.mean_loss = float(loss.mean())
+        self._since = 0 if bool(better.any()) else self._since + 1
+        return self.patience is not None and self._since >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best weights back."""
+        if self.test is not None:
+            self._weights().copy_(self.flat)
+            self.model.log_beta.copy_(self.log_beta)
+
+
+@torch.no_grad()
+def _describe(
+    each: list[PreferenceDataset], dataset: TransitionDataset, best: _Best, steps: int, test: _Pairs | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "dataset": dataset.spec.id,
+        "dataset_hash": each[0].dataset_hash,
+        "labels": len(each[0]),
+        "segment_length": each[0].length,
+        "source": each[0].source
+        if all(labels.source == each[0].source for labels in each)
+        else [e.source for e in each],
+        "steps": steps,
+        "best_step": best.step.tolist(),
+        "beta": best.model.log_beta.exp().tolist(),
+        "held_out": None,
+    }
+    if test is not None:
+        second = torch.sigmoid(best.model.logits(test.first, test.second)).mean(1)  # [S, P]
+        clipped = second.clamp(1e-7, 1 - 1e-7)
+        nll = -(test.label * clipped.log() + (1 - test.label) * (1 - clipped).log()).mean(1)
+        decided = test.label != 0.5
+        right = ((second > 0.5) == (test.label > 0.5)) & decided
+        found["held_out"] = {
+            "pairs": test.label.shape[1],
+            "nll": nll.tolist(),
+            "accuracy": (right.sum(1) / decided.sum(1).clamp(min=1)).tolist(),
+        }
+    return found
