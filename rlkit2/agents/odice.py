@@ -465,7 +465,7 @@ class ODICE(Agent):
             )
         if metrics.get("projection/coefficient", 0.0) < -2.0:
             found["projection"] = (
-                "the projection coefficient is below -2 (about -1 once V settles): V runs ahead of its target; raise target_update_rate or train longer"
+                "the projection coefficient is below -2 (about -1 once V settles): V runs ahead of its target; raise target_update_rate"
             )
         return found
 
