@@ -22,7 +22,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write {path}: {reason}; mend that and resume, checkpoints already written are intact"
+            f"cannot write {path}: {reason}; mend that and start again (a run goes on from its last checkpoint, which is intact)"
         ) from error
 
 

@@ -1,0 +1,149 @@
+"""A full disk, a read-only folder or a damaged file ends in one clear line, and the last good checkpoint stays."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+
+import pytest
+
+import rlkit2
+from rlkit2.agents.bc import BCConfig
+from rlkit2.errors import RLKitError, RunError
+from rlkit2.training import Run, checkpoints, files
+from tests.training.tiny_problem import Walk, contents, fit, tiny_dataset, tiny_run
+
+DATASET = tiny_dataset()
+CONFIG = BCConfig(hidden_sizes=(8,))
+SCHEDULE = {"steps": 24, "log_every": 4, "eval_every": 12, "checkpoint_every": 8, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return contents(fit(tiny_run(tmp_path_factory.mktemp("whole"), CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET))
+
+
+@pytest.mark.parametrize("operation", [1, 2, 3, 4, 6, 8, 11, 14, 17, 20, 23])
+def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch, whole, operation):
+    """Every write from one of them on takes half of its data and fails, as on a disk that has filled up."""
+    run = tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE)
+    count = itertools.count(1)
+    write, write_synced = os.write, files.write_synced
+
+    def full():
+        return next(count) >= operation
+
+    def short_write(descriptor, data):
+        if full():
+            write(descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    def short_file(path, data):
+        if full():
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_synced(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", short_write)
+        patch.setattr(files, "write_synced", short_file)
+        patch.setattr(checkpoints, "write_synced", short_file)
+        with pytest.raises(RunError, match=rf"cannot write {run.path}.*: No space left on device") as caught:
+            fit(run, DATASET)
+    assert "\n" not in str(caught.value)
+    assert next(count) > operation
+    for step in run.checkpoints:
+        run.checkpoint(step)
+    assert contents(fit(run, DATASET)) == whole
+
+
+def test_a_real_limit_on_file_sizes_is_met_in_the_same_way(tmp_path):
+    """The system itself refuses the checkpoint's bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*checkpoints/000000000: File too large"):
+            rlkit2.train(CONFIG, DATASET, steps=8, out=tmp_path, eval_every=0, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (path,) = tmp_path.glob("bc-*")
+    assert Run(path).checkpoints == {}
+    assert rlkit2.train(resume=path, dataset=DATASET, progress=False).manifest["status"] == "finished"
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    from rlkit2.cli.main import main
+
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    before = contents(run)
+    opened = os.open
+
+    def refuse(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(run.path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunError, match=rf"cannot write {run.path}: Read-only file system"):
+        fit(run, DATASET)
+    assert contents(run) == before
+    monkeypatch.undo()
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    DATASET.to_minari("tiny/walk-v0")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["train", "bc", "--dataset", "tiny/walk-v0", "--steps", "2", "--out", str(out)]) == 2
+        text = capsys.readouterr().err.splitlines()[-1]
+        assert text.startswith(f"rlkit2: cannot write {out}: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_one_line(tmp_path):
+    out = tmp_path / "runs"
+    out.mkdir(mode=0o500)
+    with pytest.raises(RunError, match=rf"cannot write {out}: Permission denied"):
+        rlkit2.train(CONFIG, DATASET, steps=2, out=out, env=Walk, progress=False)
+
+
+def damage(path):
+    """Cut a file in the middle."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "checkpoints/000000024/state.safetensors",
+            r"state\.safetensors cannot be read .*; delete .* to resume from the one before",
+        ),
+        ("checkpoints/000000024/checkpoint.json", r"checkpoint\.json cannot be read"),
+        ("config.json", r"config\.json cannot be read .*; the run is damaged"),
+        ("metrics.jsonl", r"metrics\.jsonl is shorter than its checkpoint says \(\d+ bytes\); the run is damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, message):
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    damage(run.path / name)
+    with pytest.raises(RunError, match=message):
+        fit(Run(run.path), DATASET)
+
+
+def test_the_checkpoint_before_serves_after_a_damaged_one_is_deleted(tmp_path, whole):
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    damage(run.path / "checkpoints/000000024/state.safetensors")
+    shutil.rmtree(run.path / "checkpoints/000000024")
+    assert contents(fit(run, DATASET))["tensors"] == whole["tensors"]
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path):
+    for path, message in ((tmp_path / "nothing", "does not exist"), (tmp_path, r"holds no config\.json")):
+        with pytest.raises(RunError, match=message):
+            rlkit2.load_run(path)
+    with pytest.raises(RLKitError, match="no policy here"):
+        rlkit2.load_policy(tmp_path)
