@@ -47,7 +47,8 @@ def load_dataset(
 
         with progress_bar(f"building {builtin_id(source)}") as progress:
             source = ensure_builtin(source, progress=progress)
-    return read_dataset(source, observation_keys=observation_keys, cache=cache)
+    with progress_bar("reading the dataset") as progress:
+        return read_dataset(source, observation_keys=observation_keys, cache=cache, progress=progress)
 
 
 def train(

@@ -1,20 +1,42 @@
-"""One progress bar for everything that takes seconds: on a terminal or in a notebook, never in a pipe."""
+"""One progress bar for everything that may take seconds: on a terminal or in a notebook, never in a pipe."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+PATIENCE = 0.5  # seconds; what is done sooner shows no bar
 
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error, from the first call of the function it gives, which takes (done, in all)."""
+    """A bar on standard error, moved by the function it gives: (done, in all). Nothing is imported or shown for short work."""
+    shown: list[tuple[Any, Any]] = []
+    began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if not shown:
+            if time.monotonic() - began < PATIENCE:
+                return
+            shown.append(_start(label))
+        bar, task = shown[0]
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        for bar, _ in shown:
+            bar.stop()
+
+
+def _start(label: str) -> tuple[Any, Any]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(label, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    bar.start()
+    return bar, bar.add_task(label, total=None)

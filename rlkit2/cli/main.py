@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -11,7 +12,8 @@ from rlkit2.errors import RLKitError
 
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "data": ("rlkit2.cli.data", "list, inspect, check, build and import datasets"),
+    "demo": ("rlkit2.cli.demo", "the main job on a built-in dataset in about two minutes"),
+    "data": ("rlkit2.cli.data", "list, inspect, check, build, import and relabel datasets"),
     "train": ("rlkit2.cli.train", "train an agent on a dataset, several seeds together; resume a run"),
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
         sys.stderr.write(f"rlkit2: unknown command {name!r}{hint}\n")
         return 2
+    # Warnings are for users here: a line without the place in the code.
+    warnings.formatwarning = lambda message, *_, **__: f"rlkit2: {message}\n"
     try:
         return importlib.import_module(COMMANDS[name][0]).run(rest) or 0
     except RLKitError as error:

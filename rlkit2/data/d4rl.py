@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rlkit2.data.cache import build_in_memory, fingerprint, open_cached
 from rlkit2.data.dataset import TransitionDataset, spec_of_arrays
-from rlkit2.data.episodes import Episode, EpisodePacker
+from rlkit2.data.episodes import Episode, EpisodePacker, Progress
 from rlkit2.data.records import RecordWriter, record_dtype
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
@@ -25,8 +25,12 @@ TRUNCATIONS = ("timeouts", "truncations")
 CHUNK = 1 << 16
 
 
-def read_d4rl_file(path: Path, *, cache: bool = True, spec: DatasetSpec | None = None) -> TransitionDataset:
+def read_d4rl_file(
+    path: Path, *, cache: bool = True, spec: DatasetSpec | None = None, progress: Progress | None = None
+) -> TransitionDataset:
     """A D4RL-style HDF5 file as a dataset; `spec` gives its spaces and environment (default: those of `spec_of_arrays`).
+
+    `progress` is called with (rows read, rows in all).
 
     Raises `CorruptDatasetError` for a damaged file and for missing or contradicting arrays.
     """
@@ -42,7 +46,7 @@ def read_d4rl_file(path: Path, *, cache: bool = True, spec: DatasetSpec | None =
     with file:
         arrays = {name: value for name, value in file.items() if isinstance(value, h5py.Dataset)}
         try:
-            spec, fill = _filler(arrays, str(path), replace(spec, id=path.stem) if spec else None, path.stem)
+            spec, fill = _filler(arrays, str(path), replace(spec, id=path.stem) if spec else None, path.stem, progress)
             dtype = _record_dtype(spec)
             return (
                 open_cached(fingerprint([path], spec.to_json()), dtype, fill) if cache else build_in_memory(dtype, fill)
@@ -63,7 +67,11 @@ def _record_dtype(spec: DatasetSpec) -> np.dtype[Any]:
 
 
 def _filler(
-    arrays: Mapping[str, Any], name: str, spec: DatasetSpec | None, dataset_id: str
+    arrays: Mapping[str, Any],
+    name: str,
+    spec: DatasetSpec | None,
+    dataset_id: str,
+    progress: Progress | None = None,
 ) -> tuple[DatasetSpec, Callable[[RecordWriter], DatasetSpec]]:
     """The dataset's specification and the function that writes its episodes."""
     missing = [key for key in ("observations", "actions", "rewards") if key not in arrays]
@@ -92,7 +100,7 @@ def _filler(
 
     def fill(writer: RecordWriter) -> DatasetSpec:
         packer = EpisodePacker(writer, chosen.flattener, action_layout(chosen.action_space))
-        packer.add_all(_episodes(arrays, name), name)
+        packer.add_all(_episodes(arrays, name), name, progress, lengths["rewards"])
         return replace(chosen, notes=packer.notes)
 
     return chosen, fill

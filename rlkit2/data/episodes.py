@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from rlkit2.data.records import RecordWriter
 from rlkit2.data.spaces import ActionLayout, SpaceFlattener
 from rlkit2.errors import CorruptDatasetError, UnsupportedSpaceError
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,16 @@ class EpisodePacker:
             truncations[rows],
         )
 
-    def add_all(self, episodes: Iterable[Episode], source: str) -> None:
-        """Write every episode of `source`; `CorruptDatasetError` where nothing usable is left."""
+    def add_all(
+        self, episodes: Iterable[Episode], source: str, progress: Progress | None = None, total: int = 0
+    ) -> None:
+        """Write every episode of `source`; `CorruptDatasetError` where nothing usable is left.
+
+        `progress` is called with (rows done, `total` rows) after each episode.
+        """
         for episode in episodes:
             self.add(episode)
+            if progress is not None:
+                progress(self.writer.length, max(total, self.writer.length))
         if self.writer.length == 0:
             raise CorruptDatasetError(f"{source} has no usable episode; a dataset needs at least one transition")

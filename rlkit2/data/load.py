@@ -15,9 +15,10 @@ from minari import MinariDataset
 
 from rlkit2.data.d4rl import read_arrays, read_d4rl_file
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.episodes import Progress
 from rlkit2.data.minari_source import HDF5_FILE, read_minari_dataset, read_minari_folder
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import DatasetError, DatasetNotFoundError, first_line
+from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError, first_line
 
 Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
 
@@ -33,32 +34,43 @@ def read_dataset(
     observation_keys: Sequence[str] | None = None,
     cache: bool = True,
     spec: DatasetSpec | None = None,
+    progress: Progress | None = None,
 ) -> TransitionDataset:
     """A dataset that exists on disk, at Minari's remotes or in memory; see `rlkit2.load_dataset`.
 
-    `spec` gives spaces and environment to sources that have none (D4RL files, arrays).
+    `spec` gives spaces and environment to sources that have none (D4RL files, arrays). `progress` is called with (rows done, rows in all)
+    while files are read.
     """
+    options: dict[str, Any] = {"observation_keys": observation_keys, "cache": cache, "progress": progress}
+    if isinstance(source, MinariDataset):
+        return read_minari_dataset(source, **options)
+    path = None if isinstance(source, TransitionDataset | Mapping) else Path(source)
+    if path is not None and path.name == HDF5_FILE:
+        path = path.parent  # somebody pointed at the data of a Minari dataset
+    if observation_keys is not None and (path is None or path.is_file()):
+        chosen = source.spec.observation_keys if isinstance(source, TransitionDataset) else None
+        if chosen != tuple(observation_keys):
+            raise ConfigError(
+                f"observation_keys={list(observation_keys)} choose from the Dict of a Minari dataset only"
+            )
     if isinstance(source, TransitionDataset):
         return source
-    if isinstance(source, MinariDataset):
-        return read_minari_dataset(source, observation_keys=observation_keys, cache=cache)
     if isinstance(source, Mapping):
         return read_arrays(source, spec)
-    path = Path(source)
+    assert path is not None
     if path.is_file():
-        return read_d4rl_file(path, cache=cache, spec=spec)
-    for folder in (path, minari_root() / path):
-        data_path = _minari_data(folder)
-        if data_path is not None:
-            return read_minari_folder(data_path, observation_keys=observation_keys, cache=cache)
+        return read_d4rl_file(path, cache=cache, spec=spec, progress=progress)
+    data_path = minari_data(path) or minari_data(minari_root() / path)
+    if data_path is not None:
+        return read_minari_folder(data_path, **options)
     if path.is_dir():
         raise DatasetError(f"{path} is a folder but no dataset: neither metadata.json nor data/metadata.json is in it")
     if isinstance(source, os.PathLike) or path.is_absolute() or path.suffix in (".hdf5", ".h5"):
         raise DatasetNotFoundError(f"{path} does not exist")
-    return read_minari_folder(_download(str(source)), observation_keys=observation_keys, cache=cache)
+    return read_minari_folder(_download(str(source)), **options)
 
 
-def _minari_data(folder: Path) -> Path | None:
+def minari_data(folder: Path) -> Path | None:
     """The folder with Minari's metadata in or under `folder`; None where there is none."""
     for candidate in (folder / "data", folder):
         if (candidate / "metadata.json").exists() or (candidate / HDF5_FILE).exists():

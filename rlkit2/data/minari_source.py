@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rlkit2.data.cache import build_in_memory, fingerprint, open_cached
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.episodes import Episode, EpisodePacker
+from rlkit2.data.episodes import Episode, EpisodePacker, Progress
 from rlkit2.data.records import RecordWriter, record_dtype
 from rlkit2.data.spaces import Leaf, SpaceFlattener, action_layout
 from rlkit2.data.spec import DatasetSpec, read_env_spec
@@ -35,11 +35,13 @@ def read_minari_folder(
     observation_keys: Sequence[str] | None = None,
     cache: bool = True,
     episodes: NDArray[np.int64] | None = None,
+    progress: Progress | None = None,
 ) -> TransitionDataset:
     """The dataset in the folder that holds Minari's `metadata.json` (the `data` folder of a dataset).
 
-    `episodes`: stored episode numbers to read (default: all). Raises `CorruptDatasetError` for damaged files, `UnsupportedSpaceError` for spaces
-    without fixed-size rows, `ConfigError` for unknown `observation_keys`.
+    `episodes`: stored episode numbers to read (default: all). `progress` is called with (steps read, steps in all). Raises
+    `CorruptDatasetError` for damaged files, `UnsupportedSpaceError` for spaces without fixed-size rows, `ConfigError` for unknown
+    `observation_keys`.
     """
     metadata = _read_metadata(data_path)
     spec = _spec(metadata, data_path, observation_keys)
@@ -48,7 +50,8 @@ def read_minari_folder(
 
     def fill(writer: RecordWriter) -> DatasetSpec:
         packer = EpisodePacker(writer, flat, actions)
-        packer.add_all(_episodes(data_path, metadata, spec, flat, episodes), str(data_path))
+        stored = _episodes(data_path, metadata, spec, flat, episodes)
+        packer.add_all(stored, str(data_path), progress, int(metadata.get("total_steps", 0)))
         return replace(spec, notes=packer.notes)
 
     dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)

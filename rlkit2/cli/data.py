@@ -1,0 +1,278 @@
+"""`rlkit2 data ...`: list, inspect, check, build, import and relabel datasets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from rlkit2.api import load_dataset
+from rlkit2.cli import data_text as text
+from rlkit2.data import audit, read_dataset
+from rlkit2.data.load import local_datasets, minari_root
+from rlkit2.data.relabel import load_reward, reward_values
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.envs.builtin import build_recipe, builtin_id, builtin_recipes, data_root, ensure_builtin
+from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.evaluation.environments import make_environment
+from rlkit2.progress import progress_bar
+
+Source = Positional[Annotated[str, arg(metavar="DATASET")]]
+NewId = Positional[Annotated[str, arg(metavar="NEW_ID")]]
+Keys = Annotated[tuple[str, ...] | None, arg(metavar="KEY...")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+Id = Annotated[str | None, arg(metavar="ID")]
+Number = Annotated[float | None, arg(metavar="RETURN")]
+Text = Annotated[str | None, arg(metavar="TEXT")]
+
+
+def list_datasets(*, json: bool = False) -> int:
+    """List.
+
+    Args:
+        json: print JSON.
+    """
+    found = [text.summary(name, data_root() / name / "data", recipe) for name, recipe in builtin_recipes().items()]
+    found += [text.summary(name, path) for name, path in local_datasets().items()]
+    if json:
+        text.print_json({"minari_root": str(minari_root()), "builtin_root": str(data_root()), "datasets": found})
+    else:
+        text.print_list(found)
+    return 0
+
+
+def info(source: Source, *, observation_keys: Keys = None, json: bool = False) -> int:
+    """Info.
+
+    Args:
+        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        json: print JSON.
+    """
+    dataset = load_dataset(source, observation_keys=observation_keys)
+    described = text.describe(dataset, source)
+    if json:
+        text.print_json(described)
+    else:
+        text.print_info(described)
+    return 0
+
+
+def check(
+    source: Source,
+    *,
+    observation_keys: Keys = None,
+    figure: File = None,
+    json: bool = False,
+) -> int:
+    """Check.
+
+    Args:
+        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        figure: draw the distributions into this file (.png, .svg, .pdf).
+        json: print everything as JSON.
+    """
+    dataset = load_dataset(source, observation_keys=observation_keys)
+    with progress_bar("checking") as progress:
+        report = audit(dataset, progress=progress)
+    drawn = report.figure(figure) if figure is not None else None
+    if json:
+        text.print_json(report.to_dict())
+    else:
+        text.print_report(report)
+        if drawn is not None:
+            text.say(f"figure: {drawn}")
+    return 0 if report.ok else 1
+
+
+def build(
+    names: Positional[Annotated[tuple[str, ...], arg(metavar="ID...")]] = (),
+    *,
+    recipe: File = None,
+    all: bool = False,
+    rebuild: bool = False,
+) -> int:
+    """Build.
+
+    Args:
+        names: built-in ids or families, such as builtin/rooms.
+        recipe: build the dataset of this recipe (TOML) into Minari's root instead.
+        all: build all built-in datasets (those of extras that are not installed are left out).
+        rebuild: build what is there already anew and put it in its place.
+    """
+    if bool(names) + bool(recipe) + all != 1:
+        raise ConfigError("name built-in datasets, or give --recipe FILE, or --all; `rlkit2 data list` shows the names")
+    if recipe is not None:
+        with progress_bar(f"building {recipe}") as progress:
+            dataset = build_recipe(recipe, progress=progress, rebuild=rebuild)
+        text.say(text.built(dataset))
+    for name in builtin_recipes() if all else map(builtin_id, names):
+        with progress_bar(f"building {name}") as progress:
+            try:
+                dataset = ensure_builtin(name, progress=progress, rebuild=rebuild)
+            except ImportError as error:
+                if not all:
+                    raise
+                text.say(f"{name} is left out: {error}")
+                continue
+        text.say(text.built(dataset))
+    return 0
+
+
+def import_file(
+    file: Positional[Annotated[Path, arg(metavar="FILE")]],
+    dataset_id: NewId,
+    *,
+    env: Id = None,
+    eval_env: Id = None,
+    ref_min_score: Number = None,
+    ref_max_score: Number = None,
+    description: Text = None,
+    format: Literal["hdf5", "arrow"] = "hdf5",
+) -> int:
+    """Import.
+
+    Args:
+        file: D4RL-style HDF5 file (observations, actions, rewards, terminals, timeouts, with or without next_observations).
+        dataset_id: id of the new Minari dataset, namespace/name-v0.
+        env: Gymnasium id of the environment, which also tells the spaces; default: none, and spaces as the arrays allow.
+        eval_env: Gymnasium id of the environment to evaluate in; default: the same.
+        ref_min_score: return of a random policy there.
+        ref_max_score: return of an expert there.
+        description: what the data are.
+        format: hdf5 or arrow.
+    """
+    spec = _environment_spec(env, eval_env) if env is not None else None
+    if not file.exists():
+        raise DatasetError(f"{file} does not exist")
+    with progress_bar(f"reading {file}") as progress:
+        dataset = read_dataset(file, spec=spec, cache=False, progress=progress)
+    with progress_bar(f"writing {dataset_id}") as progress:
+        written = dataset.to_minari(
+            dataset_id,
+            data_format=format,
+            progress=progress,
+            ref_min_score=ref_min_score,
+            ref_max_score=ref_max_score,
+            description=description or f"imported from {file.name}",
+            provenance={"imported_from": file.name, "content_hash": dataset.spec.content_hash},
+        )
+    text.say(text.built(written))
+    for line in text.note_lines(dataset.spec.notes):
+        text.say(line)
+    if spec is None:
+        text.say(
+            f"no --env: spaces are those the arrays allow, actions {text.short(dataset.spec.action_space)}; evaluation will need an environment"
+        )
+    return 0
+
+
+def _environment_spec(env: str, eval_env: str | None) -> DatasetSpec:
+    made = make_environment(env)
+    try:
+        other = make_environment(eval_env) if eval_env else made
+        other.close()
+        return DatasetSpec(
+            observation_space=made.observation_space,
+            action_space=made.action_space,
+            env_spec=made.spec,
+            eval_env_spec=other.spec,
+        )
+    finally:
+        made.close()
+
+
+def relabel(
+    source: Source,
+    dataset_id: NewId,
+    *,
+    reward: Annotated[str, arg(metavar="REWARD")],
+    observation_keys: Keys = None,
+    description: Text = None,
+    format: Literal["hdf5", "arrow"] = "hdf5",
+) -> int:
+    """Relabel.
+
+    Args:
+        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        dataset_id: id of the new Minari dataset, namespace/name-v0.
+        reward: file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n rows, giving n numbers; or a file
+            (.npy, .npz, .safetensors) of one reward per transition.
+        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        description: what the data are.
+        format: hdf5 or arrow.
+    """
+    dataset = load_dataset(source, observation_keys=observation_keys)
+    function, origin = load_reward(reward)
+    with progress_bar("relabelling") as progress:
+        relabelled = dataset.with_rewards(reward_values(dataset, function, progress=progress))
+    with progress_bar(f"writing {dataset_id}") as progress:
+        written = relabelled.to_minari(
+            dataset_id,
+            data_format=format,
+            progress=progress,
+            description=description or f"{dataset.spec.id} with the rewards of {reward}",
+            provenance={"relabelled_from": dataset.spec.id, "content_hash": dataset.spec.content_hash, **origin},
+        )
+    text.say(text.built(written))
+    low, high = (f"{float(value):g}" for value in (relabelled.rewards.min(), relabelled.rewards.max()))
+    text.say(f"rewards {low} to {high}, mean {float(relabelled.rewards.mean()):g}; all else is as in {dataset.spec.id}")
+    return 0
+
+
+# name -> (function, one-line help, example)
+SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
+    "list": (list_datasets, "built-in datasets and those in Minari's root", "rlkit2 data list"),
+    "info": (info, "what a dataset holds", "rlkit2 data info builtin/rooms"),
+    "check": (
+        check,
+        "check a dataset before training; exit status 1 where something is wrong",
+        "rlkit2 data check mujoco/hopper/medium-v0 --figure hopper.png",
+    ),
+    "build": (build, "build built-in datasets, or one from a recipe of yours", "rlkit2 data build builtin/rooms"),
+    "import": (
+        import_file,
+        "make a Minari dataset of a D4RL-style file",
+        "rlkit2 data import hopper_medium.hdf5 my/hopper/medium-v0 --env Hopper-v5",
+    ),
+    "relabel": (
+        relabel,
+        "make a Minari dataset with other rewards",
+        "rlkit2 data relabel builtin/rooms my/rooms/distance-v0 --reward rewards.py:distance",
+    ),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
+    more = "rlkit2 data COMMAND --help explains a command and shows an example."
+    return "\n".join(["usage: rlkit2 data COMMAND [OPTIONS]", "", *lines, "", more, ""])
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        close = get_close_matches(name, SUBCOMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
+        raise ConfigError(f"unknown command 'data {name}'; {hint}")
+    function, help, example = SUBCOMMANDS[name]
+    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
+    result: Any = tyro.cli(
+        function,
+        args=rest,
+        prog=f"rlkit2 data {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return int(result)
