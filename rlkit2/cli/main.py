@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),
+    "doctor": ("rlkit2.cli.doctor", "versions, optional parts, devices, dataset roots, write access"),
 }
 
 
