@@ -1,7 +1,7 @@
 """Read the reference vectors of O-DICE into an agent.
 
-The files are outputs of the authors' released update functions on synthetic data (see `tests/data/reference/README.md`). `RLKIT2_REFERENCE` may point to the full
-set; the copies beside the tests are a part of it.
+The files are outputs of the authors' released update functions on synthetic data (see `tests/data/reference/README.md`).
+`RLKIT2_REFERENCE` may point to the full set; the copies beside the tests are a part of it.
 """
 
 from __future__ import annotations
