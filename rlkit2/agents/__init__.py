@@ -29,8 +29,10 @@ class _Entry:
 _REGISTRY = {
     "bc": _Entry("rlkit2.agents.bc", "BC"),
     "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
+    "edac": _Entry("rlkit2.agents.edac", "EDAC"),
     "iql": _Entry("rlkit2.agents.iql", "IQL"),
     "odice": _Entry("rlkit2.agents.odice", "ODICE"),
+    "sacn": _Entry("rlkit2.agents.sacn", "SACN"),
     "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
     "td3bc": _Entry("rlkit2.agents.td3bc", "TD3BC"),
     "vdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "true"}),

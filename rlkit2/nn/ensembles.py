@@ -6,22 +6,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlkit2.nn.mlp import StackedMLP, _Trace
+from rlkit2.nn.mlp import StackedMLP, _Cotangent, _Trace
 
 GROUPED = hasattr(torch.nn.functional, "grouped_mm")  # one product per group of rows, sizes known to the device alone
 
 
-def member_minimum(network: StackedMLP, inputs: Tensor) -> Tensor:
-    """min over members of the first output, `[S, B]`, at `inputs [S, B, in]`; gradients flow to the inputs, never to the weights.
+def member_minimum(network: nn.Module, inputs: Tensor) -> Tensor:
+    """min over members of the first output, `[S, B]`, at `inputs [S, B, in]`, for gradients to the inputs, not to the weights.
 
-    Of the backward pass only each row's minimal member is computed (on a CPU; elsewhere the others take part with weight zero): a share of
-    1/M of its products, with the same result.
+    Of the backward pass of a `StackedMLP` only each row's minimal member is computed (on a CPU; elsewhere the others take part with weight
+    zero): a share of 1/M of its products, with the same result.
     """
-    minimum: Tensor = _Minimum.apply(inputs, network)  # type: ignore[no-untyped-call]
-    return minimum
+    if isinstance(network, StackedMLP) and not torch.compiler.is_compiling():
+        minimum: Tensor = _Minimum.apply(inputs, network)  # type: ignore[no-untyped-call]
+        return minimum
+    outputs = network(inputs, frozen=True) if isinstance(network, StackedMLP) else network(inputs)
+    return _first(outputs).amin(1)
+
+
+def _first(outputs: Tensor) -> Tensor:
+    """The first output of `[S, M, B]` or `[S, M, B, out]`."""
+    return outputs if outputs.ndim == 3 else outputs[..., 0]
 
 
 class _Minimum(torch.autograd.Function):
@@ -89,54 +97,79 @@ def _slopes_of_selected(network: StackedMLP, traces: list[_Trace], index: Tensor
 SlopePullback = Callable[[Tensor, Tensor], Tensor]
 
 
-def linearize_slopes(network: StackedMLP, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
+def linearize_slopes(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
     """Outputs, the gradients of the first output with respect to the inputs, and a pullback of cotangents on both to the weights.
 
     Args:
-        network: without layer norm.
+        network: a `StackedMLP` without layer norm; anything else goes through autograd, with a loop over members.
         inputs: `[S, B, in]`.
 
     Returns:
         Outputs `[S, M, B]` or `[S, M, B, out]`, slopes `[S, M, B, in]`, and `pullback(on_outputs, on_slopes) -> gradient [S, P]`. The second
         derivative of a ReLU is zero almost everywhere, so a cotangent on the slopes is a tangent sent forward through the active units;
         it meets the same backward pass as the outputs and costs one more forward pass in all.
-
-    Raises:
-        ValueError: the network has layer norm.
     """
-    if network.layer_norm:
-        raise ValueError("linearize_slopes needs a network without layer norm")
+    if not isinstance(network, StackedMLP) or network.layer_norm:
+        return _linearize_slopes_by_autograd(network, inputs)
     with torch.no_grad():
         outputs, traces = network._run(network._merge(inputs))
-        lead, rows = outputs.shape[0], outputs.shape[1]
-        unit, slopes = network._backpropagate(traces, _on_first(network, outputs.new_ones(lead, rows)), to_inputs=True)
+        ones = torch.ones_like(outputs if network.output_size is None else outputs[..., 0])
+        unit_cotangent = _on_first(network, ones)
+        unit, slopes = network._backpropagate(traces, unit_cotangent, to_inputs=True)
     assert slopes is not None
 
     @torch.no_grad()
     def pullback(on_outputs: Tensor, on_slopes: Tensor) -> Tensor:
-        on_outputs, tangent = on_outputs.reshape(outputs.shape), on_slopes.reshape(lead, rows, -1)
+        on_outputs, tangent = on_outputs.reshape(outputs.shape), on_slopes.reshape(*outputs.shape[:2], -1)
         proportional = network.output_size is None or network.attached_outputs == 1
-        first = on_outputs if network.output_size is None else on_outputs[..., 0]
-        scale = first.unsqueeze(1) if proportional else torch.zeros_like(first).unsqueeze(1)
-        gradient = torch.empty_like(network.flat)
-        blocks = iter(network._blocks(gradient))
-        for i, (layer, trace, cotangent) in enumerate(zip(network._layers[:-1], traces[:-1], unit[:-1], strict=True)):
-            assert cotangent.linear is not None
-            left = torch.addcmul(tangent, trace.inputs, scale.transpose(1, 2))
-            torch.bmm(left.transpose(1, 2), cotangent.linear, out=next(blocks))
-            torch.bmm(scale, cotangent.linear, out=next(blocks))
-            tangent = torch.bmm(tangent, layer.weight)
-            tangent = torch.ops.aten.threshold_backward(tangent, traces[i + 1].inputs, 0)
-        weight, bias, hidden = next(blocks), next(blocks), traces[-1].inputs
-        if network.output_size is None:
-            torch.bmm(scale, hidden, out=weight).add_(tangent.sum(1, keepdim=True))
-            torch.sum(scale, 2, keepdim=True, out=bias)
-        else:
-            top = on_outputs if proportional else torch.zeros_like(on_outputs)
-            torch.bmm(hidden.transpose(1, 2), top, out=weight)[..., 0].add_(tangent.sum(1))
-            torch.sum(top, 1, keepdim=True, out=bias)
-        if not proportional:
-            gradient += network._weight_gradient(traces, network._backpropagate(traces, on_outputs)[0], None)
-        return gradient
+        if not proportional:  # the hidden layers also learn from other outputs: their own backward pass
+            plain = network._weight_gradient(traces, network._backpropagate(traces, on_outputs)[0], None)
+            return plain + _tangent_gradient(network, traces, unit, torch.zeros_like(on_outputs), tangent)
+        return _tangent_gradient(network, traces, unit, on_outputs, tangent)
 
     return network._unmerge(outputs), network._unmerge(slopes), pullback
+
+
+def _tangent_gradient(
+    network: StackedMLP, traces: list[_Trace], unit: list[_Cotangent], on_outputs: Tensor, tangent: Tensor
+) -> Tensor:
+    """Weight gradient `[S, P]` of cotangents on the outputs (below the last layer: on the first) and of `tangent [SM, B, in]` on the slopes."""
+    scalar, compiling = network.output_size is None, torch.compiler.is_compiling()
+    scale = (on_outputs if scalar else on_outputs[..., 0]).unsqueeze(1)
+    gradient = torch.empty_like(network.flat)
+    blocks: list[Tensor | None] = [None] * len(network._shapes) if compiling else list(network._blocks(gradient))
+    results: list[Tensor] = []
+
+    def contract(left: Tensor, right: Tensor) -> Tensor:
+        results.append(torch.bmm(left, right, out=blocks[len(results)]))
+        return results[-1]
+
+    for i, layer in enumerate(network._layers[:-1]):
+        linear = unit[i].linear
+        assert linear is not None
+        contract(torch.addcmul(tangent, traces[i].inputs, scale.transpose(1, 2)).transpose(1, 2), linear)
+        contract(scale, linear)
+        tangent = torch.ops.aten.threshold_backward(torch.bmm(tangent, layer.weight), traces[i + 1].inputs, 0)
+    hidden = traces[-1].inputs
+    if scalar:
+        contract(scale, hidden).add_(tangent.sum(1, keepdim=True))
+        results.append(torch.sum(scale, 2, keepdim=True, out=blocks[len(results)]))
+    else:
+        contract(hidden.transpose(1, 2), on_outputs)[..., 0].add_(tangent.sum(1))
+        results.append(torch.sum(on_outputs, 1, keepdim=True, out=blocks[len(results)]))
+    return torch.cat([result.flatten(1) for result in results], 1).view_as(gradient) if compiling else gradient
+
+
+def _linearize_slopes_by_autograd(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
+    parameters = list(network.parameters())
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_()
+        outputs = network.differentiable(inputs) if isinstance(network, StackedMLP) else network(inputs)
+        each = _first(outputs).unbind(1)
+        slopes = torch.stack([torch.autograd.grad(q.sum(), inputs, create_graph=True)[0] for q in each], 1)
+
+    def pullback(on_outputs: Tensor, on_slopes: Tensor) -> Tensor:
+        gradients = torch.autograd.grad((outputs, slopes), parameters, (on_outputs, on_slopes))
+        return torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+
+    return outputs.detach(), slopes.detach(), pullback

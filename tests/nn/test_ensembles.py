@@ -66,7 +66,17 @@ def test_slopes_and_their_pullback_agree_with_autograd(
     torch.testing.assert_close(pullback(on_outputs, on_slopes), expected)
 
 
-def test_slopes_refuse_layer_norm() -> None:
-    mlp = StackedMLP(3, (16,), seeds=(0,), members=2, layer_norm=True)
-    with pytest.raises(ValueError, match="without layer norm"):
-        ensembles.linearize_slopes(mlp, torch.randn(1, 4, 3))
+@pytest.mark.parametrize("outputs", [None, 2])
+def test_other_modules_go_through_autograd(outputs: int | None) -> None:
+    torch.manual_seed(0)
+    mlp = network(outputs)
+    inputs = torch.randn(2, 11, 3).double()
+    by_hand = ensembles.linearize_slopes(mlp, inputs)
+    by_autograd = ensembles._linearize_slopes_by_autograd(mlp, inputs)
+    cotangents = torch.randn_like(by_hand[0]), torch.randn_like(by_hand[1])
+    for left, right in zip(by_hand[:2], by_autograd[:2], strict=True):
+        torch.testing.assert_close(left, right)
+    torch.testing.assert_close(by_hand[2](*cotangents), by_autograd[2](*cotangents))
+    plain = torch.nn.Sequential()
+    plain.append(mlp)  # not a StackedMLP itself
+    torch.testing.assert_close(ensembles.member_minimum(plain, inputs), ensembles.member_minimum(mlp, inputs))

@@ -1,0 +1,271 @@
+"""The model that ensemble critics have of their TD errors: what every member is fitted with, and how members and samples are weighted.
+
+Every member i has outputs (q, rho, lambda) and the law GGD(q, alpha, beta) for its target y:
+
+    beta  = min(0.3 + softplus(rho + 1.498), 8)            (2, Gaussian, at the start)
+    alpha = s exp(clamp(lambda, -7, 7)),                   s = running mean of |q - y| per seed
+    L     = E[ sum_i (q_i - y_i)^2 ] + E[ sum_i m_i ],      m = negative log-likelihood of y - q at detached q      (coupling "mean")
+    L     = E[ sum_i m_i ]                                                                                        (coupling "ggd")
+
+In the first form Q stays the conditional mean and the hidden layers learn from Q alone. In the second Q is the mode: better under symmetric heavy
+tails, wrong for skewed rewards. "gaussian" is the same with beta = 2.
+
+Source: Kim et al., "Generalized Gaussian Temporal Difference Error for Uncertainty-aware Reinforcement Learning" (arXiv 2408.02295); `RELEASED`
+are the options of its released code, whose likelihood is not that of a generalized Gaussian (see `rlkit2.losses.ggd`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlkit2.errors import ConfigError
+from rlkit2.losses.ggd import (
+    FORMS,
+    LARGEST_EXPONENT,
+    VARIANCE_FLOOR,
+    batch_inverse_variance,
+    effective_sample_size,
+    ggd_nll,
+    mbbe_variance,
+    shape_weights,
+    solve_xi,
+)
+from rlkit2.nn.distributions import unit_variance
+
+SHAPE_FLOOR, SHAPE_CAP = 0.3, 8.0
+SHAPE_OFFSET = 1.498  # softplus of it is 1.7: the shape starts at 2
+LOG_SCALE_LIMIT = 7.0
+SMOOTHING = 1e-3  # of |z| at 0, in units of the scale
+SCALE_RATE = 0.005  # of the running mean of |d|
+CHOICES = {
+    "critic": ("mse", "gaussian", "ggd"),
+    "critic_form": FORMS,
+    "critic_scale": ("learned", "running", "fixed"),
+    "coupling": ("mean", "ggd"),
+    "member_weighting": ("none", "shape"),
+    "sample_weighting": ("none", "biv", "biev", "iv"),
+}
+
+
+@dataclass(frozen=True)
+class ErrorOptions:
+    """How a critic is fitted; the defaults leave Q a plain regression on its targets."""
+
+    critic: str = "mse"  # "mse"; "gaussian" or "ggd" also learn the noise of the targets, for `uncertainty`
+    critic_form: str = "power"  # "power" is the generalized Gaussian's likelihood, "official" that of the released code
+    critic_scale: str = "learned"  # scale of the noise: "learned", "running" (mean of |d|) or "fixed" (1)
+    coupling: str = "mean"  # "mean": Q by squared error, noise apart; "ggd": both by likelihood, for symmetric heavy-tailed noise only
+    member_weighting: str = "none"  # "shape": members count by their shape
+    sample_weighting: str = (
+        "none"  # "biv", "biev": a further term with inverse-variance weights; "iv": such weights on the squared error
+    )
+    regulariser_weight: float = 0.1  # weight of the further term of "biv" and "biev"
+    min_effective_fraction: float = 0.8  # least effective sample size under such weights, as a share of the batch
+    legacy_batch_mean: bool = False  # divide that term by the batch size once more, as the released code does
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}")
+        if not 0.0 < self.min_effective_fraction <= 1.0:
+            raise ConfigError(f"min_effective_fraction must lie in (0, 1], not {self.min_effective_fraction}")
+        if self.critic == "mse" and (self.member_weighting, self.sample_weighting) != ("none", "none"):
+            raise ConfigError("weights between members or samples need critic = 'gaussian' or 'ggd'")
+        if self.critic == "gaussian" and (self.critic_form, self.critic_scale) != ("power", "learned"):
+            raise ConfigError("critic = 'gaussian' has no shape; leave critic_form and critic_scale at their defaults")
+        if self.sample_weighting == "iv" and self.coupling == "ggd":
+            raise ConfigError("sample_weighting = 'iv' needs coupling = 'mean'; a likelihood weighs by its own scale")
+
+
+RELEASED: dict[str, Any] = {
+    "critic": "ggd",
+    "critic_form": "official",
+    "critic_scale": "fixed",
+    "coupling": "ggd",
+    "member_weighting": "shape",
+    "sample_weighting": "biev",
+    "min_effective_fraction": 16 / 256,  # its min_batch_size at its batch size
+    "legacy_batch_mean": True,
+}
+"""Options of the released code's `iev-ggd` variant."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the members say, each `[S, M, B]` (discrete, for every action: `[S, M, B, n]`): value, shape and log scale of its noise."""
+
+    q: Tensor
+    shape: Tensor
+    log_scale: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the noise."""
+        return torch.exp(2.0 * self.log_scale) * unit_variance(self.shape)
+
+
+class ErrorModel:
+    """The heads of an ensemble of critics and their loss.
+
+    Args:
+        options: an `ErrorOptions`, such as an agent's config.
+        seeds: S.
+        dtype, device: of the running scale.
+
+    Attributes:
+        outputs: noise outputs per value.
+        detached: whether they leave the hidden layers alone.
+        buffers: `[S]` tensors that belong to the agent's state.
+    """
+
+    def __init__(self, options: ErrorOptions, seeds: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.options = options
+        learns_scale = options.critic != "mse" and options.critic_scale == "learned"
+        self.outputs = int(options.critic == "ggd") + int(learns_scale)
+        self.learns_scale, self.detached = learns_scale, options.coupling == "mean"
+        zeros = torch.zeros(seeds, dtype=dtype, device=device)
+        self.buffers = {"error_scale": zeros, "error_scale_weight": zeros.clone()} if self.outputs else {}
+
+    # From outputs to heads
+
+    def heads(self, outputs: Tensor) -> Heads:
+        """Outputs `[S, M, B, ..., 1 + k]` as value, shape and log scale."""
+        q = outputs[..., 0]
+        per_seed = (-1, *(1 for _ in q.shape[1:]))
+        if self.options.critic == "gaussian":
+            shape = torch.full_like(q, 2.0)
+        elif self.options.critic_form == "official":
+            shape = F.softplus(outputs[..., 1]).clamp(min=0.01)  # below, its slope leaves float32
+        else:
+            shape = (SHAPE_FLOOR + F.softplus(outputs[..., 1] + SHAPE_OFFSET)).clamp(max=SHAPE_CAP)
+        if self.options.critic_scale == "fixed":
+            return Heads(q, shape, torch.zeros_like(q))
+        log_unit = self.error_scale().log().view(per_seed).expand_as(q)
+        if not self.learns_scale:
+            return Heads(q, shape, log_unit)
+        return Heads(q, shape, log_unit + outputs[..., -1].clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT))
+
+    def error_scale(self) -> Tensor:
+        """s, the running mean of |d| without the bias of its start, `[S]`."""
+        tiny = torch.finfo(self.buffers["error_scale"].dtype).tiny
+        mean = self.buffers["error_scale"] / self.buffers["error_scale_weight"].clamp(min=tiny)
+        fresh = self.buffers["error_scale_weight"] == 0.0
+        return torch.where(fresh, 1.0, mean.clamp(min=1e-8))
+
+    @torch.no_grad()
+    def track(self, errors: Tensor) -> None:
+        """Follow the size of the errors `[S, M, B]`."""
+        if self.buffers:
+            self.buffers["error_scale"].lerp_(errors.abs().mean((1, 2)), SCALE_RATE)
+            self.buffers["error_scale_weight"].lerp_(torch.ones_like(self.buffers["error_scale_weight"]), SCALE_RATE)
+
+    # The loss
+
+    def loss(
+        self, outputs: Tensor, targets: Tensor, discount: float, target_variance: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss, `[S]`, and metrics.
+
+        Args:
+            outputs: `[S, M, B, 1 + k]`, at the actions taken.
+            targets: `[S, B]`, or `[S, M, B]` where members have their own; without gradient.
+            discount: gamma.
+            target_variance: gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`, for "iv".
+        """
+        targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
+        error = outputs[..., 0] - targets
+        if self.options.critic == "mse":
+            return error.square().mean(2).sum(1), {}
+        self.track(error.detach())
+        heads = self.heads(outputs)
+        member = self.member_loss(heads, targets)
+        loss = member.sum(1).mean(1)
+        weights = xi = None
+        if self.options.sample_weighting != "none":
+            weights, xi = self.sample_weights(heads, error.detach(), discount, target_variance)
+        if self.options.coupling == "mean":
+            squares = error.square().sum(1)
+            iv = weights is not None and self.options.sample_weighting == "iv"
+            loss = loss + (squares * weights if iv and weights is not None else squares).mean(1)
+        if weights is not None and self.options.sample_weighting != "iv":
+            loss = loss + self.options.regulariser_weight * self.regulariser(error, weights)
+        return loss, self.metrics(heads, error, member, weights, xi)
+
+    def member_loss(self, heads: Heads, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of every member, times its weight, `[S, M, B]`; Q is detached in the coupling "mean"."""
+        values = heads.q if self.options.coupling == "ggd" else heads.q.detach()
+        member: Tensor = ggd_nll(
+            values,
+            targets,
+            shape=heads.shape,
+            form=self.options.critic_form,
+            log_scale=heads.log_scale,
+            reduction="none",
+            smoothing=SMOOTHING,
+        )
+        return shape_weights(heads.shape, 1) * member if self.options.member_weighting == "shape" else member
+
+    @torch.no_grad()
+    def sample_weights(
+        self, heads: Heads, error: Tensor, discount: float, target_variance: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Inverse-variance weights of mean one over the batch, `[S, B]`, and the xi `[S]` that keeps the effective size.
+
+        biv: variance of the members' Q; biev: best biased estimate of the variance of their errors; iv: aleatoric variance plus that of the target.
+        """
+        kind = self.options.sample_weighting
+        if error.shape[1] < 2:
+            raise ConfigError(f"sample_weighting = {kind!r} needs num_critics of at least 2")
+        if kind == "biv":
+            variance = discount**2 * heads.q.var(1).clamp(min=VARIANCE_FLOOR)
+        elif kind == "biev":
+            variance = mbbe_variance(error, 1, ddof=0, floor=VARIANCE_FLOOR)
+        else:
+            variance = heads.variance.mean(1) if target_variance is None else heads.variance.mean(1) + target_variance
+        xi = solve_xi(variance, self.options.min_effective_fraction * variance.shape[1])
+        return batch_inverse_variance(variance, xi), xi
+
+    def regulariser(self, error: Tensor, weights: Tensor) -> Tensor:
+        """Weighted errors, absolute for the generalized and squared for the Gaussian likelihood, `[S]`."""
+        size = error.abs() if self.options.critic == "ggd" else error.square()
+        term = (weights * size.sum(1)).mean(1)
+        return term / weights.shape[1] if self.options.legacy_batch_mean else term
+
+    @torch.no_grad()
+    def metrics(
+        self, heads: Heads, error: Tensor, member: Tensor, weights: Tensor | None, xi: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What to watch, per seed."""
+        shape, z = heads.shape, error.abs() * torch.exp(-heads.log_scale)
+        deviation, mean = torch.std_mean(shape, (1, 2))
+        low, high = shape.flatten(1).aminmax(dim=1)
+        found = {
+            "noise/nll": member.mean((1, 2)),
+            "noise/shape_mean": mean,
+            "noise/shape_std": deviation,
+            "noise/shape_variation": deviation / mean,
+            "noise/shape_min": low,
+            "noise/shape_max": high,
+            "noise/aleatoric_sd": heads.variance.mean(1).sqrt().mean(1),
+            "noise/error_scale": self.error_scale(),
+            "noise/cap_share": _share(shape >= SHAPE_CAP, mean),
+            "noise/floor_share": _share(shape <= SHAPE_FLOOR + 0.01, mean),
+            "noise/outlier_share": _share(shape * z.log() > LARGEST_EXPONENT, mean),
+            "noise/non_finite": (~member.isfinite()).to(mean).sum((1, 2)),
+        }
+        if error.shape[1] > 1:
+            found["noise/epistemic_sd"] = heads.q.std(1).mean(1)
+        if weights is not None and xi is not None:
+            found["weight/effective_share"] = effective_sample_size(weights) / weights.shape[1]
+            found["weight/max"] = weights.amax(1)
+            found["weight/xi"] = xi
+        return found
+
+
+def _share(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.to(like).mean((1, 2))

@@ -1,0 +1,291 @@
+"""SAC-N: soft actor-critic on a fixed dataset, whose pessimism is the minimum over N critics.
+
+    y_i   = r + gamma (1 - terminated) (P_i[Q_target](s', a') - tau log pi(a'|s')),   a' ~ pi(.|s')
+    L(Q)  = E[ sum_i (Q_i(s, a) - y_i)^2 ]                       (critic = "mse"; with a noise model see `rlkit2.agents.error_model`)
+    L(pi) = E[ tau log pi(a|s) - P[Q](s, a) ],   a ~ pi(.|s)
+    tau moves so that the policy's entropy is that of `target_entropy`
+
+P is the minimum over the N critics (the published choice), mean - k std ("shared_lcb" for targets, "lcb" for the policy), or in targets each critic's
+own next value ("independent": no critic learns from another's error, and pessimism is left to the policy).
+
+Source: An, Moon, Kim, Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble" (NeurIPS 2021) on the SAC of Haarnoja et
+al. (2018); independent targets: Ghasemipour, Gu, Nachum, "Why So Pessimistic?" (NeurIPS 2022). Differences from the authors' code: N = 10
+unless given; one sample of the policy serves its own step and the temperature's; weights start as torch's linear layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlkit2.agents.error_model import ErrorOptions
+from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.aggregation import grouped_mean_minimum, grouped_minimum, lower_bound
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn.actors import SquashedGaussianActor
+from rlkit2.nn.ensembles import member_minimum
+from rlkit2.nn.random import normal
+
+TARGETS = ("min", "independent", "shared_lcb", "released")
+OBJECTIVES = ("min", "lcb", "released")
+
+
+@dataclass(frozen=True)
+class SACNConfig(ErrorOptions):
+    """SAC-N, for continuous actions."""
+
+    num_critics: int = 10  # N; the more, the more pessimistic (published: 10 to 500)
+    target: str = "min"  # next value: "min", "independent", "shared_lcb", or "released" (minimum over two groups, member by member)
+    policy_objective: str = (
+        "min"  # what the policy climbs: "min", "lcb", or "released" (mean over members, minimum over two groups)
+    )
+    lcb_coefficient: float | None = None  # k in mean - k std; none: as low as the minimum in expectation (1.54 for 10)
+    risk_coefficient: float = 0.0  # subtracts this many standard deviations of the noise from the policy's objective
+    discount: float = 0.99  # gamma
+    hidden_sizes: tuple[int, ...] = (256, 256, 256)  # hidden layers of Q and the policy
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the policy's log standard deviation is clamped to these
+    critic_learning_rate: float = 3e-4  # Adam's step size for Q
+    policy_learning_rate: float = 3e-4  # Adam's step size for the policy
+    temperature_learning_rate: float = 3e-4  # Adam's step size for log tau
+    initial_temperature: float = 1.0  # tau at the start
+    target_entropy: float | None = None  # wanted entropy of the policy; none: minus the number of action dimensions
+    target_update_rate: float = 0.005  # Polyak rate of the target Q
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (
+            ("target", self.target, TARGETS),
+            ("policy_objective", self.policy_objective, OBJECTIVES),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+        for name, number, good in (
+            ("num_critics", self.num_critics, self.num_critics >= 1),
+            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
+            ("initial_temperature", self.initial_temperature, self.initial_temperature > 0.0),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {number} is out of range")
+        if "released" in (self.target, self.policy_objective) and self.num_critics % 2:
+            raise ConfigError(f"two groups of critics need an even number of them, not {self.num_critics}")
+        if self.risk_coefficient != 0.0 and self.critic == "mse":
+            raise ConfigError("risk_coefficient needs a noise model; set critic = 'ggd' or 'gaussian'")
+
+
+class Temperature(nn.Module):
+    """The weight tau of the entropy, one per seed."""
+
+    def __init__(self, initial: float, seeds: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.log_value = nn.Parameter(torch.full((seeds, 1), initial, dtype=dtype, device=device).log())
+
+    def forward(self) -> Tensor:
+        """tau, `[S, 1]`."""
+        return self.log_value.exp()
+
+
+class SACN(UncertainAgent):
+    """SAC-N for S seeds; arguments as for `Agent`."""
+
+    config_class = SACNConfig
+    action_kinds = ("continuous",)
+    config: SACNConfig
+
+    def __init__(
+        self,
+        config: SACNConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self._build_errors()
+        self.critic = Critic(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_critics,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
+            dtype=dtype,
+            device=device,
+        )
+        self.critic_target = target_copy(self.critic)
+        actor = make_actor(
+            "squashed_gaussian",
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        assert isinstance(actor, SquashedGaussianActor)
+        self.actor = actor
+        self.temperature = Temperature(config.initial_temperature, len(self.seeds), dtype, device)
+        self.target_entropy = -float(action_size) if config.target_entropy is None else config.target_entropy
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
+        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)
+        self.temperature_optimizer = Adam(self.temperature, config.temperature_learning_rate)
+        self._register(
+            {
+                "critic": self.critic,
+                "critic_target": self.critic_target,
+                "policy": self.actor,
+                "temperature": self.temperature,
+            },
+            {
+                "critic": self.critic_optimizer,
+                "policy": self.policy_optimizer,
+                "temperature": self.temperature_optimizer,
+            },
+        )
+
+    # The terms of the objective, on normalised batches
+
+    def _sample(self, observations: Tensor, stream: str) -> tuple[Tensor, Tensor]:
+        """Actions of the policy `[S, B, act]` and their log-densities `[S, B]`."""
+        shape = (*observations.shape[:-1], self.action_size)
+        return self.actor.sample(
+            observations, normal(shape, self.seed_keys, self.step, stream=stream, dtype=self.dtype)
+        )
+
+    @torch.no_grad()
+    def _next_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Target critics at a sampled next action, `[S, M, B]`, and its entropy term tau log pi, `[S, B]`."""
+        next_actions, log_prob = self._sample(batch.next_observations, "next_action")
+        return self.critic_target(batch.next_observations, next_actions), self.temperature() * log_prob
+
+    @torch.no_grad()
+    def critic_targets(self, batch: Batch) -> Tensor:
+        """y: `[S, B]` where members share it, `[S, M, B]` where each has its own."""
+        return self._targets(batch, *self._next_values(batch))
+
+    def _targets(self, batch: Batch, next_values: Tensor, entropy_term: Tensor) -> Tensor:
+        target = self.config.target
+        if target == "min":
+            value = next_values.amin(1, keepdim=True)
+        elif target == "shared_lcb":
+            value = lower_bound(next_values, self.config.lcb_coefficient).unsqueeze(1)
+        elif target == "released":
+            value = grouped_minimum(next_values).repeat(1, 2, 1)
+        else:
+            value = next_values
+        bootstrap = self.config.discount * (1.0 - batch.terminations)
+        targets = batch.rewards.unsqueeze(1) + bootstrap.unsqueeze(1) * (value - entropy_term.unsqueeze(1))
+        return targets if targets.shape[1] > 1 else targets.squeeze(1)
+
+    def critic_loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L(Q), `[S]`, for the critic's outputs `[S, M, B, 1 + k]`, with metrics."""
+        next_values, entropy_term = self._next_values(batch)
+        spread = None
+        if self.config.sample_weighting == "iv":
+            bootstrap = self.config.discount * (1.0 - batch.terminations)
+            spread = bootstrap.square() * next_values.var(1)
+        targets = self._targets(batch, next_values, entropy_term)
+        return self.errors.loss(outputs, targets, self.config.discount, spread)
+
+    def action_value(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """P[Q](s, a) as the policy sees it, `[S, B]`: gradients flow to the actions, not to the critics."""
+        risk = self.config.risk_coefficient
+        if self.config.policy_objective == "min" and risk == 0.0:
+            return member_minimum(self.critic.network, torch.cat([observations, actions], -1))
+        outputs = self.critic.outputs(observations, actions, frozen=True)
+        values = outputs[..., 0]
+        if self.config.policy_objective == "min":
+            value = values.amin(1)
+        elif self.config.policy_objective == "lcb":
+            value = lower_bound(values, self.config.lcb_coefficient)
+        else:
+            value = grouped_mean_minimum(values)
+        if risk == 0.0:
+            return value
+        return value - risk * self.errors.heads(outputs).variance.mean(1).sqrt()
+
+    # One update
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Steps of the policy, the temperature and the critics, then of the targets."""
+        batch = self.normalize(batch)
+        actions, log_prob = self._sample(batch.observations, "action")
+        value = self.action_value(batch.observations, actions)
+        temperature = self.temperature().detach()
+        policy_loss = (temperature * log_prob - value).mean(1)
+        policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
+
+        entropy = -log_prob.detach().mean(1)
+        self.temperature_optimizer.minimize(self.temperature.log_value.squeeze(1) * (entropy - self.target_entropy))
+
+        metrics = self.critic_step(batch)
+        lerp_(self.critic_target, self.critic, self.config.target_update_rate)
+        self.step += 1
+        return {
+            "policy/loss": policy_loss.detach(),
+            "policy/grad_norm": policy_gradient_norm,
+            "policy/entropy": entropy,
+            "policy/value": value.detach().mean(1),
+            "policy/temperature": temperature.squeeze(1),
+            **metrics,
+        }
+
+    def critic_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of all critics."""
+        outputs = self.critic.outputs(batch.observations, batch.actions)
+        loss, metrics = self.critic_loss(batch, outputs)
+        gradient_norm = self.critic_optimizer.minimize(loss)
+        q = outputs[..., 0].detach()
+        return {
+            "critic/loss": loss.detach(),
+            "critic/grad_norm": gradient_norm,
+            "critic/q_mean": q.mean((1, 2)),
+            **metrics,
+        }
+
+    # What it offers to others
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over critics of Q at raw observations `[S, B, obs]` and actions `[S, B, act]`, as `[S, B]`, in units of the batch's rewards."""
+        return self.raw_q(self.critic, observations, actions).amin(1)
+
+    @classmethod
+    def warnings(cls, config: SACNConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Values that run away: the critics disagree too little to hold the policy back."""
+        return error_warnings(metrics)
+
+
+def error_warnings(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Signs of trouble in the metrics of a noise model."""
+    found = {}
+    if metrics.get("noise/non_finite", 0.0) > 0.0:
+        found["non_finite_noise"] = (
+            "likelihoods of TD errors are not finite; lower critic_learning_rate or use coupling = 'mean'"
+        )
+    if metrics.get("noise/cap_share", 0.0) > 0.5:
+        found["shape_at_cap"] = (
+            "more than half of the shapes are at their cap of 8 and no longer learn; the noise has almost no tails"
+        )
+    return found
