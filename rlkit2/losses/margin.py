@@ -15,7 +15,7 @@ logistic function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -76,7 +76,9 @@ def margin_coefficients(name: str | MarginLoss, inputs: MarginInputs, **hyperpar
     return get_margin_loss(name).coefficients(inputs, **hyperparameters)
 
 
-def mixture(weights: Mapping[str, float], **hyperparameters: Any) -> MarginLoss:
+def mixture(
+    weights: Mapping[str, float] | Iterable[tuple[str | MarginLoss, float]], **hyperparameters: Any
+) -> MarginLoss:
     """A weighted sum of losses (values and coefficients add), such as MPO's `{"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}`.
 
     Every hyper-parameter goes to each of the losses that takes it.
@@ -84,7 +86,8 @@ def mixture(weights: Mapping[str, float], **hyperparameters: Any) -> MarginLoss:
     Raises:
         ConfigError: an unknown loss, or a hyper-parameter that none of them takes.
     """
-    parts = [(get_margin_loss(name), float(weight)) for name, weight in weights.items()]
+    given = weights.items() if isinstance(weights, Mapping) else weights
+    parts = [(get_margin_loss(name), float(weight)) for name, weight in given]
     if not parts:
         raise ConfigError("a mixture of margin losses needs at least one loss")
     unused = set(hyperparameters) - {key for loss, _ in parts for key in loss.hyperparameters}

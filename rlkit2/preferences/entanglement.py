@@ -13,6 +13,7 @@ from rlkit2.preferences.geometry import (
 )
 from rlkit2.preferences.measure import (
     METHODS,
+    PairGradients,
     ches_scores,
     gram_matrix,
     pair_geometry,
@@ -37,6 +38,7 @@ __all__ = [
     "BatchRates",
     "GradientGeometry",
     "PairBatch",
+    "PairGradients",
     "SequenceScore",
     "batch_rates",
     "causal_lm_logp",

@@ -5,7 +5,7 @@ a small gradient-descent step on one pair changes them at the rates
 
     da/deta = d_w |g_w|^2 - d_l <g_w, g_l>,        db/deta = d_w <g_w, g_l> - d_l |g_l|^2
 
-(Yuan et al., "A Common Pitfall of Margin-based Language Model Alignment: Gradient Entanglement", ICLR 2025, section 3 for DPO; the
+(Yuan et al., "A Common Pitfall of Margin-based Language Model Alignment: Gradient Entanglement", ICLR 2025, for DPO; the
 same algebra for every loss with two coefficients). With `u = d_w / d_l` the chosen rises while `<g_w, g_l> < u |g_w|^2` and the
 rejected falls while `<g_w, g_l> < |g_l|^2 / u`.
 """

@@ -84,17 +84,23 @@ def pair_geometry(
         ConfigError: an unknown method, one that the model does not allow, an empty completion, or a log-probability that is not finite.
     """
     meter = _Meter(logp, params, batch, method, sketch_dim, seed)
-    group = _grouping(group_by)
+    _grouping(group_by)
     chunks: list[dict[str, Tensor]] = []
     with meter.ready():
         for chosen, rejected in meter.chunks(microbatch):
             chunks.append(_products(meter.gradients(chosen, 0), meter.gradients(rejected, 1)))
     by_parameter = {name: torch.cat([chunk[name] for chunk in chunks], -1) for name in chunks[0]}
+    return _geometry(meter, by_parameter, group_by)
+
+
+def _geometry(meter: _Meter, by_parameter: Mapping[str, Tensor], group_by: GroupBy) -> GradientGeometry:
+    """The whole and its groups from `_products` by parameter."""
+    group = _grouping(group_by)
     grouped: dict[str, Tensor] = {}
     for name, products in by_parameter.items():
         grouped[group(name)] = grouped[group(name)] + products if group(name) in grouped else products
     facts: dict[str, Any] = {
-        "method": method,
+        "method": meter.method,
         "relative_error": meter.relative_error(by_parameter),
         "parameters": meter.description,
     }
@@ -117,35 +123,79 @@ def _products(chosen: Gradients, rejected: Gradients) -> dict[str, Tensor]:
     return found
 
 
+class PairGradients:
+    """All gradients of a batch of pairs, kept to answer several questions: their geometry, their Gram matrix, products with a step.
+
+    Memory: 2P gradients (loop, vmap), their activations and output gradients (ghost), 2P sketches (sketch). Arguments: see `pair_geometry`.
+    """
+
+    def __init__(
+        self,
+        logp: Score | tuple[Score, Score],
+        params: Mapping[str, Tensor] | None,
+        batch: PairLike,
+        *,
+        method: str = "loop",
+        microbatch: int | None = None,
+        sketch_dim: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        self._meter = _Meter(logp, params, batch, method, sketch_dim, seed)
+        self.chosen, self.rejected = self._meter.all_gradients(microbatch)
+
+    def geometry(self, group_by: GroupBy = None) -> GradientGeometry:
+        """The geometry of every pair."""
+        return _geometry(self._meter, _products(self.chosen, self.rejected), group_by)
+
+    def gram(self, other: PairGradients | None = None) -> Tensor:
+        """Inner products of all gradients, `[2P, 2P]`, the chosen first; with `other` its gradients are the columns."""
+        columns = (self.chosen, self.rejected) if other is None else (other.chosen, other.rejected)
+        blocks = []
+        for side in (self.chosen, self.rejected):
+            line = [
+                sum((cross_inner(side[name], column[name]) for name in side), torch.zeros(())) for column in columns
+            ]
+            blocks.append(torch.cat(line, -1))
+        return torch.cat(blocks, -2)
+
+    def along(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`<gradient, delta>` of every chosen and rejected score, `[P]` each.
+
+        Raises:
+            ConfigError: a parameter's change is missing or has another shape.
+        """
+        for name, p in self._meter.params.items():
+            if name not in delta or delta[name].shape != p.shape:
+                raise ConfigError(f"delta has no change of shape {tuple(p.shape)} for parameter {name!r}")
+        wide = {name: delta[name].to(self._meter.wide) for name in self.chosen}
+        if self._meter.sketch is not None:
+            sketched = self._meter.sketch({name: step.reshape(1, -1) for name, step in wide.items()})
+            wide = {name: step for name, step in sketched.items() if isinstance(step, Tensor)}
+        found = [
+            torch.stack([inner_with(gradient, wide[name]) for name, gradient in side.items()]).sum(0)
+            for side in (self.chosen, self.rejected)
+        ]
+        return found[0], found[1]
+
+
 def gram_matrix(
     logp: Score | tuple[Score, Score],
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
     *,
-    other: PairLike | None = None,
     method: str = "loop",
     microbatch: int | None = None,
     sketch_dim: int = 1024,
     seed: int = 0,
 ) -> Tensor:
-    """Inner products of all gradients, `[2P, 2P]` (or `[S, 2P, 2P]`), the P chosen first.
-
-    Memory: 2P gradients (loop, vmap), 2P times their activations and output gradients (ghost), 2P sketches (sketch). With `other` the columns are
-    the `2 P'` gradients of another batch under the same score, such as the training batch that moves a probe set.
+    """Inner products of all gradients, `[2P, 2P]` (or `[S, 2P, 2P]`), the P chosen first. Memory: see `PairGradients`.
 
     Raises:
         ConfigError: see `pair_geometry`.
     """
-    meter = _Meter(logp, params, batch, method, sketch_dim, seed)
-    rows = meter.all_gradients(microbatch)
-    columns = rows
-    if other is not None:
-        columns = _Meter(logp, params, other, method, sketch_dim, seed).all_gradients(microbatch)
-    blocks = []
-    for side in rows:
-        line = [sum((cross_inner(side[name], column[name]) for name in side), torch.zeros(())) for column in columns]
-        blocks.append(torch.cat(line, -1))
-    return torch.cat(blocks, -2)
+    return PairGradients(
+        logp, params, batch, method=method, microbatch=microbatch, sketch_dim=sketch_dim, seed=seed
+    ).gram()
 
 
 def update_alignment(
@@ -169,18 +219,7 @@ def update_alignment(
     """
     if method not in ("loop", "vmap", "ghost"):
         raise ConfigError(f"method={method!r} of update_alignment must be loop, vmap or ghost")
-    meter = _Meter(logp, params, batch, method)
-    for name, p in meter.params.items():
-        if name not in delta or delta[name].shape != p.shape:
-            raise ConfigError(f"delta has no change of shape {tuple(p.shape)} for parameter {name!r}")
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with meter.ready():
-        for chunk in meter.chunks(microbatch):
-            for index, side in enumerate(chunk):
-                found = meter.gradients(side, index)
-                parts = [inner_with(gradient, delta[name].to(meter.wide)) for name, gradient in found.items()]
-                sides[index].append(torch.stack(parts).sum(0))
-    return torch.cat(sides[0], -1), torch.cat(sides[1], -1)
+    return PairGradients(logp, params, batch, method=method, microbatch=microbatch).along(delta)
 
 
 def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike) -> Tensor:
