@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import warnings
 from types import ModuleType
 
 
@@ -53,8 +56,13 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional dependency, or raise `MissingExtraError` naming the extra that installs it."""
+    """Import an optional dependency, or raise `MissingExtraError` naming the extra that installs it.
+
+    What it prints on import (notices, advice) is left out.
+    """
     try:
-        return importlib.import_module(module)
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(f"{module} is not installed; install it with: pip install 'rlkit2[{extra}]'") from error

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),
     "doctor": ("rlkit2.cli.doctor", "versions, optional parts, devices, dataset roots, write access"),
+    "prefs": ("rlkit2.cli.prefs", "label segments, fit a reward to the labels, and run the loop to a policy"),
 }
 
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"rlkit2: unknown command {name!r}{hint}\n")
         return 2
     # Warnings are for users here: a line without the place in the code.
+    before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"rlkit2: {message}\n"
     try:
         return importlib.import_module(COMMANDS[name][0]).run(rest) or 0
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    finally:
+        warnings.formatwarning = before
 
 
 if __name__ == "__main__":

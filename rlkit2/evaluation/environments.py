@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from rlkit2.data.spaces import action_layout, flattener
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, RLKitError
+from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, RLKitError, require
 
 Env = gym.Env[Any, Any]
 EnvSource = str | EnvSpec | Callable[[], Env]
@@ -71,10 +70,8 @@ def _registered(name: str) -> str:
         gym.spec(name)
     except gym.error.Error:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                gym.register_envs(importlib.import_module("gymnasium_robotics"))
-        except ImportError:
+            gym.register_envs(require("gymnasium_robotics", extra="robotics"))
+        except MissingExtraError:
             return name
     return name
 
