@@ -20,3 +20,4 @@ from rlkit2.rewards.regret import RegretBound as RegretBound
 from rlkit2.rewards.regret import regret as regret
 from rlkit2.rewards.regret import regret_bound as regret_bound
 from rlkit2.rewards.regret import worst_case_regret as worst_case_regret
+from rlkit2.rewards.sampled import SampledStarc as SampledStarc

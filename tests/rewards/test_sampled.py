@@ -1,0 +1,313 @@
+"""Distances from samples: reference vectors, bias and coverage of the estimators, features, ends of episodes, kinds of rewards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rlkit2.data import Batch, dataset_from_arrays
+from rlkit2.errors import ConfigError, DatasetError, RewardError
+from rlkit2.rewards import RewardDistanceMatrix, SampledStarc, TabularMDP, starc_matrix
+from rlkit2.rewards.features import CellFeatures, FourierFeatures, PolynomialFeatures
+from rlkit2.rewards.network_features import NetworkFeatures
+from tests.rewards.vectors import ROOT, load
+
+Array = np.ndarray[Any, Any]
+EYE = torch.eye(12, dtype=torch.float64)
+
+
+def tabular_batch(s: Array, a: Array, s_next: Array, terminated: Array, episode: Array) -> Batch:
+    """One-hot float64 transitions."""
+    ends = np.r_[np.diff(episode) != 0, True]
+    return Batch(
+        observations=EYE[torch.from_numpy(s).long()],
+        actions=torch.from_numpy(a).long(),
+        rewards=torch.zeros(len(s), dtype=torch.float64),
+        next_observations=EYE[torch.from_numpy(s_next).long()],
+        terminations=torch.from_numpy(terminated.astype(bool)),
+        truncations=torch.from_numpy(ends & ~terminated.astype(bool)),
+    )
+
+
+def samples() -> tuple[dict[str, Array], Batch, list[Array], Array]:
+    """The tabular file: arrays, transitions, five rewards, two folds."""
+    file = load("starc_samples")
+    batch = tabular_batch(*(file[key] for key in ("s", "a", "s_next", "terminated", "episode")))
+    episodes = int(file["episode"].max()) + 1
+    return file, batch, list(file["rewards"].T), (np.arange(episodes) >= episodes // 2).astype(int)
+
+
+def simulate(file: dict[str, Array], transitions: int, seed: int) -> tuple[Batch, list[Array]]:
+    """Episodes of the file's process under its behaviour policy, at least so many transitions."""
+    rng = np.random.default_rng(seed)
+    tau, pi = file["tau"].cumsum(-1), file["pi"].cumsum(-1)
+    state, rows, episode = int(rng.choice(12, p=file["mu0"])), [], 0
+    while len(rows) < transitions or rows[-1][3] == 0:
+        action = int((rng.random() > pi[state]).sum())
+        nxt = int((rng.random() > tau[state, action]).sum())
+        end = nxt == int(file["terminal_state"])
+        rows.append((state, action, nxt, end, episode))
+        episode += end
+        state = int(rng.choice(12, p=file["mu0"])) if end else nxt
+    s, a, z, end_flags, episodes = (np.array(column) for column in zip(*rows, strict=True))
+    return tabular_batch(s, a, z, end_flags, episodes), [R[s, a, z] for R in file["R"]]
+
+
+def test_tabular_reference() -> None:
+    file, batch, rewards, folds = samples()
+    for estimator in ("naive", "plugin", "crossfit"):
+        starc = SampledStarc("onehot", discount=float(file["gamma"]), folds=folds, estimator=estimator, bootstrap=0)  # type: ignore[arg-type]
+        np.testing.assert_allclose(starc.fit(batch, rewards).values, file[f"{estimator}_dist"], rtol=1e-9, atol=1e-7)
+
+
+def test_grams_of_the_tabular_reference() -> None:
+    from rlkit2.rewards.moments import gather
+    from rlkit2.rewards.rows import BatchRows, RewardFunctions
+    from rlkit2.rewards.sampled import Fit, _all, by_fold, gram
+
+    file, batch, rewards, folds = samples()
+    rows = BatchRows.of(batch)
+    functions = RewardFunctions(rewards, len(rows))
+    features = CellFeatures().fit(rows, functions, 0.95, 0)
+    blocks = [torch.from_numpy(np.flatnonzero(folds == k)) for k in (0, 1)]
+    gathered = gather(rows, functions, features, float(file["gamma"]), blocks)
+    sums = by_fold(gathered.blocks, torch.tensor([0, 1]), torch.ones(1, 2, dtype=torch.float64))
+    for estimator in ("naive", "crossfit", "orthogonal"):
+        found = gram(sums, estimator, 0.0)[0].numpy()  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, file[f"{estimator}_gram"], rtol=1e-8, err_msg=estimator)
+    values = features.state(EYE[:11]) @ gathered.phi_basis @ Fit.of(_all(sums), 0.0).w[0]
+    np.testing.assert_allclose(values.T, file["lstd_V"], rtol=1e-9)
+
+
+def test_the_default_is_right_and_naive_is_not() -> None:
+    file, batch, rewards, _ = samples()
+    fitted = SampledStarc("onehot", discount=0.95, bootstrap=50).fit(batch, rewards)
+    exact = file["x_dist_exact"]
+    assert np.abs(fitted.values - exact).max() <= 0.1
+    assert fitted.values[0, 1] <= 0.03
+    assert fitted.values[0, 3] == pytest.approx(2, abs=1e-6)
+    assert fitted.ci is not None
+    assert (fitted.ci[..., 0] <= fitted.ci[..., 1]).all()
+    naive = SampledStarc("onehot", discount=0.95, estimator="naive", bootstrap=0).fit(batch, rewards)
+    assert naive.values[0, 1] > 0.3
+    assert "deterministic" in naive.notes[0]
+    # The exact value, computed by the tabular code with the weights of the visited pairs.
+    mdp = TabularMDP(file["tau"], 0.95, file["mu0"])
+    tabular = starc_matrix(file["R"], mdp, policy=file["pi"], weights=file["weights_sa"])
+    np.testing.assert_allclose(tabular.values, exact, atol=1e-9)
+
+
+def lqr() -> tuple[dict[str, Array], Batch, dict[str, Array], Array]:
+    if not (ROOT / "starc_lqr.npz").exists():
+        pytest.skip("the continuous reference data are large; set RLKIT2_REFERENCE to a folder that has them")
+    file = load("starc_lqr")
+    count = len(file["s"])
+    batch = Batch(
+        observations=torch.from_numpy(file["s"])[:, None],
+        actions=torch.from_numpy(file["u"])[:, None],
+        rewards=torch.zeros(count, dtype=torch.float64),
+        next_observations=torch.from_numpy(file["s_next"])[:, None],
+        terminations=torch.zeros(count, dtype=torch.bool),
+        truncations=torch.from_numpy(np.r_[np.diff(file["episode"]) != 0, True]),
+    )
+    return file, batch, dict(zip(file["reward_names"].tolist(), file["rewards"].T, strict=True)), np.arange(20) // 10
+
+
+def test_linear_quadratic_reference() -> None:
+    file, batch, rewards, folds = lqr()
+    for estimator in ("naive", "crossfit"):
+        starc = SampledStarc("quadratic", discount=0.95, folds=folds, estimator=estimator, bootstrap=100)  # type: ignore[arg-type]
+        matrix = starc.fit(batch, rewards)
+        np.testing.assert_allclose(matrix.values[:6, :6], file[f"{estimator}_dist"], rtol=1e-8, atol=1e-7)
+        assert matrix.trivial.tolist() == [False] * 6 + [True]
+        assert np.isnan(matrix.values[6, :6]).all()
+        error = np.abs(matrix.values[:6, :6] - file["x_dist_VAL_L2"][:6, :6]).max()
+        assert error <= 0.1 if estimator == "crossfit" else error > 0.5
+    assert SampledStarc("auto", discount=0.95, bootstrap=0).fit(batch, rewards).values[0, 1] < 0.2
+
+
+def analytic_lqr(episodes: int, seed: int) -> tuple[Batch, dict[str, Any]]:
+    """Fresh data of a linear system and three rewards given as functions: quadratic, an equivalent one, an unrelated one."""
+    rng = np.random.default_rng(seed)
+    s = np.zeros((episodes, 201))
+    u = np.zeros((episodes, 200))
+    s[:, 0] = rng.normal(size=episodes)
+    for t in range(200):
+        u[:, t] = -0.6 * s[:, t] + 0.7 * rng.normal(size=episodes)
+        s[:, t + 1] = 0.9 * s[:, t] + 0.5 * u[:, t] + 0.4 * rng.normal(size=episodes)
+    flags = np.zeros((episodes, 200), dtype=bool)
+    ends = flags.copy()
+    ends[:, -1] = True
+    batch = Batch(
+        observations=torch.from_numpy(s[:, :-1].reshape(-1, 1)),
+        actions=torch.from_numpy(u.reshape(-1, 1)),
+        rewards=torch.zeros(episodes * 200, dtype=torch.float64),
+        next_observations=torch.from_numpy(s[:, 1:].reshape(-1, 1)),
+        terminations=torch.from_numpy(flags.ravel()),
+        truncations=torch.from_numpy(ends.ravel()),
+    )
+
+    def base(o: torch.Tensor, a: torch.Tensor, n: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return -(o[:, 0] ** 2) - 0.1 * a[:, 0] ** 2
+
+    return batch, {
+        "base": base,
+        "equivalent": lambda o, a, n, t: 3 * base(o, a, n, t) + 0.95 * 2 * n[:, 0] ** 2 - 2 * o[:, 0] ** 2,
+        "other": lambda o, a, n, t: n[:, 0].numpy(),
+    }
+
+
+def test_callables_on_a_continuous_problem() -> None:
+    batch, rewards = analytic_lqr(40, 0)
+    matrix = SampledStarc("quadratic", discount=0.95, bootstrap=50).fit(batch, rewards)
+    assert matrix.values[0, 1] < 1e-6  # in-span shaping is absorbed exactly
+    assert matrix.values[0, 2] == pytest.approx(np.sqrt(2), abs=0.05)
+    assert matrix.diagnostics["invariance_gap"] < 1e-6
+    penalised = SampledStarc("quadratic", discount=0.95, bootstrap=0, ridge=0.1).fit(batch, rewards)
+    assert penalised.diagnostics["invariance_gap"] > 1e-3
+    scaled = SampledStarc("quadratic", discount=0.95, bootstrap=0).fit(
+        batch, {"a": lambda *x: 1e-6 * rewards["base"](*x), "b": lambda *x: 1e6 * rewards["other"](*x)}
+    )
+    assert scaled.values[0, 1] == pytest.approx(matrix.values[0, 2], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [PolynomialFeatures(2), FourierFeatures(24), CellFeatures(8), NetworkFeatures(width=32, steps=400), "auto"],
+)
+def test_features_on_a_continuous_problem(features: Any) -> None:
+    batch, rewards = analytic_lqr(60, 1)
+    matrix = SampledStarc(features, discount=0.95, bootstrap=0).fit(batch, rewards)
+    assert matrix.values[0, 1] < (0.2 if not isinstance(features, CellFeatures) else 0.6)
+    assert matrix.values[0, 2] == pytest.approx(np.sqrt(2), abs=0.15)
+    again = SampledStarc(features, discount=0.95, bootstrap=0).fit(batch, rewards)
+    np.testing.assert_array_equal(matrix.values, again.values)
+
+
+def test_coverage_of_the_intervals() -> None:
+    """50 data sets of 2000 transitions: the 95 % intervals hold the exact distance 90-100 % of the time."""
+    file = load("starc_samples")
+    exact, hits = file["x_dist_exact"], np.zeros((5, 5))
+    pairs = [(0, 1), (0, 2), (0, 4), (1, 4), (2, 4)]
+    for seed in range(50):
+        batch, rewards = simulate(file, 2000, seed)
+        matrix = SampledStarc("onehot", discount=0.95, seed=seed, bootstrap=100).fit(batch, rewards)
+        assert matrix.ci is not None
+        hits += (matrix.ci[..., 0] - 1e-9 <= exact) & (exact <= matrix.ci[..., 1] + 1e-9)
+    for pair in pairs:
+        assert hits[pair] >= 45, (pair, hits[pair])
+
+
+def test_ends_of_episodes() -> None:
+    """A terminated step bootstraps nothing, a truncated one does: the same rows under other flags are another problem."""
+    file, batch, rewards, _ = samples()
+    # What is recorded after the end must not matter where it terminates, and does where it is cut off.
+    where = torch.where(batch.terminations[:, None], EYE[3], batch.next_observations)
+    batch = replace(batch, next_observations=where)
+    flipped = replace(batch, terminations=torch.zeros_like(batch.terminations), truncations=batch.terminations)
+    right = SampledStarc("onehot", discount=0.95, bootstrap=0).fit(batch, rewards)
+    wrong = SampledStarc("onehot", discount=0.95, bootstrap=0).fit(flipped, rewards)
+    assert np.abs(right.values - file["x_dist_exact"]).max() < 0.1
+    assert np.nanmax(np.abs(wrong.values - right.values)) > 0.05
+    assert right.diagnostics["terminated_share"] > 0.04
+    assert wrong.diagnostics["terminated_share"] == 0
+    # A constant is trivial where nothing terminates, and an incentive to live on or to end where something does.
+    ones = {"reward": rewards[0], "constant": np.ones(len(rewards[0]))}
+    assert not SampledStarc("onehot", discount=0.95, bootstrap=50).fit(batch, ones).trivial.any()
+    keep = file["terminated"] == 0
+    alive = tabular_batch(*(file[key][keep] for key in ("s", "a", "s_next", "terminated", "episode")))
+    matrix = SampledStarc("onehot", discount=0.95, bootstrap=50).fit(alive, {k: v[keep] for k, v in ones.items()})
+    assert matrix.status(1) == "trivial"
+    assert np.isnan(matrix.values[0, 1])
+
+
+def test_noise_is_insufficient_data_not_a_number() -> None:
+    _, batch, rewards, _ = samples()
+    noise = np.random.default_rng(0).normal(size=len(rewards[0]))
+    for estimator in ("crossfit", "plugin", "naive"):
+        starc = SampledStarc("onehot", discount=0.95, bootstrap=100, estimator=estimator)  # type: ignore[arg-type]
+        matrix = starc.fit(batch, {"reward": rewards[0], "noise": noise})
+        assert matrix.status(1) == "insufficient data"
+        assert np.isnan(matrix.values[1]).all()
+        assert np.isfinite(matrix.values[0, 0])
+        assert '"insufficient data"' in matrix.to_json()
+
+
+def test_absolute_distances() -> None:
+    file, batch, rewards, _ = samples()
+    matrix = SampledStarc("onehot", discount=0.95, estimator="plugin", norm="l1", bootstrap=20).fit(batch, rewards)
+    mdp = TabularMDP(file["tau"], 0.95, file["mu0"])
+    exact = starc_matrix(file["R"], mdp, policy=file["pi"], weights=file["weights_sa"], norm="l1", distance="l1")
+    assert np.abs(matrix.values - exact.values).max() < 0.1
+    assert matrix.ci is not None
+    assert (matrix.ci[0, 2, 0] < exact.values[0, 2]) & (exact.values[0, 2] < matrix.ci[0, 2, 1])
+    with pytest.raises(ConfigError, match="estimator='plugin'"):
+        SampledStarc(discount=0.95, norm="l1")
+
+
+def test_datasets_modules_and_arrays_agree() -> None:
+    rng = np.random.default_rng(0)
+    batch, _ = analytic_lqr(12, 3)
+    fields = {k: v.float() if v.is_floating_point() else v for k, v in vars(batch).items()}
+    dataset = dataset_from_arrays(**{**fields, "actions": fields["actions"].clamp(-1, 1)})
+    torch.manual_seed(0)
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1))
+
+        def forward(self, o: torch.Tensor, a: torch.Tensor, n: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layers(torch.cat([o, a], -1))
+            return out
+
+    module = Learned()
+    module.train()
+    values = module.eval()(dataset.observations, dataset.actions, None, None).detach().squeeze(1)
+    module.train()
+    matrix = SampledStarc("quadratic", discount=0.9, bootstrap=20).fit(
+        dataset, {"module": module, "array": values, "half": rng.normal(size=len(dataset)) * 0.01 + values.numpy()}
+    )
+    assert module.training
+    assert matrix.values[0, 1] < 1e-6
+    assert isinstance(matrix, RewardDistanceMatrix)
+    pieces = [Batch(**{k: v[i : i + 200] for k, v in fields.items()}) for i in range(0, len(dataset), 200)]
+    by_batches = SampledStarc("quadratic", discount=0.9, bootstrap=0).fit(iter(pieces), {"a": values, "b": values**2})
+    assert by_batches.diagnostics["episodes"] == 12
+
+
+def test_bad_input() -> None:
+    batch, rewards = analytic_lqr(4, 0)
+    starc = SampledStarc("linear", discount=0.9, bootstrap=0)
+    one = Batch(**{k: v[:50] for k, v in vars(batch).items()})
+    for call, error, message in (
+        (lambda: SampledStarc(discount=1.0), ConfigError, "discount is 1.0"),
+        (lambda: SampledStarc("waves", discount=0.9), ConfigError, "'waves' are unknown; choose one of auto"),  # type: ignore[arg-type]
+        (lambda: SampledStarc(discount=0.9, estimator="best"), ConfigError, "'best' is unknown"),  # type: ignore[arg-type]
+        (lambda: SampledStarc(discount=0.9, folds=1), ConfigError, "folds at least 2"),
+        (
+            lambda: SampledStarc(discount=0.9, folds=[0, 1]).fit(batch, rewards),
+            ConfigError,
+            r"one fold per episode, \[4\]",
+        ),
+        (lambda: starc.fit(batch, []), RewardError, "no rewards"),
+        (lambda: starc.fit([], rewards), RewardError, "no transitions"),
+        (lambda: starc.fit(batch, {"short": np.ones(3)}), RewardError, r"short has shape \[3\]; the data has 800"),
+        (lambda: starc.fit(batch, {"f": lambda o, a: o}), RewardError, r"f failed on a batch .* called as f\(obs"),
+        (lambda: starc.fit(batch, {"f": lambda o, a, n, t: o.repeat(1, 2)}), RewardError, "return one number per"),
+        (lambda: starc.fit(batch, {"f": lambda o, a, n, t: o[:, 0] / 0}), RewardError, "f is .*inf at row 0"),
+        (lambda: starc.fit(one, {"a": np.ones(50)}), DatasetError, "cross-fitting needs two"),
+        (lambda: SampledStarc("onehot", discount=0.9).fit(batch, rewards), ConfigError, "need discrete actions"),
+        (
+            lambda: starc.fit(replace(batch, observations=torch.zeros(800, 3, 8, 8)), rewards),
+            RewardError,
+            "are images",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
