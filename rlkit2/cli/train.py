@@ -64,7 +64,10 @@ def run(arguments: Sequence[str]) -> int | None:
 def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The agent, whose fields are options (the first word, or that of the recipe), and the other arguments."""
     if arguments and not arguments[0].startswith("-"):
-        agent_class(arguments[0])
+        if arguments[0] not in list_agents():
+            close = get_close_matches(arguments[0], list_agents(), 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(list_agents())}"
+            raise ConfigError(f"unknown agent {arguments[0]!r}; {hint}")
         return arguments[0], list(arguments[1:])
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

@@ -14,16 +14,18 @@ from safetensors import SafetensorError
 from rlkit2.errors import RunError
 
 
+class WriteError(RunError):
+    """A full disk or a read-only folder."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (full disk, read-only folder) below `path` into one clear `RunError`."""
+    """Turn a failed write (full disk, read-only folder) below `path` into one clear `WriteError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"cannot write {path}: {reason}; mend that and start again (a run goes on from its last checkpoint, which is intact)"
-        ) from error
+        raise WriteError(f"cannot write {path}: {reason}; make room there or name another place") from error
 
 
 def sync_folder(path: Path) -> None:

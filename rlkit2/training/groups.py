@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.training.memory import keep_freed_memory
 from rlkit2.training.updates import choose_update
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def one_intraop_thread(device: torch.device) -> Iterator[None]:
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-PLAIN_EVERY = 5.0  # seconds between two plain lines about progress
+PLAIN_EVERY = 5.0  # seconds between two plain lines about progress, at first; later a twentieth of the time so far
 
 
 class Progress:
@@ -75,7 +75,7 @@ class Progress:
             self.console is not None
             and self._live is None
             and lines
-            and (scored or time.perf_counter() - self._shown > PLAIN_EVERY)
+            and (scored or time.perf_counter() > self._shown + max(PLAIN_EVERY, (self._shown - self._began) / 20))
         ):
             self._shown = time.perf_counter()
             seeds = "; ".join(

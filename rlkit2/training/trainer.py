@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlkit2.errors import RunError
 from rlkit2.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
-from rlkit2.training.files import JsonLines, writing
+from rlkit2.training.files import JsonLines, WriteError, writing
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
@@ -117,6 +117,11 @@ class Trainer:
                         self._finish("interrupted", began, first)
                         raise KeyboardInterrupt
                 self._finish("finished" if self.active else "failed", began, first)
+            except WriteError as error:
+                if not self.run.checkpoints:
+                    raise
+                mend = f"its checkpoints are intact, go on with: rlkit2 train --resume {self.run.path}"
+                raise WriteError(f"{error}; {mend}") from error
             finally:
                 self.progress.stop()
                 for growing in self.files.values():

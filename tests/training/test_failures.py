@@ -55,6 +55,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path
         with pytest.raises(RunError, match=rf"cannot write {run.path}.*: No space left on device") as caught:
             fit(run, DATASET)
     assert "\n" not in str(caught.value)
+    assert ("--resume" in str(caught.value)) == bool(run.checkpoints)
     assert next(count) > operation
     for step in run.checkpoints:
         run.checkpoint(step)

@@ -116,7 +116,7 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     text = shown(tmp_path)
     assert "\x1b" not in text
     lines = text.splitlines()
-    assert len(lines) == 10 + 2  # one a log, one an evaluation
+    assert 3 <= len(lines) <= 10 + 2  # at most one a log and one an evaluation
     pattern = r"step 40/40, \d+ updates/s, \d\.\d GiB \| seed 0: loss -?[\d.]+, score -[\d.]+; seed 7: loss -?[\d.]+, score -[\d.]+"
     assert re.fullmatch(pattern, lines[-1])
     assert re.match(r"step 4/40, \d+ updates/s, 0m\d\ds left, ", lines[0])
