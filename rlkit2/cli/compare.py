@@ -13,7 +13,10 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import evaluate, load_run
+from rlkit2.cli.evaluate import episode_bar
+from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.reporting.comparison import compare as compare_runs
+from rlkit2.training.run import Run
 
 DESCRIPTION = """Compare the final scores of runs: mean, IQM, 95 % intervals and probability of improvement over a baseline.
 
@@ -39,7 +42,13 @@ def compare(
         json: print JSON.
         markdown: print a Markdown table.
     """
-    scorer = None if episodes is None else lambda run: evaluate(run, episodes=episodes, env=run.config.get("env"))
+
+    def score(run: Run) -> Evaluation:
+        assert episodes is not None
+        with episode_bar(run.path.name) as progress:
+            return evaluate(run, episodes=episodes, env=run.config.get("env"), progress=progress)
+
+    scorer = None if episodes is None else score
     comparison = compare_runs([load_run(path) for path in runs], baseline=baseline, last=last, evaluate=scorer)
     out = Console(width=None if sys.stdout.isatty() else 160)
     if json:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
@@ -51,9 +52,7 @@ def evaluate(
         json: print everything as JSON.
     """
     policy, own_env = _open(run, checkpoint)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("episodes", total=None)
+    with episode_bar("episodes") as progress:
         result = evaluate_policy(
             policy,
             episodes=episodes,
@@ -62,7 +61,7 @@ def evaluate(
             seed=seed,
             num_envs=num_envs,
             max_steps=max_steps,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     out = Console(width=None if sys.stdout.isatty() else 160)
     if json:
@@ -72,6 +71,15 @@ def evaluate(
     else:
         _print(out, result, checkpoint)
     return 0
+
+
+@contextmanager
+def episode_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over episodes on a terminal's standard error, nothing elsewhere; gives what to call with (done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _open(path: Path, checkpoint: str | None) -> tuple[Policy, str | None]:
@@ -106,10 +114,9 @@ def _step(run: Run, checkpoint: str) -> int | None:
 def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
     summary = result.summary()
     scores = summary["normalized"]
-    table = Table(
-        title=f"{result.environment}, {'deterministic' if result.deterministic else 'sampled'} actions",
-        title_justify="left",
-    )
+    actions = "deterministic" if result.deterministic else "sampled"
+    out.print(f"{result.environment}, {actions} actions", highlight=False, soft_wrap=True)
+    table = Table()
     for name in ("seed", "return", "score (%)", "length") + (("success",) if result.successes is not None else ()):
         table.add_column(name, justify="right")
     for index, seed in enumerate(result.seeds):

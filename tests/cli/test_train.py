@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
-import gymnasium as gym
 import pytest
 
 from rlkit2.agents import agent_class, list_agents
 from rlkit2.cli.main import main
 from rlkit2.cli.train import COMMAND
 from rlkit2.training import DataOptions, Run, TrainingOptions
-from tests.training.tiny_problem import Walk, tiny_dataset
+from tests.training.tiny_problem import tiny_dataset
 
-gym.register("TinyWalk-v0", entry_point=Walk)
 QUICK = ["--dataset", "tiny/walk-v0", "--steps", "6", "--eval-episodes", "2", "--env", "TinyWalk-v0"]
 
 

@@ -46,6 +46,9 @@ class Walk(gym.Env[Any, Any]):
         return self._observe(), reward, False, self._step == 5, {}
 
 
+gym.register("TinyWalk-v0", entry_point=Walk)
+
+
 def tiny_dataset(seed: int = 0, episodes: int = 8, length: int = 25) -> TransitionDataset:
     """Actions are the tanh of the first two observation columns, with noise."""
     rng = np.random.default_rng(seed)
