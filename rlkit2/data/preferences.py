@@ -252,8 +252,8 @@ class PreferenceDataset:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / tensors, data)
-            _replace(folder / JSON_FILE, (json.dumps(description, indent=2) + "\n").encode())
+            replace_file(folder / tensors, data)
+            replace_file(folder / JSON_FILE, (json.dumps(description, indent=2) + "\n").encode())
             for old in folder.glob("preferences-*.safetensors"):
                 if old.name != tensors:
                     old.unlink(missing_ok=True)
@@ -411,7 +411,8 @@ def describe(source: Any) -> str:
     return str(source)
 
 
-def _replace(target: Path, data: bytes) -> None:
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old or the new content; raises `OSError`."""
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -14,6 +14,7 @@ from scipy import stats
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError
+from rlkit2.preferences.fitting import fit_reward_model
 from rlkit2.rewards.models import RewardEnsemble
 
 Array = NDArray[np.float64]
@@ -112,7 +113,7 @@ def evaluate_reward(
     if isinstance(reward, RewardEnsemble):
         if len(reward.seeds) != 1:
             raise ConfigError(f"evaluate a reward model of one seed, not {len(reward.seeds)}; use select_seed")
-        rewards = reward.dataset_rewards(dataset)[0].double().mean(0).numpy()
+        rewards = mean_rewards(reward, dataset)
         members = reward.probabilities(dataset, first, second)[0].double().numpy()
         p = members.mean(0)
         scores: dict[str, float] | None = calibration(p, y)
@@ -176,6 +177,37 @@ def shuffled_labels(preferences: PreferenceDataset, *, seed: int = 0) -> Prefere
     )
 
 
+def baseline_rewards(
+    preferences: PreferenceDataset, dataset: TransitionDataset, true_rewards: ArrayLike, *, seed: int = 0, **fit: Any
+) -> dict[str, RewardEnsemble | Array]:
+    """The rewards that a learned one must be held against.
+
+    "zero" and "constant" (one per step) say what no information gives; "random labels", a model fitted to coin flips about the same pairs,
+    what fitting alone gives; "true" is the best there is. On many offline datasets a trivial reward already trains well (Shin et al., TMLR
+    2023), so a score of a learned reward means nothing without them.
+
+    Args:
+        preferences: the pairs a reward was fitted to.
+        dataset: their dataset.
+        true_rewards: `[N]`.
+        seed: of the coin flips.
+        fit: arguments of `fit_reward_model`.
+    """
+    return {
+        "zero": np.zeros(len(dataset)),
+        "constant": np.ones(len(dataset)),
+        "random labels": fit_reward_model(shuffled_labels(preferences, seed=seed), dataset, seeds=[seed], **fit),
+        "true": np.asarray(true_rewards, np.float64),
+    }
+
+
+def mean_rewards(reward: RewardEnsemble | ArrayLike, dataset: TransitionDataset) -> Array:
+    """Rewards `[N]` of a dataset: an ensemble's mean over members (one seed), or the array itself."""
+    if isinstance(reward, RewardEnsemble):
+        return np.asarray(reward.dataset_rewards(dataset)[0].double().mean(0).numpy())
+    return np.asarray(reward, np.float64)
+
+
 def starc_to_truth(
     dataset: TransitionDataset,
     rewards: Mapping[str, ArrayLike],
@@ -196,7 +228,7 @@ def starc_to_truth(
     Returns:
         name -> `distance`, `low`, `high`; numbers are None where the data do not determine a distance.
     """
-    from rlkit2.rewards import SampledStarc  # type: ignore[attr-defined]
+    from rlkit2.rewards import SampledStarc
 
     names = list(rewards)
     matrix = SampledStarc(discount=discount, **settings).fit(dataset, {"true": true_rewards, **rewards})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +46,7 @@ def relabel(
             episode return), as pipelines for IQL do.
         offset: subtract nothing, the mean or the minimum of the rewards (before `normalise`).
         statistics: the part of the data that all statistics are taken from, normally the training split; None: `dataset`.
-        dataset_id: also write a Minari dataset of that id, with the model's hash and everything above in its description.
+        dataset_id: also write a Minari dataset of that id, with the model's hash and everything above as `provenance` in its metadata.
 
     Returns:
         The relabelled dataset (read back from Minari's root where `dataset_id` is given).
@@ -63,7 +62,12 @@ def relabel(
     relabelled = dataset.with_rewards(values)
     if dataset_id is None:
         return relabelled
-    relabelled.to_minari(dataset_id, description=json.dumps(facts), algorithm_name="rlkit2 relabel")
+    relabelled.to_minari(
+        dataset_id,
+        algorithm_name="rlkit2",
+        description=f"{dataset.spec.id} with the rewards of a model",
+        provenance=facts,
+    )
     return read_dataset(dataset_id)
 
 

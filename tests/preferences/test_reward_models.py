@@ -353,7 +353,7 @@ def test_relabelling_to_minari_records_where_it_comes_from(dataset, labels, mode
     assert new.spec.content_hash == again.spec.content_hash
     torch.testing.assert_close(again.rewards, relabel(dataset, model).rewards)
     assert torch.equal(again.truncations, dataset.truncations)
-    facts = json.loads(minari.load_dataset("test/relabelled-v0").storage.metadata["description"])
+    facts = minari.load_dataset("test/relabelled-v0").storage.metadata["provenance"]
     assert facts["relabelled_from"] == dataset.spec.id
     assert facts["content_hash"] == dataset.spec.content_hash
     assert facts["reward_model"] == model.content_hash

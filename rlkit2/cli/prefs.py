@@ -1,0 +1,294 @@
+"""`rlkit2 prefs ...`: label segments of a dataset, fit a reward to the labels, and run the whole loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import tyro
+from rich.table import Table
+from tyro.conf import Positional
+
+from rlkit2.api import load_dataset
+from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.preferences import PreferenceDataset
+from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.evaluation.environments import Env, make_environment
+from rlkit2.preferences import (
+    RewardEnsemble,
+    ScriptedTeacher,
+    baseline_rewards,
+    collect_preferences,
+    evaluate_reward,
+    fit_reward_model,
+    import_preference_transformer,
+    relabel,
+    starc_to_truth,
+)
+from rlkit2.preferences.evaluation import mean_rewards
+from rlkit2.progress import progress_bar
+
+
+def label(
+    dataset: Positional[str],
+    *,
+    out: Path,
+    teacher: str = "oracle",
+    count: int = 500,
+    length: int = 50,
+    stride: int = 1,
+    sampler: str = "uniform",
+    model: Path | None = None,
+    beta: float | None = None,
+    beta_scale: str = "none",
+    equal_threshold: float | None = None,
+    skip_threshold: float | None = None,
+    seed: int = 0,
+    serve: bool = False,
+    port: int = 0,
+    open_browser: bool = True,
+    people: Path | None = None,
+    more: bool = False,
+) -> int:
+    """Label.
+
+    Args:
+        dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        out: folder of the labels; with --serve, labels that are there are gone on with.
+        teacher: oracle, mistake, noisy, myopic, skip or equal.
+        count: pairs to label.
+        length: steps of a segment.
+        stride: steps between the starts of neighbouring segments.
+        sampler: uniform, episodes, k_center, or with --model disagreement, entropy or mean_variance.
+        model: folder of a reward model, for the samplers that ask one.
+        beta: inverse temperature of the teacher; default: that of the teacher.
+        beta_scale: std divides score differences by their deviation, so that --beta does not depend on the reward's scale.
+        equal_threshold: returns that differ by less are equally good (in units of reward); sparse rewards need one.
+        skip_threshold: skip pairs whose better return is at most this (in units of reward).
+        seed: of pairs, noise and mistakes.
+        serve: show the pairs in the browser and let a person answer.
+        port: of the page, on this computer only; 0: any free one.
+        open_browser: open the page in a browser.
+        people: import human labels from this folder, in the layout of the Preference Transformer files.
+        more: add to the labels in --out instead of refusing to replace them.
+    """
+    data = load_dataset(dataset)
+    ensemble = None if model is None else RewardEnsemble.load(model)
+    if serve:
+        from rlkit2.preferences.labelling import serve_labelling
+
+        serve_labelling(
+            data,
+            out,
+            count=count,
+            length=length,
+            stride=stride,
+            sampler=sampler,
+            model=ensemble,
+            seed=seed,
+            port=port,
+            open_browser=open_browser,
+            say=say,
+            make_environment=_environment_maker(data),
+        )
+        return 0
+    exists = (out / "preferences.json").exists()
+    if exists and not more:
+        raise DatasetError(f"{out} holds labels already; name another folder, or add to them with --more")
+    if people is not None:
+        labels = import_preference_transformer(people, data, length=length)
+    else:
+        asked = ScriptedTeacher(
+            teacher,
+            beta=beta,
+            beta_scale=beta_scale,
+            equal_threshold=equal_threshold,
+            skip_threshold=skip_threshold,
+        )
+        labels = collect_preferences(
+            data, asked, count, length=length, stride=stride, sampler=sampler, model=ensemble, seed=seed
+        )
+    if exists:
+        labels = PreferenceDataset.load(out).extend(labels)
+    labels.save(out)
+    first = int((labels.label_mass < 0.5).sum())
+    say(
+        f"{out}: {len(labels)} pairs of {labels.length} steps of {labels.dataset_id}; first preferred {first}, "
+        f"second {len(labels) - first - int(labels.ties.sum())}, equal {int(labels.ties.sum())}"
+    )
+    say(f"fit a reward to them with: rlkit2 prefs fit {out} --dataset {dataset} --out reward")
+    return 0
+
+
+def _environment_maker(data: TransitionDataset) -> Callable[[], Env] | None:
+    """Makes the dataset's environment so that it draws frames; None where the dataset names none."""
+    spec = data.spec.eval_env_spec or data.spec.env_spec
+    return None if spec is None else lambda: make_environment(lambda: gymnasium.make(spec, render_mode="rgb_array"))
+
+
+def fit(
+    labels: Positional[Path],
+    *,
+    out: Path,
+    dataset: str | None = None,
+    members: int = 3,
+    hidden_sizes: tuple[int, ...] = (256, 256, 256),
+    head: str = "linear",
+    reduce: str = "mean",
+    steps: int = 1000,
+    batch_size: int = 64,
+    learning_rate: float = 3e-4,
+    assumed_noise: float = 0.0,
+    test: float = 0.2,
+    seed: int = 0,
+    discount: float = 0.99,
+    starc: bool = True,
+    device: str = "cpu",
+    figure: Path | None = None,
+    relabel_as: str | None = None,
+    caution: str = "mean",
+    normalise: str = "none",
+    offset: str = "none",
+    json: bool = False,
+) -> int:
+    """Fit.
+
+    Args:
+        labels: folder of labels (rlkit2 prefs label).
+        out: folder of the reward model.
+        dataset: the dataset of the labels; default: the id they carry.
+        members: members of the ensemble.
+        hidden_sizes: hidden layers of every member.
+        head: linear, or tanh for rewards in (-1, 1).
+        reduce: mean or sum of the rewards of a segment is its return.
+        steps: most updates; training stops earlier when held-out pairs say so.
+        batch_size: pairs per update and member.
+        learning_rate: of Adam.
+        assumed_noise: share of answers taken to be coin flips.
+        test: share of the pairs that judge the reward and take no part in fitting it.
+        seed: of weights, bootstraps and the choice of pairs.
+        discount: of the STARC distance.
+        starc: estimate the STARC distance to the dataset's own reward.
+        device: cpu or cuda.
+        figure: draw calibration, accuracy by gap and returns into this file (.png, .svg, .pdf).
+        relabel_as: also write a Minari dataset of this id with the learned rewards.
+        caution: mean, min or mean-1*std over the members, for --relabel-as.
+        normalise: none, std or return_range, for --relabel-as.
+        offset: none, mean or min is subtracted, for --relabel-as; min where episodes can end early and living on is good.
+        json: print everything as JSON.
+    """
+    found = PreferenceDataset.load(labels)
+    if dataset is None and not found.dataset_id:
+        raise ConfigError(f"{labels} does not say which dataset it belongs to; give --dataset")
+    data = load_dataset(dataset or found.dataset_id)
+    train, held_out = found.split(test, seed=seed)
+    settings: dict[str, Any] = {
+        "members": members,
+        "hidden_sizes": hidden_sizes,
+        "head": head,
+        "reduce": reduce,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "assumed_noise": assumed_noise,
+        "device": device,
+    }
+    with progress_bar("fitting") as bar:
+        model = fit_reward_model(
+            train, data, seeds=[seed], progress=lambda done, total, loss: bar(done, total), **settings
+        )
+    truth = data.rewards.double().numpy()
+    rewards: dict[str, Any] = {"learned": model, **baseline_rewards(train, data, truth, seed=seed, **settings)}
+    rows = {name: evaluate_reward(r, held_out, data, true_rewards=truth) for name, r in rewards.items()}
+    distances = (
+        starc_to_truth(data, {name: mean_rewards(r, data) for name, r in rewards.items()}, truth, discount=discount)
+        if starc
+        else {}
+    )
+    table = {name: {**row.to_dict(), **({"starc": distances[name]} if starc else {})} for name, row in rows.items()}
+    model.description["evaluation"] = table
+    model.save(out)
+    if figure is not None:
+        from rlkit2.reporting.preferences import reward_figure
+
+        reward_figure(model, rows["learned"], held_out, data, truth).savefig(figure, dpi=150)
+    if relabel_as is not None:
+        relabel(data, model, reduce=caution, normalise=normalise, offset=offset, dataset_id=relabel_as)
+    if json:
+        print_json({"reward": str(out), "description": model.description})
+        return 0
+    _print_rewards(table, f"{len(train)} labels of {found.length} steps, judged on {len(held_out)} held-out pairs")
+    say(f"reward model: {out}" + (f", figure: {figure}" if figure else ""))
+    if relabel_as is not None:
+        say(f"relabelled dataset: {relabel_as}; train on it with: rlkit2 train iql --dataset {relabel_as}")
+    return 0
+
+
+def _print_rewards(table: dict[str, dict[str, Any]], title: str) -> None:
+    shown = Table(title=title, title_justify="left")
+    columns = {
+        "accuracy": "accuracy",
+        "NLL": "nll",
+        "Brier": "brier",
+        "ECE": "ece",
+        "AUROC of doubt": "disagreement_auroc",
+        "segment rank": "segment_correlation",
+        "episode rank": "return_correlation",
+    }
+    for name in ("reward", *columns, "STARC to true"):
+        shown.add_column(name, justify="left" if name == "reward" else "right")
+    for name, row in table.items():
+        numbers = [row[key] for key in columns.values()]
+        distance = row.get("starc")
+        shown.add_row(name, *("n/a" if x is None else f"{x:.3f}" for x in numbers), _distance(distance))
+    console().print(shown)
+
+
+def _distance(found: dict[str, Any] | None) -> str:
+    if not found or found["distance"] is None:
+        return "n/a"
+    interval = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['distance']:.3f}{interval}"
+
+
+# name -> (function, one-line help, example)
+SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
+    "label": (
+        label,
+        "label pairs of segments, by a scripted teacher or by hand in the browser",
+        "rlkit2 prefs label builtin/rooms --teacher oracle --count 500 --length 8 --out labels",
+    ),
+    "fit": (
+        fit,
+        "fit an ensemble of reward models to labels and hold it against the baselines",
+        "rlkit2 prefs fit labels --out reward --relabel-as my/rooms/learned-v0",
+    ),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
+    more = "rlkit2 prefs COMMAND --help explains a command and shows an example."
+    return "\n".join(["usage: rlkit2 prefs COMMAND [OPTIONS]", "", *lines, "", more, ""])
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        close = get_close_matches(name, SUBCOMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
+        raise ConfigError(f"unknown command 'prefs {name}'; {hint}")
+    function, help, example = SUBCOMMANDS[name]
+    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
+    result: Any = tyro.cli(function, args=rest, prog=f"rlkit2 prefs {name}", description=description)
+    return int(result)

@@ -1,0 +1,392 @@
+"""Labelling by a person: a page in the browser that shows two segments and remembers every answer.
+
+The page is for the person at this computer: it listens on the loopback interface alone, and answers nothing to a request that does
+not carry the token of its address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import webbrowser
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, replace_file, transitions_hash
+from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError, require
+from rlkit2.preferences.pictures import FrameRenderer, animation, offscreen, state_plot
+from rlkit2.preferences.samplers import PairModel, sample_pairs
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
+
+SESSION_FILE = "session.json"
+ANSWERS = {"left": 0.0, "right": 1.0, "equal": 0.5, "skip": None}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'",
+}
+EnvironmentMaker = Callable[[], "gymnasium.Env[Any, Any]"]
+
+
+class LabellingSession:
+    """Pairs to ask about and the answers so far, both in the folder of the labels; every answer is on the disk before it counts.
+
+    `session.json` holds pairs and answers; the labels (`PreferenceDataset`) are written from it after every change, so a kill at any moment
+    loses nothing: the next session starts where the last answer was.
+
+    Args:
+        dataset: where the segments are.
+        out: folder of the labels; a session that is there is gone on with.
+        count: pairs in all; a larger number prolongs a session.
+        length, stride: see `SegmentIndex`.
+        sampler, model, seed: see `sample_pairs`.
+
+    Raises:
+        DatasetError: the folder belongs to another dataset or length, or cannot be written; CorruptDatasetError: `session.json` is damaged.
+    """
+
+    def __init__(
+        self,
+        dataset: TransitionDataset,
+        out: str | os.PathLike[str],
+        *,
+        count: int = 100,
+        length: int = 50,
+        stride: int = 1,
+        sampler: str = "uniform",
+        model: PairModel | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset, self.out, self.length = dataset, Path(out), length
+        self.index = SegmentIndex(dataset, length, stride)
+        self.pairs: list[list[int]] = []  # rows at which the first and the second segment start
+        self.answers: list[str] = []
+        self.source = {"person": "labelling page", "sampler": sampler, "seed": seed}
+        if (self.out / SESSION_FILE).exists():
+            self._read()
+        elif (self.out / "preferences.json").exists():
+            raise DatasetError(f"{self.out} holds labels that were not made on the labelling page; name another folder")
+        missing = count - len(self.pairs)
+        if missing > 0:
+            ids = sample_pairs(self.index, missing, sampler, model=model, seed=seed + len(self.pairs))
+            self.pairs += self.index.starts[ids].tolist()
+        self._save()
+
+    def _read(self) -> None:
+        path = self.out / SESSION_FILE
+        try:
+            found = json.loads(path.read_text())
+            self.pairs, self.answers = [list(map(int, pair)) for pair in found["pairs"]], list(found["answers"])
+            known, length = found["dataset_hash"], found["length"]
+            if not set(self.answers) <= set(ANSWERS) or len(self.answers) > len(self.pairs):
+                raise ValueError("answers that do not fit the pairs")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptDatasetError(f"{path} is damaged ({error}); move it away to start again") from error
+        if known != transitions_hash(self.dataset) or length != self.length:
+            raise DatasetError(
+                f"{self.out} is a session about {found['dataset']} with segments of {length} steps, not about {self.dataset.spec.id} "
+                f"as given with {self.length}; name another folder"
+            )
+
+    def _save(self) -> None:
+        session = {
+            "dataset": self.dataset.spec.id,
+            "dataset_hash": transitions_hash(self.dataset),
+            "length": self.length,
+            "pairs": self.pairs,
+            "answers": self.answers,
+        }
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            replace_file(self.out / SESSION_FILE, (json.dumps(session) + "\n").encode())
+        except OSError as error:
+            raise DatasetError(f"cannot write {self.out / SESSION_FILE} ({error.strerror or error})") from error
+        self.labels().save(self.out)
+
+    def labels(self) -> PreferenceDataset:
+        """The answers that are labels (all but skipped pairs)."""
+        kept = [i for i, answer in enumerate(self.answers) if ANSWERS[answer] is not None]
+        starts = torch.tensor([self.pairs[i] for i in kept], dtype=torch.int64).reshape(-1, 2)
+        mass = torch.tensor([ANSWERS[self.answers[i]] for i in kept], dtype=torch.float64)
+        return PreferenceDataset.from_starts(
+            self.dataset, starts[:, 0], starts[:, 1], mass, self.source, length=self.length
+        )
+
+    def answer(self, index: int, answer: str) -> bool:
+        """Record the answer to pair `index`; False (and nothing changes) where that pair is not the one being asked.
+
+        Raises:
+            ConfigError: no such answer.
+        """
+        if answer not in ANSWERS:
+            raise ConfigError(f"unknown answer {answer!r}; choose one of: {', '.join(ANSWERS)}")
+        if index != len(self.answers) or index >= len(self.pairs):
+            return False
+        self._keep([*self.answers, answer])
+        return True
+
+    def undo(self) -> bool:
+        """Take the last answer back; False where there is none."""
+        if not self.answers:
+            return False
+        self._keep(self.answers[:-1])
+        return True
+
+    def _keep(self, answers: list[str]) -> None:
+        """Save with other answers; they count only if they are on the disk."""
+        before, self.answers = self.answers, answers
+        try:
+            self._save()
+        except DatasetError:
+            self.answers = before
+            raise
+
+    def state(self) -> dict[str, Any]:
+        """Where the session stands."""
+        return {
+            "index": len(self.answers),
+            "total": len(self.pairs),
+            "labels": sum(ANSWERS[answer] is not None for answer in self.answers),
+            "done": len(self.answers) >= len(self.pairs),
+            "dataset": self.dataset.spec.id,
+            "steps": self.length,
+        }
+
+    def fields(self, index: int, side: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Observations `[H, obs]` and actions `[H, ...]` of the first (0) or second (1) segment of a pair."""
+        start = self.pairs[index][side]
+        rows = torch.arange(start, start + self.length)
+        return self.dataset.observations[rows].numpy(), self.dataset.actions[rows].numpy()
+
+
+class Pictures:
+    """Pictures of segments: animated frames, or plots where there are none (`reason` says why). Use from one thread."""
+
+    def __init__(self, session: LabellingSession, make_environment: EnvironmentMaker | None) -> None:
+        self.session = session
+        self.reason = "no environment is known"
+        self.renderer: FrameRenderer | None = None
+        observations = session.dataset.observations
+        self.limits = observations.amin(0).numpy(), observations.amax(0).numpy()
+        self._names = _column_names(session.dataset)
+        self.picture = lru_cache(maxsize=32)(self._picture)
+        if make_environment is not None:
+            try:
+                offscreen()
+                self.renderer = FrameRenderer(make_environment(), observations[0].numpy())
+                self.reason = ""
+            except EnvironmentUnavailableError as error:
+                self.reason = str(error)
+
+    def _picture(self, start: int) -> tuple[bytes, str]:
+        rows = torch.arange(start, start + self.session.length)
+        observations = self.session.dataset.observations[rows].numpy()
+        if self.renderer is not None:
+            try:
+                return animation(self.renderer.frames(observations)), "image/gif"
+            except EnvironmentUnavailableError as error:
+                self.renderer, self.reason = None, str(error)
+        actions = self.session.dataset.actions[rows].numpy()
+        return state_plot(observations, actions, self.limits, self._names), "image/png"
+
+
+def _column_names(dataset: TransitionDataset) -> list[str]:
+    ranges = dataset.spec.observation_ranges
+    return [f"{key}[{i - start}]" for key, (start, stop) in ranges.items() if key for i in range(start, stop)]
+
+
+def labelling_app(session: LabellingSession, token: str, make_environment: EnvironmentMaker | None = None) -> Any:
+    """The page as an ASGI application.
+
+    Everything lives under `/<token>/`; any other request, and one whose Host is not this computer's loopback name, gets an empty 404.
+    Pictures and files are handled by one thread, as graphics contexts belong to a thread.
+
+    Raises:
+        MissingExtraError: the extra `label` is not installed.
+    """
+    require("starlette", extra="label")
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    page = resources.files("rlkit2.preferences").joinpath("labelling_page.html").read_text(encoding="utf-8")
+    worker = ThreadPoolExecutor(1, thread_name_prefix="rlkit2-label")
+    made: list[Pictures] = []
+
+    async def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
+
+    def pictures() -> Pictures:
+        if not made:
+            made.append(Pictures(session, make_environment))
+        return made[0]
+
+    def state() -> dict[str, Any]:
+        return {**session.state(), "frames": pictures().renderer is not None, "reason": pictures().reason}
+
+    def answered(index: int, answer: str) -> tuple[bool, dict[str, Any]]:
+        return session.answer(index, answer), state()
+
+    def undone() -> dict[str, Any]:
+        session.undo()
+        return state()
+
+    def drawn(index: int, side: int) -> tuple[bytes, str] | None:
+        if not (0 <= index < len(session.pairs) and side in (0, 1)):
+            return None
+        return pictures().picture(session.pairs[index][side])
+
+    async def show_page(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def show_state(request: Request) -> Response:
+        return JSONResponse(await apart(state))
+
+    async def take_answer(request: Request) -> Response:
+        try:
+            body = await request.json()
+            fits, now = await apart(answered, int(body["index"]), str(body["answer"]))
+        except DatasetError as error:  # the disk is full, the folder is gone
+            return JSONResponse({"error": str(error)}, 500)
+        except (ValueError, KeyError, TypeError) as error:  # no JSON, no such answer
+            return JSONResponse({"error": str(error)}, 400)
+        return JSONResponse(now, 200 if fits else 409)
+
+    async def take_undo(request: Request) -> Response:
+        try:
+            return JSONResponse(await apart(undone))
+        except DatasetError as error:
+            return JSONResponse({"error": str(error)}, 500)
+
+    async def show_segment(request: Request) -> Response:
+        found = await apart(drawn, request.path_params["index"], request.path_params["side"])
+        return Response(status_code=404) if found is None else Response(found[0], media_type=found[1])
+
+    routes = [
+        Route("/{token}/", show_page),
+        Route("/{token}/state", show_state),
+        Route("/{token}/answer", take_answer, methods=["POST"]),
+        Route("/{token}/undo", take_undo, methods=["POST"]),
+        Route("/{token}/segment/{index:int}/{side:int}", show_segment),
+    ]
+    inner = Starlette(routes=routes)
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not _allowed(scope, token):
+            await Response(status_code=404)(scope, receive, send)
+            return
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
+                ]
+            await send(message)
+
+        await inner(scope, receive, with_headers)
+
+    return guarded
+
+
+def _allowed(scope: Any, token: str) -> bool:
+    """Whether a request carries the token, and was addressed to the loopback interface by name (a foreign page cannot rebind that)."""
+    hosts = [value.decode("latin1") for name, value in scope["headers"] if name == b"host"]
+    host = hosts[0].rpartition(":")[0] if hosts and ":" in hosts[0] else (hosts or [""])[0]
+    given = scope["path"].split("/")[1] if scope["path"].startswith("/") else ""
+    return host in ("127.0.0.1", "localhost") and secrets.compare_digest(given.encode(), token.encode())
+
+
+def serve_labelling(
+    dataset: TransitionDataset,
+    out: str | os.PathLike[str],
+    *,
+    make_environment: EnvironmentMaker | None = None,
+    port: int = 0,
+    open_browser: bool = True,
+    say: Callable[[str], None] = print,
+    **settings: Any,
+) -> PreferenceDataset:
+    """Serve the labelling page on the loopback interface until it is interrupted (Ctrl-C), and return the labels.
+
+    Args:
+        dataset, out, settings: see `LabellingSession`.
+        make_environment: makes an environment with `render_mode="rgb_array"`; None shows plots.
+        port: 0 takes any free one.
+        open_browser: open the page.
+        say: told the address and, at the end, where the labels are.
+
+    Raises:
+        MissingExtraError: the extra `label` is not installed.
+        ConfigError: the port is taken.
+        DatasetError: see `LabellingSession`, or another page is open on the folder.
+    """
+    uvicorn = require("uvicorn", extra="label")
+    with _only_one(Path(out)):
+        session = LabellingSession(dataset, out, **settings)
+        token = secrets.token_urlsafe(24)
+        application = labelling_app(session, token, make_environment)
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen(128)  # so that the address works from the moment it is printed
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} cannot be used ({error.strerror}); choose another or leave it out"
+            ) from error
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
+        say(f"label here: {address}")
+        say(
+            f"{len(session.answers)} of {len(session.pairs)} pairs answered; every answer is saved in {out}; Ctrl-C ends"
+        )
+        if open_browser:
+            webbrowser.open(address)
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False, lifespan="off"))
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            listener.close()
+        labels = session.labels()
+        say(f"{out}: {len(labels)} labels, {len(session.pairs) - len(session.answers)} pairs left")
+        return labels
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """One page at a time may write a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DatasetError(f"cannot write the labels to {folder} ({error.strerror or error})") from error
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DatasetError(f"another labelling page is open on {folder}; close it first") from error
+        yield
+    finally:
+        os.close(descriptor)
