@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),
     "doctor": ("rlkit2.cli.doctor", "versions, optional parts, devices, dataset roots, write access"),
+    "starc": ("rlkit2.cli.starc", "distances between rewards: exact, from data, and the regret study"),
     "prefs": ("rlkit2.cli.prefs", "label segments, fit a reward to the labels, and run the loop to a policy"),
 }
 

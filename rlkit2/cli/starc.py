@@ -1,0 +1,370 @@
+"""`rlkit2 starc ...`: distances between rewards, exact in finite processes, with intervals from data, and the regret study."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from rlkit2.api import load_dataset
+from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.data.relabel import load_reward
+from rlkit2.errors import ConfigError, RewardError
+from rlkit2.progress import progress_bar
+from rlkit2.rewards import (
+    RewardDistanceMatrix,
+    SampledStarc,
+    TabularMDP,
+    regret,
+    regret_bound,
+    starc_matrix,
+    worst_case_regret,
+)
+from rlkit2.rewards.canonical import Canonicalization
+from rlkit2.rewards.features import FeatureName
+from rlkit2.rewards.files import read_tabular
+from rlkit2.rewards.models import RewardEnsemble
+from rlkit2.rewards.norms import NormName
+from rlkit2.rewards.sampled import Estimator
+from rlkit2.training.files import write_atomically
+
+
+def tabular(
+    file: Positional[Path | None] = None,
+    *,
+    env: str | None = None,
+    discount: float | None = None,
+    reward: tuple[str, ...] = (),
+    true: str | None = None,
+    canonicalization: Canonicalization = "val",
+    norm: NormName = "l2",
+    distance: NormName = "l2",
+    restrict_to_reachable: bool = False,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Tabular.
+
+    Args:
+        file: .npz file with transitions [S, A, S], discount, and rewards [K, S, A, S] with names [K] (or each reward under its own name).
+        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v3) or small and deterministic, instead
+            of a file. Its reward is compared with variants of it, or with those of --reward.
+        discount: in [0, 1); default: the file's, or 0.99 for an environment.
+        reward: further rewards, [NAME=]file.py:FUNCTION of index arrays (states, actions, next_states) giving numbers of the same shape, or
+            [NAME=]file.npy of shape [S, A, S], [S, A] or [S].
+        true: name of the reward that regret is measured under; default: the first.
+        canonicalization: val, minimal, val_potential, minimal_potential, epic, dard, srrd or none.
+        norm: what the canonical rewards are divided by; range (with distance range) bounds the regret in every process.
+        distance: the norm of the difference.
+        restrict_to_reachable: leave out states that no policy reaches from the start.
+        out: folder for distances.json, distances.csv and pictures (SVG).
+        json: print JSON.
+    """
+    if (file is None) == (env is None):
+        raise ConfigError("give either a file or --env, for example: rlkit2 starc tabular --env FrozenLake-v1")
+    if file is not None:
+        mdp, rewards = read_tabular(file, discount)
+    else:
+        mdp, own = TabularMDP.from_gym(env, 0.99 if discount is None else discount)
+        rewards = {"environment": own} if reward else variants(mdp, own)
+    for text in reward:
+        name, path = _named(text)
+        rewards[_free(name, rewards)] = _table_reward(path, mdp)
+    _at_least_two(rewards)
+    matrix = starc_matrix(
+        rewards,
+        mdp,
+        canonicalization=canonicalization,
+        norm=norm,
+        distance=distance,
+        restrict_to_reachable=restrict_to_reachable,
+    )
+    truth = next(iter(rewards)) if true is None else true
+    if truth not in rewards:
+        raise ConfigError(f"--true {truth!r} is not one of the rewards: {', '.join(rewards)}")
+    losses = _regrets(truth, rewards, mdp)
+    saved = _save(matrix, out)
+    if json:
+        print_json({**matrix.to_dict(), "mdp": repr(mdp), "true": truth, "regret": losses, "files": saved})
+        return 0
+    say(repr(mdp))
+    _print(matrix)
+    _print_regrets(truth, losses)
+    _say_saved(saved)
+    return 0
+
+
+def variants(mdp: TabularMDP, reward: Any) -> dict[str, Any]:
+    """The reward of an environment, two that order policies alike, two that look alike and do not, and its opposite.
+
+    The potential is the state's index. In an absorbing state, shaping is `(discount - 1) Phi`; leaving it out, as a shaping that is
+    computed from recorded episodes does, changes what the episode's end is worth.
+    """
+    potential = np.arange(mdp.num_states) / mdp.num_states
+    shaping = mdp.discount * potential[None, None, :] - potential[:, None, None]
+    absorbing = np.isclose(np.einsum("sas->sa", mdp.dense.numpy()), 1).all(1)
+    forgotten = np.where(absorbing[:, None, None], 0.0, reward + shaping)
+    cost = np.where(absorbing[:, None, None], 0.0, reward - 0.01)
+    mean = mdp.expected_reward(reward).numpy()
+    return {
+        "environment": reward,
+        "shaped": reward + shaping,
+        "mean over next states": mean,
+        "shaped, ends forgotten": forgotten,
+        "step cost": cost,
+        "negated": -reward,
+    }
+
+
+def dataset(
+    dataset: Positional[str],
+    *,
+    reward: tuple[str, ...] = (),
+    true: bool = False,
+    discount: float = 0.99,
+    features: FeatureName = "auto",
+    estimator: Estimator = "crossfit",
+    folds: int = 5,
+    bootstrap: int = 200,
+    ridge: float = 0.0,
+    norm: Literal["l1", "l2"] = "l2",
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Dataset.
+
+    Args:
+        dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.
+        reward: rewards to compare, each [NAME=]file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n
+            rows, giving n numbers; a file (.npy, .npz, .safetensors) of one number per transition; or the folder of a reward model.
+        true: also compare with the dataset's own reward.
+        discount: in [0, 1), one for all rewards.
+        features: auto, linear, quadratic, fourier, onehot, tile or network.
+        estimator: crossfit, or plugin, naive, orthogonal to see what they give.
+        folds: folds of episodes.
+        bootstrap: resamplings of episodes for the 95 % intervals; 0: none.
+        ridge: penalty of the fits; above 0 the distance is no longer exactly invariant to shaping.
+        norm: l2, or l1 (with estimator plugin).
+        seed: of folds, features and resampling.
+        out: folder for distances.json, distances.csv and pictures (SVG).
+        json: print JSON.
+    """
+    starc = SampledStarc(
+        features,
+        discount=discount,
+        folds=folds,
+        estimator=estimator,
+        bootstrap=bootstrap,
+        ridge=ridge,
+        norm=norm,
+        seed=seed,
+    )
+    data = load_dataset(dataset)
+    rewards: dict[str, Any] = {"true": data.rewards} if true else {}
+    for text in reward:
+        name, path = _named(text)
+        rewards[_free(name, rewards)] = RewardEnsemble.load(path) if Path(path).is_dir() else load_reward(path)[0]
+    _at_least_two(rewards)
+    with progress_bar("transitions") as progress:
+        matrix = starc.fit(data, rewards, progress=progress)
+    saved = _save(matrix, out)
+    if json:
+        print_json(
+            {**matrix.to_dict(), "dataset": data.spec.id, "content_hash": data.spec.content_hash, "files": saved}
+        )
+        return 0
+    found = matrix.diagnostics
+    say(
+        f"{data.spec.id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes, discount {discount:g}"
+    )
+    _print(matrix)
+    _print_diagnostics(matrix)
+    _say_saved(saved)
+    return 0
+
+
+def _named(text: str) -> tuple[str, str]:
+    """`NAME=WHERE`, or a name made of where the reward comes from."""
+    name, equals, place = text.partition("=")
+    if equals:
+        return name, place
+    _, colon, function = text.rpartition(":")
+    return (function if colon else Path(text).stem), text
+
+
+def _free(name: str, taken: dict[str, Any]) -> str:
+    if name in taken:
+        raise ConfigError(f"two rewards are called {name!r}; name them apart: --reward other={name}.py:FUNCTION")
+    return name
+
+
+def _at_least_two(rewards: dict[str, Any]) -> None:
+    if len(rewards) < 2:
+        raise ConfigError(
+            f"a distance needs two rewards, not {len(rewards)}; add --reward file.py:FUNCTION (or --true for a dataset's own)"
+        )
+
+
+def _table_reward(path: str, mdp: TabularMDP) -> Any:
+    values, _ = load_reward(path)
+    if callable(values):
+        states, actions = mdp.num_states, mdp.num_actions
+        values = np.asarray(values(*np.indices((states, actions, states))), dtype=np.float64)
+    return values
+
+
+def _regrets(truth: str, rewards: dict[str, Any], mdp: TabularMDP) -> dict[str, dict[str, Any]]:
+    """What optimising each other reward can cost under the true one; empty where the true reward is trivial."""
+    found = {}
+    for name, reward in rewards.items():
+        if name == truth:
+            continue
+        try:
+            bound = regret_bound(rewards[truth], reward, mdp)
+        except RewardError:
+            return {}
+        found[name] = {
+            "regret": regret(rewards[truth], reward, mdp),
+            "worst_case_regret": worst_case_regret(rewards[truth], reward, mdp),
+            "bound": bound.upper,
+            "certificate": str(bound),
+        }
+    return found
+
+
+def _print(matrix: RewardDistanceMatrix) -> None:
+    table = Table(title=matrix.settings["label"], title_justify="left")
+    table.add_column("")
+    for name in matrix.names:
+        table.add_column(name, justify="right")
+    for i, name in enumerate(matrix.names):
+        status = matrix.status(i)
+        table.add_row(f"{name} ({status})" if status else name, *(_cell(matrix, i, j) for j in range(len(matrix))))
+    console().print(table)
+    for note in matrix.notes:
+        say(f"note: {note}")
+
+
+def _cell(matrix: RewardDistanceMatrix, i: int, j: int) -> str:
+    if math.isnan(matrix.values[i, j]):
+        return "n/a"
+    if matrix.ci is None or i == j:
+        return f"{matrix.values[i, j]:.4f}" if matrix.ci is None else f"{matrix.values[i, j]:.3f}"
+    low, high = matrix.ci[i, j]
+    return f"{matrix.values[i, j]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _print_regrets(truth: str, losses: dict[str, dict[str, Any]]) -> None:
+    if not losses:
+        say(f"{truth} is trivial: all policies have the same return under it, there is nothing to lose")
+        return
+    table = Table(title=f"what is lost under {truth!r}, as a share of the range of its returns", title_justify="left")
+    for column in ("optimising", "regret of its optimum", "worst case", "range/range bound"):
+        table.add_column(column, justify="left" if column == "optimising" else "right")
+    for name, row in losses.items():
+        cells = (row["regret"], row["worst_case_regret"], row["bound"])
+        table.add_row(name, *("n/a" if math.isnan(x) else f"{x:.4f}" for x in cells))
+    console().print(table)
+    for name, row in losses.items():
+        say(f"{name}: {row['certificate']}")
+
+
+def _print_diagnostics(matrix: RewardDistanceMatrix) -> None:
+    found = matrix.diagnostics
+    say(
+        f"{found['features']}: {found['state_features']} for values, {found['pair_features']} for advantages; "
+        f"{100 * found['terminated_share']:.2f} % of the steps terminate, {100 * found['truncated_share']:.2f} % are cut off"
+    )
+    say(
+        f"effective episodes {found['effective_episodes']:.0f}; coverage {100 * found['coverage']:.0f} %; "
+        f"invariance gap {found['invariance_gap']:.1e}"
+    )
+    for name, share, residual in zip(matrix.names, found["held_out_r2"], found["bellman_residual"], strict=True):
+        say(f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}")
+
+
+def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:
+    if out is None:
+        return []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); give a folder") from error
+    write_atomically(out / "distances.json", matrix.to_json())
+    write_atomically(out / "distances.csv", matrix.to_csv())
+    paths = [out / "distances.json", out / "distances.csv"]
+    for name in ("heatmap", "dendrogram", "mds"):
+        try:
+            figure = getattr(matrix, name)().figure
+        except RewardError:
+            continue  # fewer than two rewards have numbers
+        paths.append(save_figure(figure, out / f"{name}.svg"))
+    return [str(path) for path in paths]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as SVG in one step."""
+    import io
+
+    data = io.BytesIO()
+    figure.savefig(data, format="svg")
+    write_atomically(path, data.getvalue())
+    return path
+
+
+def _say_saved(saved: list[str]) -> None:
+    if saved:
+        say(f"wrote {', '.join(saved)}")
+
+
+SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
+    "tabular": (
+        tabular,
+        "exact distances between rewards in a finite process, and what they say about regret",
+        "rlkit2 starc tabular --env FrozenLake-v1",
+    ),
+    "dataset": (
+        dataset,
+        "distances between rewards on the transitions of a dataset, with intervals",
+        "rlkit2 starc dataset zoo/pendulum/mixed-v0 --reward rewards.py:upright --reward rewards.py:still --true",
+    ),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
+    more = "rlkit2 starc COMMAND --help explains a command and shows an example."
+    return "\n".join(["usage: rlkit2 starc COMMAND [OPTIONS]", "", *lines, "", more, ""])
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        close = get_close_matches(name, SUBCOMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
+        raise ConfigError(f"unknown command 'starc {name}'; {hint}")
+    function, help, example = SUBCOMMANDS[name]
+    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
+    result: Any = tyro.cli(
+        function,
+        args=rest,
+        prog=f"rlkit2 starc {name}",
+        description=description,
+        config=(FlagCreatePairsOff, tyro.conf.UseAppendAction),
+    )
+    return int(result)
