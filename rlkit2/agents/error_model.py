@@ -16,12 +16,12 @@ are the options of its released code, whose likelihood is not that of a generali
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rlkit2.errors import ConfigError
 from rlkit2.losses.ggd import (
@@ -35,10 +35,9 @@ from rlkit2.losses.ggd import (
     shape_weights,
     solve_xi,
 )
+from rlkit2.nn.critics import SHAPE_CAP, SHAPE_FLOOR, noise_shape
 from rlkit2.nn.distributions import unit_variance
 
-SHAPE_FLOOR, SHAPE_CAP = 0.3, 8.0
-SHAPE_OFFSET = 1.498  # softplus of it is 1.7: the shape starts at 2
 LOG_SCALE_LIMIT = 7.0
 SMOOTHING = 1e-3  # of |z| at 0, in units of the scale
 SCALE_RATE = 0.005  # of the running mean of |d|
@@ -139,10 +138,8 @@ class ErrorModel:
         per_seed = (-1, *(1 for _ in q.shape[1:]))
         if self.options.critic == "gaussian":
             shape = torch.full_like(q, 2.0)
-        elif self.options.critic_form == "official":
-            shape = F.softplus(outputs[..., 1]).clamp(min=0.01)  # below, its slope leaves float32
         else:
-            shape = (SHAPE_FLOOR + F.softplus(outputs[..., 1] + SHAPE_OFFSET)).clamp(max=SHAPE_CAP)
+            shape = noise_shape(outputs[..., 1], self.options.critic_form)
         if self.options.critic_scale == "fixed":
             return Heads(q, shape, torch.zeros_like(q))
         log_unit = self.error_scale().log().view(per_seed).expand_as(q)
@@ -269,3 +266,17 @@ class ErrorModel:
 
 def _share(flags: Tensor, like: Tensor) -> Tensor:
     return flags.to(like).mean((1, 2))
+
+
+def error_warnings(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Signs of trouble in the metrics of a noise model."""
+    found = {}
+    if metrics.get("noise/non_finite", 0.0) > 0.0:
+        found["non_finite_noise"] = (
+            "likelihoods of TD errors are not finite; lower critic_learning_rate or use coupling = 'mean'"
+        )
+    if metrics.get("noise/cap_share", 0.0) > 0.5:
+        found["shape_at_cap"] = (
+            "more than half of the shapes are at their cap of 8 and no longer learn; the noise has almost no tails"
+        )
+    return found

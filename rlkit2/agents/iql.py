@@ -21,15 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, batch_means
+from rlkit2.agents.base import batch_means
+from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.td import expectile_slope, squared_error, td_target
+from rlkit2.losses.td import expectile_slope, td_target
 from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, linearize, make_actor, target_copy
 
 
 @dataclass(frozen=True)
-class IQLConfig:
+class IQLConfig(ErrorOptions):
     """Implicit Q-learning."""
 
     expectile: float = (
@@ -53,6 +55,7 @@ class IQLConfig:
     target_update_rate: float = 0.005  # Polyak rate of the target Q
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, good in (
             ("expectile", self.expectile, 0.0 < self.expectile < 1.0),
             ("inverse_temperature", self.inverse_temperature, self.inverse_temperature >= 0.0),
@@ -66,7 +69,7 @@ class IQLConfig:
                 raise ConfigError(f"{name} = {value} is out of range")
 
 
-class IQL(Agent):
+class IQL(UncertainAgent):
     """Implicit Q-learning for S seeds; arguments as for `Agent`."""
 
     config_class = IQLConfig
@@ -97,12 +100,15 @@ class IQL(Agent):
         self.value_network = StackedMLP(
             observation_size, config.hidden_sizes, seeds=self.seeds, stream="value", dtype=dtype, device=device
         )
+        self._build_errors()
         self.critic = Critic(
             observation_size,
             action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
             discrete=discrete,
             dtype=dtype,
             device=device,
@@ -148,14 +154,10 @@ class IQL(Agent):
         return slope * advantage, slope * (-2.0 / advantage.shape[1])
 
     @torch.no_grad()
-    def critic_target_values(self, batch: Batch) -> Tensor:
+    def critic_targets(self, batch: Batch) -> Tensor:
         """r + gamma (1 - terminated) V(s'), `[S, B]`."""
         next_value = self.value_network(batch.next_observations)
         return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
-
-    def critic_term(self, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of every row, `[S, B]`, and the derivative of L(Q) with respect to each Q_i(s, a), `[S, M, B]`."""
-        return squared_error(q, targets)
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
         """min(exp(beta A), clamp), `[S, B]`."""
@@ -172,17 +174,14 @@ class IQL(Agent):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Steps of V, Q and the policy, all at the values before them; then the target of Q."""
         batch = self.normalize(batch)
-        targets = self.critic_target_values(batch)
+        targets = self.critic_targets(batch)
         values, pullback = linearize(self.value_network, batch.observations)
         advantage = self.value_target(batch) - values
         value_loss, cotangent = self.value_term(advantage)
         value_gradient = pullback(cotangent)
         self.value_optimizer.step(value_gradient)
 
-        q, pullback = linearize(self.critic, batch.observations, batch.actions)
-        critic_loss, cotangent = self.critic_term(q, targets)
-        critic_gradient = pullback(cotangent)
-        self.critic_optimizer.step(critic_gradient)
+        critic_metrics = self.fit_critic(batch, targets)
 
         weight = self.policy_weight(advantage)
         policy_loss = self.policy_loss(batch, weight)
@@ -192,15 +191,13 @@ class IQL(Agent):
         self.step += 1
         return {
             "value/grad_norm": torch.linalg.vector_norm(value_gradient, dim=1),
-            "critic/grad_norm": torch.linalg.vector_norm(critic_gradient, dim=1),
             "policy/grad_norm": policy_gradient_norm,
             "policy/loss": policy_loss.detach(),
+            **critic_metrics,
             **batch_means(
                 {
                     "value/loss": value_loss,
                     "value/mean": values,
-                    "critic/loss": critic_loss,
-                    "critic/q_mean": q[:, 0],
                     "advantage/mean": advantage,
                     "weight/mean": weight,
                     "weight/clamp_share": weight == self.config.weight_clamp,
@@ -223,9 +220,10 @@ class IQL(Agent):
 
     @classmethod
     def warnings(cls, config: IQLConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Saturated policy weights: beyond the clamp all good actions look alike."""
+        """Saturated policy weights: beyond the clamp all good actions look alike; signs of trouble in the noise model."""
+        found = error_warnings(metrics)
         if metrics.get("weight/clamp_share", 0.0) > 0.5:
-            return {
-                "clamped_weights": "more than half of the policy weights are at the clamp; use a smaller inverse_temperature or reward_scale"
-            }
-        return {}
+            found["clamped_weights"] = (
+                "more than half of the policy weights are at the clamp; use a smaller inverse_temperature or reward_scale"
+            )
+        return found

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlkit2.agents.error_model import ErrorOptions
+from rlkit2.agents.error_model import ErrorOptions, error_warnings
 from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
@@ -198,15 +198,13 @@ class SACN(UncertainAgent):
         targets = batch.rewards.unsqueeze(1) + bootstrap.unsqueeze(1) * (value - entropy_term.unsqueeze(1))
         return targets if targets.shape[1] > 1 else targets.squeeze(1)
 
-    def critic_loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L(Q), `[S]`, for the critic's outputs `[S, M, B, 1 + k]`, with metrics."""
+    def regression(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """y, and for weights "iv" gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`."""
         next_values, entropy_term = self._next_values(batch)
         spread = None
         if self.config.sample_weighting == "iv":
-            bootstrap = self.config.discount * (1.0 - batch.terminations)
-            spread = bootstrap.square() * next_values.var(1)
-        targets = self._targets(batch, next_values, entropy_term)
-        return self.errors.loss(outputs, targets, self.config.discount, spread)
+            spread = (self.config.discount * (1.0 - batch.terminations)).square() * next_values.var(1)
+        return self._targets(batch, next_values, entropy_term), spread
 
     def action_value(self, observations: Tensor, actions: Tensor) -> Tensor:
         """P[Q](s, a) as the policy sees it, `[S, B]`: gradients flow to the actions, not to the critics."""
@@ -253,16 +251,7 @@ class SACN(UncertainAgent):
 
     def critic_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of all critics."""
-        outputs = self.critic.outputs(batch.observations, batch.actions)
-        loss, metrics = self.critic_loss(batch, outputs)
-        gradient_norm = self.critic_optimizer.minimize(loss)
-        q = outputs[..., 0].detach()
-        return {
-            "critic/loss": loss.detach(),
-            "critic/grad_norm": gradient_norm,
-            "critic/q_mean": q.mean((1, 2)),
-            **metrics,
-        }
+        return self.fit_critic(batch, *self.regression(batch))
 
     # What it offers to others
 
@@ -273,19 +262,5 @@ class SACN(UncertainAgent):
 
     @classmethod
     def warnings(cls, config: SACNConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Values that run away: the critics disagree too little to hold the policy back."""
+        """Signs of trouble in the noise model."""
         return error_warnings(metrics)
-
-
-def error_warnings(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Signs of trouble in the metrics of a noise model."""
-    found = {}
-    if metrics.get("noise/non_finite", 0.0) > 0.0:
-        found["non_finite_noise"] = (
-            "likelihoods of TD errors are not finite; lower critic_learning_rate or use coupling = 'mean'"
-        )
-    if metrics.get("noise/cap_share", 0.0) > 0.5:
-        found["shape_at_cap"] = (
-            "more than half of the shapes are at their cap of 8 and no longer learn; the noise has almost no tails"
-        )
-    return found

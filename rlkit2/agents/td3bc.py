@@ -19,16 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, batch_means
+from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.td import squared_error, td_target
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, linearize, make_actor, target_copy
+from rlkit2.losses.td import td_target
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
 from rlkit2.nn.random import normal
 
 
 @dataclass(frozen=True)
-class TD3BCConfig:
+class TD3BCConfig(ErrorOptions):
     """TD3+BC, for continuous actions."""
 
     alpha: float = 2.5  # weight of Q against the cloning term; 0 clones the data
@@ -43,6 +44,7 @@ class TD3BCConfig:
     target_update_rate: float = 0.005  # Polyak rate of the targets, whenever the policy is updated
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, good in (
             ("alpha", self.alpha, self.alpha >= 0.0),
             ("discount", self.discount, 0.0 <= self.discount <= 1.0),
@@ -56,14 +58,11 @@ class TD3BCConfig:
                 raise ConfigError(f"{name} = {value} is out of range")
 
 
-class TD3BC(Agent):
-    """TD3+BC for S seeds; arguments as for `Agent`.
-
-    Raises:
-        ConfigError: discrete actions.
-    """
+class TD3BC(UncertainAgent):
+    """TD3+BC for S seeds; arguments as for `Agent`."""
 
     config_class = TD3BCConfig
+    action_kinds = ("continuous",)
     config: TD3BCConfig
 
     def __init__(
@@ -78,17 +77,25 @@ class TD3BC(Agent):
         discrete: bool = False,
         normalizer: Normalizer | None = None,
     ) -> None:
-        if discrete:
-            raise ConfigError("td3bc needs continuous actions; for discrete ones choose iql, odice or bc")
         super().__init__(
-            config, observation_size, action_size, seeds=seeds, dtype=dtype, device=device, normalizer=normalizer
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
         )
+        self._build_errors()
         self.critic = Critic(
             observation_size,
             action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
             dtype=dtype,
             device=device,
         )
@@ -129,10 +136,6 @@ class TD3BC(Agent):
         next_value = self.critic_target(batch.next_observations, next_actions).amin(1)
         return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
 
-    def critic_term(self, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of every row, `[S, B]`, and the derivative of L(Q) with respect to each Q_i(s, a), `[S, M, B]`."""
-        return squared_error(q, targets)
-
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """-lambda Q_1(s, pi(s)) plus the cloning error, `[S]`, with metrics of both."""
         actions = self.actor(batch.observations)
@@ -147,14 +150,7 @@ class TD3BC(Agent):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """A critic step; every `policy_delay`-th time also a policy step and a step of the targets."""
         batch = self.normalize(batch)
-        q, pullback = linearize(self.critic, batch.observations, batch.actions)
-        critic_loss, cotangent = self.critic_term(q, self.critic_targets(batch))
-        gradient = pullback(cotangent)
-        self.critic_optimizer.step(gradient)
-        metrics = {
-            "critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1),
-            **batch_means({"critic/loss": critic_loss, "critic/q_mean": q[:, 0]}),
-        }
+        metrics = self.fit_critic(batch, self.critic_targets(batch))
         self.step += 1
         self._phase = (self._phase + 1) % self.config.policy_delay
         if self._phase == 0:
@@ -170,6 +166,11 @@ class TD3BC(Agent):
         """Copy `state` in, and go on in the same phase of the delay."""
         super().load_state_dict(state)
         self._phase = int(self.step[0]) % self.config.policy_delay
+
+    @classmethod
+    def warnings(cls, config: TD3BCConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Signs of trouble in the noise model."""
+        return error_warnings(metrics)
 
     # What it offers to others
 

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, batch_means
 from rlkit2.agents.error_model import ErrorModel, Heads
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
-from rlkit2.nn import Critic
+from rlkit2.losses.td import squared_error
+from rlkit2.nn import Adam, Critic, linearize
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
 
 Array = NDArray[np.float32]
@@ -55,6 +56,7 @@ class UncertainAgent(Agent):
     """An agent with an ensemble `critic` and an `ErrorModel`; a subclass offers `critic_targets`."""
 
     critic: Critic
+    critic_optimizer: Adam
     errors: ErrorModel
 
     def critic_targets(self, batch: Batch) -> Tensor:
@@ -65,6 +67,26 @@ class UncertainAgent(Agent):
         """Make the error model of the config; before the critic, which needs its outputs."""
         self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
         self._register(buffers=self.errors.buffers)
+
+    def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
+        """One step of all members on a normalised batch, with metrics.
+
+        Args:
+            targets: `[S, B]`, or `[S, M, B]` where members have their own.
+            target_variance: as for `ErrorModel.loss`.
+        """
+        if not self.errors.outputs and targets.ndim == 2:
+            q, pullback = linearize(self.critic, batch.observations, batch.actions)
+            losses, cotangent = squared_error(q, targets)
+            gradient = pullback(cotangent)
+            self.critic_optimizer.step(gradient)
+            means = batch_means({"critic/loss": losses, "critic/q_mean": q[:, 0]})
+            return {"critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1), **means}
+        outputs = self.critic.outputs(batch.observations, batch.actions)
+        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance)
+        gradient_norm = self.critic_optimizer.minimize(loss)
+        q_mean = outputs[:, 0, :, 0].detach().mean(1)
+        return {"critic/loss": loss.detach(), "critic/grad_norm": gradient_norm, "critic/q_mean": q_mean, **metrics}
 
     def _require_noise(self) -> None:
         if not self.errors.outputs:

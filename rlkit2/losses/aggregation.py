@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError
 from rlkit2.losses.ggd import expected_minimum
+from rlkit2.nn.critics import mean_less_deviations
 
 
 def lower_bound(values: Tensor, coefficient: float | None = None) -> Tensor:
@@ -18,12 +19,8 @@ def lower_bound(values: Tensor, coefficient: float | None = None) -> Tensor:
 
     `coefficient`: k; None matches the expected minimum over M normal members (0.56 for 2, 1.54 for 10).
     """
-    members = values.shape[1]
-    if members == 1:
-        return values[:, 0]
-    variance, mean = torch.var_mean(values, 1)
-    k = expected_minimum(members) if coefficient is None else coefficient
-    return mean - k * (variance + torch.finfo(values.dtype).tiny).sqrt()
+    k = expected_minimum(values.shape[1]) if coefficient is None else coefficient
+    return mean_less_deviations(values, k)
 
 
 def grouped(values: Tensor, groups: int) -> Tensor:

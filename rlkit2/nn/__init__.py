@@ -1,6 +1,6 @@
 """Stacked networks, heads and distributions; every parameter carries the seed axis in front."""
 
-from rlkit2.nn.actors import Actor, make_actor
+from rlkit2.nn.actors import Actor, GreedyActor, make_actor
 from rlkit2.nn.critics import Critic
 from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_copy, unflatten
 from rlkit2.nn.normalizer import Normalizer
@@ -11,6 +11,7 @@ __all__ = [
     "Actor",
     "Adam",
     "Critic",
+    "GreedyActor",
     "Normalizer",
     "Policy",
     "StackedMLP",

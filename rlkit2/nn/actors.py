@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlkit2.errors import ConfigError
+from rlkit2.nn.critics import Critic, mean_less_deviations, noise_shape
 from rlkit2.nn.mlp import StackedMLP, named_tensors
 
 SQUASHED_ACTION_LIMIT = 1.0 - 1e-6
@@ -173,6 +174,59 @@ class CategoricalActor(Actor):
         return logits.argmax(-1)
 
 
+VOTES = ("mean", "lcb", "shape")
+
+
+class GreedyActor(Actor):
+    """The best action by a vote over the members of a critic with discrete actions; int64 `[S, B]` counted from 0.
+
+    Args:
+        critic: discrete; shared with its trainer, not copied.
+        vote: "mean", "lcb" (mean - coefficient std) or "shape" (mean weighted by the members' noise shapes).
+        coefficient: of "lcb".
+        form: what the critic's shape output means, see `noise_shape`.
+    """
+
+    head = "greedy"
+
+    def __init__(self, critic: Critic, vote: str = "mean", coefficient: float = 0.0, form: str = "power") -> None:
+        super().__init__()
+        if vote not in VOTES:
+            raise ConfigError(f"unknown vote {vote!r}; choose one of: {', '.join(VOTES)}")
+        self.critic, self.vote, self.coefficient, self.form = critic, vote, coefficient, form
+        self.settings = {
+            "head": self.head,
+            **critic.settings,
+            "vote": vote,
+            "coefficient": coefficient,
+            "form": form,
+        }
+
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The critic's."""
+        return self.critic.network
+
+    def scores(self, observations: Tensor) -> Tensor:
+        """What the action is chosen by, `[S, B, n]`."""
+        every = self.critic.every_output(observations)
+        if self.vote == "lcb":
+            return mean_less_deviations(every[..., 0], self.coefficient)
+        if self.vote == "mean":
+            return every[..., 0].mean(1)
+        shape = noise_shape(every[..., 1], self.form)
+        return (shape * every[..., 0]).sum(1) / shape.sum(1)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log-softmax of the scores: the Boltzmann policy at temperature 1, which the greedy one is the limit of."""
+        taken = torch.log_softmax(self.scores(observations), -1).gather(-1, actions.unsqueeze(-1))
+        return taken.squeeze(-1)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The action; `noise` is ignored, as there is nothing to sample."""
+        return self.scores(observations).argmax(-1)
+
+
 HEADS = ("gaussian", "squashed_gaussian", "deterministic", "categorical")
 
 
@@ -243,3 +297,13 @@ def make_actor(
         "log_std_bounds": list(log_std_bounds),
     }
     return actor
+
+
+def rebuild_actor(settings: Mapping[str, Any], seeds: Sequence[int], dtype: torch.dtype) -> Actor:
+    """The actor that `settings` (of a saved one) describe, with fresh weights."""
+    if settings["head"] != GreedyActor.head:
+        bounds = tuple(settings["log_std_bounds"])
+        return make_actor(**{**settings, "log_std_bounds": bounds}, seeds=seeds, dtype=dtype)
+    own = {name: settings[name] for name in ("vote", "coefficient", "form")}
+    critic = {name: value for name, value in settings.items() if name != "head" and name not in own}
+    return GreedyActor(Critic(**critic, discrete=True, seeds=seeds, dtype=dtype), **own)

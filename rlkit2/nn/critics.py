@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlkit2.nn.mlp import Pullback, StackedMLP, linearize, linearize_by_autograd, named_tensors
 
@@ -49,6 +50,14 @@ class Critic(nn.Module):
         super().__init__()
         self.discrete, self.noise_outputs = discrete, noise_outputs
         self.num_actions = action_size if discrete else 1
+        self.settings = {
+            "observation_size": observation_size,
+            "action_size": action_size,
+            "hidden_sizes": list(hidden_sizes),
+            "members": members,
+            "layer_norm": layer_norm,
+            "noise_outputs": noise_outputs,
+        }
         scalar = not discrete and noise_outputs == 0
         self.network = StackedMLP(
             observation_size if discrete else observation_size + action_size,
@@ -112,4 +121,26 @@ def taken(every: Tensor, actions: Tensor) -> Tensor:
     """Entries of the actions taken: `[S, M, B, n, ...]` and int64 `[S, B]` -> `[S, M, B, ...]`."""
     index = actions[:, None, :, None].view(len(actions), 1, -1, 1, *(1 for _ in every.shape[4:]))
     chosen: Tensor = every.gather(3, index.expand(*every.shape[:3], 1, *every.shape[4:]))
-    return chosen.squeeze(3)
+    return chosen.flatten(every.ndim - 2)  # not squeeze(3): tracing by AOT autograd trips over it
+
+
+# What the outputs behind a value mean, and how members become one
+
+
+SHAPE_FLOOR, SHAPE_CAP = 0.3, 8.0
+SHAPE_OFFSET = 1.498  # softplus of it is 1.7: the shape starts at 2, Gaussian
+
+
+def noise_shape(rho: Tensor, form: str = "power") -> Tensor:
+    """Shape of a generalized Gaussian from a raw output: min(0.3 + softplus(rho + 1.498), 8), or softplus(rho) of the released code ("official")."""
+    if form == "official":
+        return F.softplus(rho).clamp(min=0.01)  # below, its slope leaves float32
+    return (SHAPE_FLOOR + F.softplus(rho + SHAPE_OFFSET)).clamp(max=SHAPE_CAP)
+
+
+def mean_less_deviations(values: Tensor, count: float) -> Tensor:
+    """mean - count std (M - 1 degrees of freedom) over the members of `values [S, M, ...]`, `[S, ...]`; the value itself for one member."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    variance, mean = torch.var_mean(values, 1)
+    return mean - count * (variance + torch.finfo(values.dtype).tiny).sqrt()

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from rlkit2.nn.random import uniform
 
 LAYER_NORM_EPSILON = 1e-5
+
+Module = TypeVar("Module", bound=nn.Module)
 
 Pullback = Callable[..., Tensor]
 """`pullback(cotangent [S, M, rows], rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `linearize`."""
@@ -417,7 +419,7 @@ def unflatten(module: nn.Module, vector: Tensor) -> list[Tensor]:
     return [part.reshape(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
 
 
-def target_copy(module: nn.Module) -> nn.Module:
+def target_copy(module: Module) -> Module:
     """A frozen copy of `module`, to follow it by `lerp_`."""
     return copy.deepcopy(module).requires_grad_(False)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlkit2.errors import ConfigError, RunError
-from rlkit2.nn.actors import Actor, make_actor
+from rlkit2.nn.actors import Actor, rebuild_actor
 from rlkit2.nn.mlp import StackedMLP, named_tensors
 from rlkit2.nn.normalizer import Normalizer
 
@@ -140,8 +140,7 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
             raise ConfigError(f"seed index {seed_index} is out of range: {folder} holds {len(seeds)} seeds")
         seeds = seeds[seed_index : seed_index + 1]
         tensors = {name: tensor[seed_index : seed_index + 1] for name, tensor in tensors.items()}
-    settings = {**settings, "log_std_bounds": tuple(settings["log_std_bounds"])}
-    actor = make_actor(**settings, seeds=seeds, dtype=dtype)
+    actor = rebuild_actor(settings, seeds, dtype)
     actor.requires_grad_(False)
     normalizer = Normalizer(action_start=description["action_start"], seeds=len(seeds), dtype=dtype)
     for name, tensor in tensors.items():

@@ -1,0 +1,181 @@
+"""DQN on a fixed dataset: Q-learning with an ensemble of critics for discrete actions.
+
+    y_i  = r + gamma (1 - terminated) max_a' Q_target_i(s', a')            (each member its own; with double_q at the online member's best action)
+    L(Q) = E[ sum_i (Q_i(s, a) - y_i)^2 ]                                  (critic = "mse"; with a noise model see `rlkit2.agents.error_model`)
+    pi(s) = argmax_a vote_i Q_i(s, a)
+
+Nothing but `vote` and `target` holds it near the data: a baseline, or an agent for datasets that cover their actions; `rlkit2.agents.cql` adds
+the term that makes it an offline algorithm. Targets may also be shared by all members and pessimistic: the minimum or mean - k std of
+their next values.
+
+Source: Mnih et al., "Human-level control through deep reinforcement learning" (Nature, 2015); double_q: van Hasselt, Guez, Silver (AAAI 2016).
+Vote "shape" is the action choice of the released code of Kim et al. (arXiv 2408.02295). Differences: Polyak averaging of the target instead of
+a copy every so many steps; plain squared error instead of its clipped gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.aggregation import lower_bound
+from rlkit2.losses.ggd import expected_minimum
+from rlkit2.losses.td import td_target
+from rlkit2.nn import Adam, Critic, GreedyActor, Normalizer, Policy, lerp_, target_copy
+from rlkit2.nn.actors import VOTES
+from rlkit2.nn.critics import taken
+
+TARGETS = ("independent", "min", "shared_lcb")
+
+
+@dataclass(frozen=True)
+class DQNConfig(ErrorOptions):
+    """DQN, for discrete actions."""
+
+    num_critics: int = 5  # members of the ensemble; 1 is plain DQN, without epistemic uncertainty
+    target: str = "independent"  # next value: each member's own ("independent"), the members' "min", or mean - k std ("shared_lcb")
+    double_q: bool = True  # independent targets: the online member picks the next action, its target values it
+    vote: str = "mean"  # acts on the members' "mean", on "lcb" (mean - k std), or by their noise shapes ("shape")
+    lcb_coefficient: float | None = None  # k in mean - k std; none: as low as the minimum in expectation (1.16 for 5)
+    discount: float = 0.99  # gamma
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q
+    critic_learning_rate: float = 3e-4  # Adam's step size
+    target_update_rate: float = 0.005  # Polyak rate of the target Q
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (("target", self.target, TARGETS), ("vote", self.vote, VOTES)):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+        for name, number, good in (
+            ("num_critics", self.num_critics, self.num_critics >= 1),
+            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {number} is out of range")
+        if self.vote == "shape" and self.critic != "ggd":
+            raise ConfigError("vote = 'shape' needs the shapes of critic = 'ggd'")
+
+
+class DQN(UncertainAgent):
+    """DQN for S seeds; arguments as for `Agent`."""
+
+    config_class = DQNConfig
+    action_kinds = ("discrete",)
+    config: DQNConfig
+
+    def __init__(
+        self,
+        config: DQNConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = True,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self._build_errors()
+        self.critic = Critic(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_critics,
+            discrete=True,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
+            dtype=dtype,
+            device=device,
+        )
+        self.critic_target = target_copy(self.critic)
+        k = expected_minimum(config.num_critics) if config.lcb_coefficient is None else config.lcb_coefficient
+        self.actor = GreedyActor(self.critic, config.vote, k, config.critic_form)
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
+        self._register(
+            {"critic": self.critic, "critic_target": self.critic_target, "policy": self.actor},
+            {"critic": self.critic_optimizer},
+        )
+
+    # The terms of the objective, on normalised batches
+
+    @torch.no_grad()
+    def critic_targets(self, batch: Batch) -> Tensor:
+        """y: `[S, M, B]` for independent members, else `[S, B]`."""
+        next_values = self.critic_target.every_action(batch.next_observations)
+        if self.config.target == "independent":
+            chooser = self.critic.every_action(batch.next_observations) if self.config.double_q else next_values
+            own = next_values.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
+            rewards, terminations = batch.rewards.unsqueeze(1), batch.terminations.unsqueeze(1)
+            return td_target(rewards, terminations, own, self.config.discount)
+        if self.config.target == "min":
+            shared = next_values.amin(1)
+        else:
+            shared = lower_bound(next_values, self.config.lcb_coefficient)
+        return td_target(batch.rewards, batch.terminations, shared.amax(-1), self.config.discount)
+
+    @torch.no_grad()
+    def target_variance(self, batch: Batch) -> Tensor:
+        """gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`."""
+        next_values = self.critic_target.every_action(batch.next_observations).amax(-1)
+        return (self.config.discount * (1.0 - batch.terminations)).square() * next_values.var(1)
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L(Q), `[S]`, and metrics."""
+        outputs = taken(self.critic.every_output(batch.observations), batch.actions)
+        loss, metrics = self.td_loss(batch, outputs)
+        return loss, {"critic/loss": loss.detach(), "critic/q_mean": outputs[..., 0].detach().mean((1, 2)), **metrics}
+
+    def td_loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The regression of the outputs `[S, M, B, 1 + k]` at the actions taken on their targets."""
+        spread = self.target_variance(batch) if self.config.sample_weighting == "iv" else None
+        return self.errors.loss(outputs, self.critic_targets(batch), self.config.discount, spread)
+
+    # One update
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of all critics and of their targets."""
+        batch = self.normalize(batch)
+        loss, metrics = self.critic_loss(batch)
+        metrics["critic/grad_norm"] = self.critic_optimizer.minimize(loss)
+        lerp_(self.critic_target, self.critic, self.config.target_update_rate)
+        self.step += 1
+        return metrics
+
+    # What it offers to others
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """mean over critics of Q at raw observations `[S, B, obs]` and actions `[S, B]`, as `[S, B]`, in units of the batch's rewards."""
+        return self.raw_q(self.critic, observations, actions).mean(1)
+
+    @torch.no_grad()
+    def value(self, observations: Tensor) -> Tensor:
+        """The greedy action's score at raw `observations [S, B, obs]`, as `[S, B]`."""
+        inputs = self.normalizer.observations(observations.to(self.device, self.dtype))
+        return self.actor.scores(inputs).amax(-1)
+
+    @classmethod
+    def warnings(cls, config: DQNConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Signs of trouble in the noise model."""
+        return error_warnings(metrics)
