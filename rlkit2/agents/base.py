@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.nn import Adam, Normalizer, Policy, named_tensors
+from rlkit2.nn import Adam, Normalizer, Policy, named_tensors, target_copy
 
 
 class Agent:
@@ -28,12 +28,16 @@ class Agent:
         discrete: actions are int64 choices.
         normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1].
 
+    Raises:
+        ConfigError: the agent is not for this kind of actions (class attribute `action_kinds`).
+
     Attributes:
         config, seeds, policy.
         step: `[S]` int64, updates done (the same number for every seed, kept on the device).
     """
 
     config_class: ClassVar[type]
+    action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     seeds: tuple[int, ...]
     policy: Policy
 
@@ -49,6 +53,11 @@ class Agent:
         discrete: bool = False,
         normalizer: Normalizer | None = None,
     ) -> None:
+        kind = "discrete" if discrete else "continuous"
+        if kind not in self.action_kinds:
+            raise ConfigError(
+                f"{type(self).__name__} is for {' or '.join(self.action_kinds)} actions; these are {kind}, choose another agent"
+            )
         self.config = config
         self.seeds = as_seeds(seeds)
         self.dtype, self.device = dtype, torch.device(device)
@@ -71,6 +80,34 @@ class Agent:
         self._modules.update(modules or {})
         self._optimizers.update(optimizers or {})
         self._buffers.update(buffers or {})
+
+    def replace_network(self, part: str, network: nn.Module) -> None:
+        """Train another module in the place of a `StackedMLP`; to be called before the first update.
+
+        Its target becomes a copy of it and its optimiser starts anew. Any module will do, at the price of the speed of the hand-written
+        backward pass.
+
+        Args:
+            part: whose network, by its name in the state dict: "policy", "value", "critic", ...
+            network: same shapes in and out as the one it replaces; every parameter leads with the seed axis.
+
+        Raises:
+            ConfigError: the agent trains no such part.
+        """
+        if part not in self._optimizers:
+            raise ConfigError(f"{type(self).__name__} trains no {part!r}; there are: {', '.join(self._optimizers)}")
+        holder = self._modules[part]
+        trained = network
+        if isinstance(getattr(holder, "network", None), nn.Module):  # an actor or a critic around its network
+            holder.network = network
+            trained = holder
+        changes = [(holder, trained), (self._optimizers[part], self._optimizers[part].restarted(trained))]
+        if f"{part}_target" in self._modules:
+            changes.append((self._modules[f"{part}_target"], target_copy(trained)))
+        places: tuple[Any, ...] = (vars(self), self._modules, self._optimizers)
+        for old, new in changes:
+            for names in places:
+                names.update({name: new for name, value in names.items() if value is old})
 
     @classmethod
     def prepare_dataset(cls, config: Any, dataset: Any) -> Any:

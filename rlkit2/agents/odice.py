@@ -88,6 +88,7 @@ class ODICEConfig:
             ("discount", self.discount, 0.0 <= self.discount <= 1.0),
             ("num_values", self.num_values, self.num_values >= 1),
             ("residual_scale", self.residual_scale, self.residual_scale > 0.0),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
             ("target_effective_sample_share", share, share is None or 0.0 < share < 1.0),
         ):
             if not good:

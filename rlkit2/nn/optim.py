@@ -25,7 +25,7 @@ class Adam:
         self._named = dict(module.named_parameters())
         self._parameters = list(self._named.values())
         device = self._parameters[0].device
-        self._base_rate, self._cosine_steps = learning_rate, cosine_steps
+        self._base_rate, self._weight_decay, self._cosine_steps = learning_rate, weight_decay, cosine_steps
         kind = (
             torch.float32 if device.type == "cuda" else self._parameters[0].dtype
         )  # CUDA's fused Adam reads a float32
@@ -42,20 +42,24 @@ class Adam:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
+    def restarted(self, module: nn.Module) -> Adam:
+        """A fresh one of the same settings for another module."""
+        return Adam(module, self._base_rate, weight_decay=self._weight_decay, cosine_steps=self._cosine_steps)
+
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
         """One step along `gradient [S, P]`: all parameters of a seed as one vector, in the order of `module.parameters()`."""
         sizes = [parameter[0].numel() for parameter in self._parameters]
         parts = gradient.split_with_sizes(sizes, 1) if len(sizes) > 1 else (gradient,)
         for parameter, part in zip(self._parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter) if part.is_contiguous() else part.reshape(parameter.shape)
+            parameter.grad = _laid_out_like(parameter, part.reshape(parameter.shape))
         self._advance()
 
     def minimize(self, losses: Tensor) -> Tensor:
         """One step down the sum of `losses [S]`; returns the gradient's norm per seed, `[S]`, before weight decay."""
         gradients = torch.autograd.grad(losses, self._parameters, self._ones)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _laid_out_like(parameter, gradient)
         norms: list[Tensor] = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
         self._advance()
         return functools.reduce(torch.hypot, norms)
@@ -76,3 +80,8 @@ class Adam:
             for name, parameter in self._named.items()
             for key, tensor in self._optimizer.state[parameter].items()
         }
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` in the memory layout of `parameter`: fused Adam walks through both without regard to strides."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ def seed_of(batch: Batch, index: int) -> Batch:
     return Batch(**{f.name: getattr(batch, f.name)[index : index + 1] for f in dataclasses.fields(batch)})
 
 
-def small_config(config_class: type[Any], **overrides: Any) -> Any:
-    """A config whose networks have two layers of 16; lists of widths are found by their name."""
+def small_config(make: Callable[..., Any], config_class: type[Any], **overrides: Any) -> Any:
+    """What `make` makes, with two layers of 16 in every network; lists of widths are found by their name."""
     widths = {
         f.name: (16, 16)
         for f in dataclasses.fields(config_class)
         if f.name == "hidden_sizes" or f.name.endswith("_hidden_sizes")
     }
-    return config_class(**{**widths, **overrides})
+    return make(**{**widths, **overrides})
