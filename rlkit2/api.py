@@ -68,6 +68,7 @@ def train(
     normalize_observations: bool | None = None,
     reward_transform: str | None = None,
     reward_scale: float | None = None,
+    held_out: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     env: EnvSource | None = None,
     compile: str = "auto",
@@ -94,6 +95,7 @@ def train(
         normalize_observations: standardise observations by the statistics of the dataset (inside the policy).
         reward_transform: `none`, `return_range` or `goal_penalty`.
         reward_scale: factor on the rewards, after the transform.
+        held_out: share of the episodes kept out of training, for diagnostics.
         overrides: fields of the agent's config that replace those of the recipe or the defaults.
         env: environment to evaluate in; default: the dataset's.
         compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
@@ -126,7 +128,10 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     data = _given(
-        normalize_observations=normalize_observations, reward_transform=reward_transform, reward_scale=reward_scale
+        normalize_observations=normalize_observations,
+        reward_transform=reward_transform,
+        reward_scale=reward_scale,
+        held_out=held_out,
     )
     if resume is None:
         plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown)
@@ -266,6 +271,7 @@ def _plan(
     """The config of a new run and its dataset: what was given, then the recipe, then the defaults."""
     from rlkit2.agents import agent_class, list_agents, make_config
     from rlkit2.agents.base import as_seeds
+    from rlkit2.envs.builtin import builtin_id
     from rlkit2.training.building import agent_name, check_config, run_config
     from rlkit2.training.recipe import find_recipe, load_recipe, read_fields
 
@@ -283,6 +289,8 @@ def _plan(
         raise ConfigError(f"no dataset is named; give one, for example: rlkit2 train {name} --dataset builtin/rooms")
     source = recipe.dataset if dataset is None and recipe else dataset
     assert source is not None
+    if isinstance(source, str) and source.startswith("builtin/"):
+        source = builtin_id(source)
     if recipe is None and isinstance(agent, str):
         recipe = find_recipe(
             name, source if isinstance(source, str) else getattr(getattr(source, "spec", None), "id", "")

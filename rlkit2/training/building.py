@@ -43,11 +43,19 @@ def find_agent_class(name: str) -> type[Agent]:
 
 
 def prepare_dataset(dataset: TransitionDataset, config: Any, options: DataOptions) -> TransitionDataset:
-    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection made."""
+    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection of the training episodes made."""
+    training, _ = split_dataset(dataset, options)
+    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, training)
+    return prepared
+
+
+def split_dataset(
+    dataset: TransitionDataset, options: DataOptions
+) -> tuple[TransitionDataset, TransitionDataset | None]:
+    """Training and held-out episodes (None where none are held out), rewards transformed and scaled: the same split every time."""
     if options.reward_transform != "none" or options.reward_scale != 1.0:
         dataset = dataset.with_rewards(reward_transform(options.reward_transform, dataset) * options.reward_scale)
-    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, dataset)
-    return prepared
+    return dataset.split(options.held_out, seed=0) if options.held_out else (dataset, None)
 
 
 def place_dataset(dataset: TransitionDataset, device: torch.device) -> TransitionDataset:

@@ -20,12 +20,15 @@ class DataOptions:
         "none"  # none, return_range (x 1000 / range of episode returns) or goal_penalty (0 -> -3, else 0)
     )
     reward_scale: float = 1.0  # factor on every reward, after the transform
+    held_out: float = 0.0  # share of the episodes kept out of training, for diagnostics (`rlkit2 uncertainty`)
 
     def __post_init__(self) -> None:
         if self.reward_transform not in REWARD_TRANSFORMS:
             raise ConfigError(
                 f"reward_transform must be one of {', '.join(REWARD_TRANSFORMS)}, not {self.reward_transform!r}"
             )
+        if not 0.0 <= self.held_out < 1.0:
+            raise ConfigError(f"held_out must be a share of the episodes in [0, 1), not {self.held_out}")
 
 
 @dataclass(frozen=True, kw_only=True)
