@@ -131,3 +131,13 @@ def test_wrong_shapes_say_so():
         bootstrap([[]])
     with pytest.raises(ConfigError, match="same tasks on both sides, not 1 and 2"):
         probability_of_improvement([[1.0]], [[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+def test_the_interquartile_mean_is_scipys_trimmed_mean(axis):
+    for shape in ((3, 5), (4, 8), (1, 1), (10, 7)):
+        scores = np.random.default_rng(0).normal(size=shape)
+        np.testing.assert_allclose(
+            interquartile_mean(scores, axis), stats.trim_mean(scores, 0.25, axis=axis), rtol=1e-12
+        )
+    assert np.isnan(interquartile_mean([1.0, 2.0, np.nan, 3.0]))
