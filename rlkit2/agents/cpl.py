@@ -1,0 +1,163 @@
+"""Contrastive preference learning: a policy straight from preferences, without a reward and without values.
+
+If people prefer the segment with less regret, and the policy is the optimum of a maximum-entropy task, its log-likelihoods are advantages; so the
+policy itself is the Bradley-Terry model of the labels. With A(seg) = sum_t alpha gamma^t log pi(a_t|s_t), y the probability that the second segment
+is preferred and lambda in (0, 1] a conservative bias towards what was shown,
+
+    L(pi) = -E[ (1 - y) log sigmoid(A_1 - lambda A_2) + y log sigmoid(A_2 - lambda A_1) ]
+
+after `bc_steps` updates of cloning all segments (L = -E[log pi(a|s)]), at whose end the optimiser starts anew.
+
+Source: Hejna, Rafailov, Sikchi, Finn, Niekum, Knox, Sadigh, "Contrastive Preference Learning: Learning from Human Feedback without Reinforcement
+Learning" (ICLR 2024), eqs. 5 and 6. With `reference` the log-likelihoods are relative to the cloned policy (its CPL-KL). Differences from the
+authors' code: no dropout (theirs 0.25), hidden layers of 256 (theirs 512), and no variant that ranks all segments of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.preference_agent import PreferenceAgent
+from rlkit2.data.batch import Batch
+from rlkit2.data.preferences import PreferenceBatch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.preference import cpl_loss
+from rlkit2.nn import Adam, Normalizer, Policy, make_actor, target_copy
+
+
+@dataclass(frozen=True)
+class CPLConfig:
+    """Contrastive preference learning."""
+
+    preferences: str = ""  # folder of labels (rlkit2 prefs label)
+    alpha: float = 0.1  # temperature: how much an advantage a unit of log-likelihood is
+    lambda_: float = 0.5  # conservative bias in (0, 1]: the smaller, the closer to what was preferred
+    discount: float = 1.0  # gamma inside a segment
+    bc_steps: int = 10_000  # updates of behaviour cloning before (authors: two fifths of all)
+    reference: bool = False  # log-likelihoods relative to the cloned policy
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the policy's hidden layers
+    policy_head: str = "deterministic"  # "deterministic" (minus the squared error), "gaussian" or "squashed_gaussian"; "categorical" if discrete
+    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
+    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
+    learning_rate: float = 1e-4  # Adam's step size
+
+    def __post_init__(self) -> None:
+        for name, value, good in (
+            ("alpha", self.alpha, self.alpha > 0.0),
+            ("lambda_", self.lambda_, 0.0 < self.lambda_ <= 1.0),
+            ("discount", self.discount, 0.0 < self.discount <= 1.0),
+            ("bc_steps", self.bc_steps, self.bc_steps >= 0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value} is out of range")
+        if self.reference and not self.bc_steps:
+            raise ConfigError("reference = true needs bc_steps above 0: the reference is the policy cloned by then")
+
+
+class CPL(PreferenceAgent):
+    """Contrastive preference learning for S seeds; arguments as for `Agent`. Its batches are `PreferenceBatch`es."""
+
+    config_class = CPLConfig
+    config: CPLConfig
+
+    def __init__(
+        self,
+        config: CPLConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self.actor = make_actor(
+            "categorical" if discrete else config.policy_head,
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=config.tanh_mean,
+            log_std_init=config.log_std_init,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.policy_optimizer = Adam(self.actor, config.learning_rate)
+        self._register({"policy": self.actor}, {"policy": self.policy_optimizer})
+        if config.reference:
+            self.policy_target = cast(Any, target_copy(self.actor))
+            self._register({"policy_target": self.policy_target})
+
+    # The terms of the objective
+
+    def log_likelihoods(self, segments: Batch) -> Tensor:
+        """log pi(a_t|s_t) of raw segments, `[S, B, 2, H]`; minus the reference's where there is one."""
+        steps = self.normalize_segments(segments)
+        found: Tensor = self.actor.log_prob(steps.observations, steps.actions)
+        if self.config.reference:
+            with torch.no_grad():
+                known = self.policy_target.log_prob(steps.observations, steps.actions)
+            cloned = (self.step >= self.config.bc_steps).unsqueeze(-1)
+            found = found - torch.where(cloned, known, 0.0)
+        return found.view(segments.rewards.shape)
+
+    def preference_loss(self, log_likelihoods: Tensor, label_mass: Tensor) -> Tensor:
+        """L(pi), `[S]`."""
+        first, second = log_likelihoods.unbind(2)
+        config = self.config
+        pairs: Tensor = cpl_loss(
+            first, second, alpha=config.alpha, lam=config.lambda_, discount=config.discount, label_mass=label_mass
+        )
+        return pairs.mean(1)
+
+    def start_anew(self) -> None:
+        """At the end of cloning: forget the optimiser's moments, and keep the policy as the reference."""
+        at_end = self.step == self.config.bc_steps
+        for tensor in self.policy_optimizer.named_state().values():
+            keep = (~at_end).to(tensor.dtype)
+            tensor.mul_(keep.amin() if tensor.ndim == 0 else keep.view(-1, *[1] * (tensor.ndim - 1)))
+        if self.config.reference:
+            for old, new in zip(self.policy_target.parameters(), self.actor.parameters(), strict=True):
+                old.copy_(torch.where(at_end.view(-1, *[1] * (new.ndim - 1)), new, old))
+
+    # One update
+
+    def update(self, batch: PreferenceBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        """One step of cloning or of the preference loss, as the number of updates so far says."""
+        label_mass = batch.label_mass.to(self.dtype)
+        with torch.no_grad():
+            if self.config.bc_steps:
+                self.start_anew()
+        log_likelihoods = self.log_likelihoods(batch.segments)
+        preference = self.preference_loss(log_likelihoods, label_mass)
+        cloning = -log_likelihoods.mean((1, 2, 3))
+        cloning_now = self.step < self.config.bc_steps
+        gradient_norm = self.policy_optimizer.minimize(torch.where(cloning_now, cloning, preference))
+        self.step += 1
+        margin = log_likelihoods.detach().sum(-1).diff(dim=-1).squeeze(-1)
+        return {
+            "policy/loss": preference.detach(),
+            "policy/cloning_loss": cloning.detach(),
+            "policy/grad_norm": gradient_norm,
+            "preference/accuracy": self.preference_accuracy(margin, label_mass),
+            "preference/margin": margin.mean(1),
+        }

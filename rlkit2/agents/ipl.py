@@ -1,0 +1,227 @@
+"""Inverse preference learning: implicit Q-learning whose rewards are those that its own Q and V imply.
+
+Instead of learning a reward first, the reward is read off the values, and the Bradley-Terry likelihood of the labels trains Q:
+
+    r(s, a) = Q(s, a) - gamma (1 - terminated) V(s'),   R(seg) = sum_t r(s_t, a_t)
+    L(Q)  = E_pairs[ -(1 - y) log sigmoid(R_1 - R_2) - y log sigmoid(R_2 - R_1) ] + chi2 (E_pairs[r^2] + E_D[r^2]) / 2
+    L(V)  = E[ |tau - 1(A < 0)| A^2 ],   A(s, a) = min_i Q_target_i(s, a) - V(s)
+    L(pi) = -E[ min(exp(beta A), 100) log pi(a|s) ]
+
+Both expectations without a subscript give the segments and the dataset's transitions D equal weight. The chi2 penalty keeps rewards small and thereby
+bounds values; V(s') is clipped to +-1 / (chi2 (1 - gamma)).
+
+Source: Hejna, Sadigh, "Inverse Preference Learning: Preference-based RL without a Reward Function" (NeurIPS 2023), eqs. 4 to 6, and its released
+code. Differences: a terminated step does not bootstrap (theirs does), targets move every step, and segments are not cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents.preference_agent import PreferenceAgent
+from rlkit2.data.batch import Batch
+from rlkit2.data.preferences import PreferenceBatch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.preference import bradley_terry_loss, implicit_reward
+from rlkit2.losses.td import expectile_loss
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, make_actor, target_copy
+
+
+@dataclass(frozen=True)
+class IPLConfig:
+    """Inverse preference learning."""
+
+    preferences: str = ""  # folder of labels (rlkit2 prefs label)
+    chi2: float = 0.5  # weight of the penalty on squared rewards
+    replay: int = 32  # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
+    clip_values: bool = True  # clip V(s') to the largest value the penalty allows
+    expectile: float = 0.7  # tau in (0, 1)
+    inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage
+    weight_clamp: float = 100.0  # upper bound of the policy weight exp(beta A)
+    discount: float = 0.99  # gamma
+    num_critics: int = 2  # estimates of Q; their minimum is the target of V
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q, V and the policy
+    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
+    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
+    learning_rate: float = 3e-4  # Adam's step size for Q, V and the policy
+    target_update_rate: float = 0.005  # Polyak rate of the target Q
+
+    def __post_init__(self) -> None:
+        for name, value, good in (
+            ("chi2", self.chi2, self.chi2 >= 0.0),
+            ("replay", self.replay, self.replay >= 1),
+            ("expectile", self.expectile, 0.0 < self.expectile < 1.0),
+            ("inverse_temperature", self.inverse_temperature, self.inverse_temperature >= 0.0),
+            ("weight_clamp", self.weight_clamp, self.weight_clamp > 0.0),
+            ("discount", self.discount, 0.0 <= self.discount < 1.0),
+            ("num_critics", self.num_critics, self.num_critics >= 1),
+            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value} is out of range")
+
+
+class IPL(PreferenceAgent):
+    """Inverse preference learning for S seeds; arguments as for `Agent`. Its batches are `PreferenceBatch`es with replay."""
+
+    config_class = IPLConfig
+    config: IPLConfig
+
+    def __init__(
+        self,
+        config: IPLConfig,
+        observation_size: int,
+        action_size: int,
+        *,
+        seeds: int | Sequence[int] = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        discrete: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            observation_size,
+            action_size,
+            seeds=seeds,
+            dtype=dtype,
+            device=device,
+            discrete=discrete,
+            normalizer=normalizer,
+        )
+        self.value_network = StackedMLP(
+            observation_size, config.hidden_sizes, seeds=self.seeds, stream="value", dtype=dtype, device=device
+        )
+        self.critic = Critic(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            members=config.num_critics,
+            discrete=discrete,
+            dtype=dtype,
+            device=device,
+        )
+        self.critic_target = target_copy(self.critic)
+        self.actor = make_actor(
+            "categorical" if discrete else config.policy_head,
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=config.tanh_mean,
+            log_std_init=config.log_std_init,
+            log_std_bounds=config.log_std_bounds,
+            dtype=dtype,
+            device=device,
+        )
+        self.policy = Policy(self.actor, self.normalizer, self.seeds)
+        self.value_optimizer = Adam(self.value_network, config.learning_rate)
+        self.critic_optimizer = Adam(self.critic, config.learning_rate)
+        self.policy_optimizer = Adam(self.actor, config.learning_rate)
+        self._register(
+            {
+                "value": self.value_network,
+                "critic": self.critic,
+                "critic_target": self.critic_target,
+                "policy": self.actor,
+            },
+            {"value": self.value_optimizer, "critic": self.critic_optimizer, "policy": self.policy_optimizer},
+        )
+
+    # The terms of the objective, on normalised rows: those of the segments first (2 B H), then those of the dataset (B replay)
+
+    def rows(self, batch: PreferenceBatch) -> tuple[Batch, Tensor]:
+        """All transitions of a batch as one, `[S, n, ...]`, and the weight of each, `[n]`, half a unit for each of the two sources."""
+        assert batch.transitions is not None
+        parts = (self.normalize_segments(batch.segments), self.normalize(batch.transitions))
+        both = {f.name: torch.cat([getattr(part, f.name) for part in parts], 1) for f in fields(Batch)}
+        shown, replayed = parts[0].rewards[0].numel(), parts[1].rewards[0].numel()
+        ones = both["rewards"].new_ones
+        weight = torch.cat([ones(shown) * (0.5 / shown), ones(replayed) * (0.5 / replayed)])
+        return Batch(**both), weight
+
+    def advantage(self, rows: Batch) -> Tensor:
+        """A = min over target critics of Q(s, a) - V(s), `[S, n]`; differentiable in V."""
+        with torch.no_grad():
+            target = self.critic_target(rows.observations, rows.actions).amin(1)
+        advantage: Tensor = target - self.value_network(rows.observations)
+        return advantage
+
+    def rewards(self, rows: Batch) -> Tensor:
+        """r of every critic, `[S, M, n]`; differentiable in Q."""
+        with torch.no_grad():
+            next_value = self.value_network(rows.next_observations)
+        config = self.config
+        q = self.critic(rows.observations, rows.actions)
+        known: Tensor = implicit_reward(
+            torch.zeros_like(next_value),
+            next_value,
+            discount=config.discount,
+            chi2=config.chi2,
+            clip=config.clip_values,
+        )
+        reward: Tensor = q + ((1.0 - rows.terminations) * known).unsqueeze(1)
+        return reward
+
+    def preference_loss(self, returns: Tensor, label_mass: Tensor) -> Tensor:
+        """Bradley-Terry loss of the returns `[S, M, B, 2]` of both segments, mean over critics and pairs, `[S]`."""
+        first, second = returns.unbind(-1)
+        pairs: Tensor = bradley_terry_loss(first, second, label_mass=label_mass.unsqueeze(1))
+        return pairs.mean((1, 2))
+
+    # One update
+
+    def update(self, batch: PreferenceBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        """Steps of V, Q and the policy, all at the values before them; then the target of Q."""
+        config, label_mass = self.config, batch.label_mass.to(self.dtype)
+        rows, weight = self.rows(batch)
+        rewards = self.rewards(rows)
+        advantage = self.advantage(rows)
+        value_loss = expectile_loss(advantage, config.expectile) @ weight
+
+        seeds, pairs, _, steps = batch.segments.rewards.shape
+        shown = rewards[..., : 2 * pairs * steps].view(seeds, config.num_critics, pairs, 2, steps)
+        preference = self.preference_loss(shown.sum(-1), label_mass)
+        penalty = (rewards.square() @ weight).mean(1)
+
+        policy_weight = (config.inverse_temperature * advantage.detach()).exp().clamp(max=config.weight_clamp)
+        policy_loss = -(policy_weight * self.actor.log_prob(rows.observations, rows.actions)) @ weight
+
+        value_norm = self.value_optimizer.minimize(value_loss)
+        critic_norm = self.critic_optimizer.minimize(preference + config.chi2 * penalty)
+        policy_norm = self.policy_optimizer.minimize(policy_loss)
+        lerp_(self.critic_target, self.critic, config.target_update_rate)
+        self.step += 1
+        gap = shown.detach().sum(-1).mean(1).diff(dim=-1).squeeze(-1)
+        return {
+            "value/loss": value_loss.detach(),
+            "value/grad_norm": value_norm,
+            "critic/loss": preference.detach(),
+            "critic/grad_norm": critic_norm,
+            "policy/loss": policy_loss.detach(),
+            "policy/grad_norm": policy_norm,
+            "preference/accuracy": self.preference_accuracy(gap, label_mass),
+            "reward/mean_square": penalty.detach(),
+            "advantage/mean": advantage.detach() @ weight,
+            "weight/clamp_share": (policy_weight == config.weight_clamp).to(self.dtype) @ weight,
+        }
+
+    # What it offers to others
+
+    @torch.no_grad()
+    def value(self, observations: Tensor) -> Tensor:
+        """V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the implied reward."""
+        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
+        return values
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over critics of Q at raw observations `[S, B, obs]` and actions, as `[S, B]`, in units of the implied reward."""
+        return self.raw_q(self.critic, observations, actions).amin(1)
