@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ from rlkit2.rewards.files import read_tabular
 from rlkit2.rewards.models import RewardEnsemble
 from rlkit2.rewards.norms import NormName
 from rlkit2.rewards.sampled import Estimator
+from rlkit2.studies.starc_study import StudyConfig, run_study
 from rlkit2.training.files import write_atomically
 
 
@@ -193,6 +196,76 @@ def dataset(
     return 0
 
 
+def study(
+    *,
+    out: Path = Path("starc-study"),
+    mdps: int = 384,
+    pairs: int = 8,
+    steps: int = 16,
+    states: int = 32,
+    actions: int = 4,
+    discount: float = 0.95,
+    metrics: Literal["standard", "all"] = "standard",
+    workers: int | None = None,
+    seed: int = 0,
+    rows: int = 43,
+    json: bool = False,
+) -> int:
+    """Study.
+
+    Args:
+        out: folder for table.csv, distance_and_regret.svg and the comparisons; a study that was stopped goes on there.
+        mdps: random processes.
+        pairs: pairs of random rewards in each.
+        steps: rewards on the way from one to the other.
+        states: states of a process.
+        actions: actions in each state.
+        discount: in [0, 1).
+        metrics: standard (43) or all (237, about five times the time).
+        workers: processes that work in parallel; default: one per core.
+        seed: of processes and rewards; the result does not depend on the number of workers.
+        rows: metrics printed, best first.
+        json: print JSON.
+    """
+    config = StudyConfig(mdps, pairs, steps, states, actions, discount, seed, metrics)
+    with progress_bar("processes") as progress:
+        result = run_study(config, out, workers=workers or os.cpu_count() or 1, progress=progress)
+    found = result.rows()
+    used, everything = (len(result.usable(trivial=kind).regret) for kind in (False, True))
+    if json:
+        print_json({"settings": asdict(config), "comparisons": everything, "without_trivial": used, "metrics": found})
+        return 0
+    table = Table(
+        title=f"correlation with regret over {used:,} comparisons (without trivial rewards)", title_justify="left"
+    )
+    for column in (
+        "metric",
+        "r (95 % interval)",
+        "Spearman",
+        "r, all rewards",
+        "exact reference",
+        "same, all",
+        "published",
+    ):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for row in found[:rows]:
+        numbers = (
+            row["spearman"],
+            row["with_trivial"],
+            row.get("exact_nontrivial"),
+            row.get("exact_all"),
+            row.get("published"),
+        )
+        cells = ("" if x is None or math.isnan(x) else f"{x:.3f}" for x in numbers)
+        table.add_row(row["metric"], f"{row['correlation']:.3f} ({row['low']:.3f} to {row['high']:.3f})", *cells)
+    console().print(table)
+    say(
+        "the published values hold noise of trivial rewards and of sampled returns; the exact ones are those to compare with"
+    )
+    _say_saved([str(out / name) for name in ("table.csv", "distance_and_regret.svg")])
+    return 0
+
+
 def _named(text: str) -> tuple[str, str]:
     """`NAME=WHERE`, or a name made of where the reward comes from."""
     name, equals, place = text.partition("=")
@@ -337,6 +410,11 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
         dataset,
         "distances between rewards on the transitions of a dataset, with intervals",
         "rlkit2 starc dataset zoo/pendulum/mixed-v0 --reward rewards.py:upright --reward rewards.py:still --true",
+    ),
+    "study": (
+        study,
+        "which distance predicts regret: the published study with exact values, in parallel",
+        "rlkit2 starc study --mdps 384 --out starc-study",
     ),
 }
 

@@ -147,11 +147,14 @@ class RewardDistanceMatrix:
         points, share = classical_scaling(self._metric()[np.ix_(kept, kept)])
         axes = axes or Figure(figsize=(5, 5), layout="constrained").subplots()
         axes.scatter(points[:, 0], points[:, 1], s=30)
-        for (x, y), index in zip(points, kept, strict=True):
-            axes.annotate(self.names[index], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=9)
+        together: dict[tuple[float, float], list[str]] = {}  # rewards on the same spot share one label
+        for (x, y), index in zip(points.round(2), kept, strict=True):
+            together.setdefault((float(x), float(y)), []).append(self.names[index])
+        for place, names in together.items():
+            axes.annotate(", ".join(names), place, textcoords="offset points", xytext=(5, 4), fontsize=9)
         axes.set_aspect("equal", adjustable="datalim")
         axes.margins(0.2)
-        axes.set(xlabel=f"{self._label(picture=True)}; the plane shows {100 * share:.0f} % of the squared distances")
+        axes.set_xlabel(f"{self._label(picture=True)}\n{100 * share:.0f} % of the squared distances are in the plane")
         axes.set_title(title or "")
         return axes
 

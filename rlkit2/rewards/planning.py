@@ -72,7 +72,7 @@ def _evaluate_sparse(dynamics: SparseDynamics, discount: float, right: Tensor, a
     return solve_sparse(sp.csr_array(sp.eye_array(states) - discount * backup), right.numpy())
 
 
-def _returns(mdp: TabularMDP, expected: Tensor, actions: Tensor) -> Tensor:
+def deterministic_returns(mdp: TabularMDP, expected: Tensor, actions: Tensor) -> Tensor:
     """`J [K]` of `actions [K, S]` under `r [K, S, A]`, differentiable in r."""
     process = mdp.to(torch.float64)
     return (_evaluate(process, expected.double(), actions) @ process.initial_distribution).to(expected.dtype)
@@ -82,7 +82,7 @@ def return_ranges(mdp: TabularMDP, expected: Tensor) -> tuple[Tensor, Tensor]:
     """The worst and the best return of any policy for `r [..., S, A]`, each `[...]`, differentiable in r (envelope theorem)."""
     rewards = expected.reshape(-1, *expected.shape[-2:])
     both = torch.cat([rewards, -rewards])
-    returns = _returns(mdp, both, optimal_actions(mdp, both))
+    returns = deterministic_returns(mdp, both, optimal_actions(mdp, both))
     best, worst = returns[: len(rewards)], -returns[len(rewards) :]
     return worst.reshape(expected.shape[:-2]), best.reshape(expected.shape[:-2])
 
