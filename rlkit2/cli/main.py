@@ -18,9 +18,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),
+    "entangle": (
+        "rlkit2.cli.entangle",
+        "why both log-probabilities fall: losses, a model's gradients, a demonstration",
+    ),
     "doctor": ("rlkit2.cli.doctor", "versions, optional parts, devices, dataset roots, write access"),
     "starc": ("rlkit2.cli.starc", "distances between rewards: exact, from data, and the regret study"),
     "prefs": ("rlkit2.cli.prefs", "label segments, fit a reward to the labels, and run the loop to a policy"),
+    "uncertainty": ("rlkit2.cli.uncertainty", "whether a run's error bars are true: calibration, tails, ignorance"),
 }
 
 

@@ -1,0 +1,152 @@
+"""`rlkit2 uncertainty RUN`: are the run's error bars true, and does it know what it does not know?"""
+
+from __future__ import annotations
+
+import io
+import json as json_format
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from rlkit2.api import load_dataset, load_run
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
+from rlkit2.evaluation.uncertainty import TDDiagnostics, td_diagnostics
+from rlkit2.progress import progress_bar
+from rlkit2.training.building import split_dataset
+from rlkit2.training.files import write_atomically, writing
+from rlkit2.training.options import DataOptions
+from rlkit2.training.run import Run
+
+DESCRIPTION = """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
+
+Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
+
+Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1 && rlkit2 uncertainty runs/iql-builtin-noisy-rooms-mixed-v0-001"""
+
+
+@dataclass(frozen=True)
+class _Episodes:
+    dataset: TransitionDataset
+    held_out: bool
+    what: str
+
+
+def uncertainty(
+    run: Positional[Path],
+    *,
+    dataset: str | None = None,
+    checkpoint: int | None = None,
+    max_transitions: int = 20_000,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Uncertainty.
+
+    Args:
+        run: folder of a run.
+        dataset: other episodes to use, in the run's own units of reward; default: those the run held out, else (with a warning) all of its own.
+        checkpoint: a step; default: the newest.
+        max_transitions: a random part is used where there are more.
+        seed: of that part and of the random actions.
+        out: folder of diagnostics.json and the figures; default: uncertainty/ in the run.
+        json: print everything as JSON.
+    """
+    opened = load_run(run)
+    agent: Any = opened.load_agent(checkpoint)
+    episodes = _episodes(opened, dataset)
+    with progress_bar("TD errors") as progress:
+        found = td_diagnostics(agent, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
+    known = noise_map(agent, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
+    report = {
+        "run": str(run),
+        "step": checkpoint or max(opened.checkpoints),
+        "episodes": episodes.what,
+        "held_out": episodes.held_out,
+        "seeds": opened.config["seeds"],
+        **found.to_dict(),
+        **({"noise_map": known.to_dict()} if known else {}),
+    }
+    folder = _write(out or opened.path / "uncertainty", report, found, known, opened.config["seeds"])
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if json:
+        console.print_json(json_format.dumps(report, allow_nan=False))
+    else:
+        _print(console, opened, episodes, found, known)
+        console.print(f"figures and numbers: {folder}")
+    return 0
+
+
+def _episodes(run: Run, dataset: str | None) -> _Episodes:
+    options = DataOptions(**run.config["data"])
+    if dataset is not None:
+        whole, _ = split_dataset(load_dataset(dataset), DataOptions(**{**run.config["data"], "held_out": 0.0}))
+        return _Episodes(whole, dataset != run.config["dataset"]["id"], f"all episodes of {dataset}")
+    training, held_out = split_dataset(load_dataset(run.config["dataset"]["source"]), options)
+    if held_out is None:
+        return _Episodes(training, False, f"all episodes of {run.config['dataset']['id']}")
+    return _Episodes(held_out, True, f"{held_out.num_episodes} held-out episodes of {run.config['dataset']['id']}")
+
+
+def _write(
+    folder: Path, report: dict[str, Any], found: TDDiagnostics, known: NoiseMap | None, seeds: Sequence[int]
+) -> Path:
+    from rlkit2.reporting.uncertainty import calibration_figure, noise_figure
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    figures = {"calibration": calibration_figure(found, seeds)} | ({"noise_map": noise_figure(known)} if known else {})
+    for name, figure in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        write_atomically(folder / f"{name}.png", picture.getvalue())
+    write_atomically(folder / "diagnostics.json", json_format.dumps(report, indent=1) + "\n")
+    return folder
+
+
+def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics, known: NoiseMap | None) -> None:
+    table = Table(title=f"{run.path.name}: {found.transitions} transitions of {episodes.what}", title_justify="left")
+    table.add_column("")
+    for seed in run.config["seeds"]:
+        table.add_column(f"seed {seed}", justify="right")
+
+    def row(name: str, values: NDArray[np.float64], digits: int = 3) -> None:
+        table.add_row(name, *(f"{value:.{digits}f}" for value in values))
+
+    row("negative log-likelihood", found.nll)
+    row("  best constant Gaussian", found.nll_gaussian)
+    row("  best constant generalized Gaussian", found.nll_ggd)
+    row("calibration error", found.calibration_error)
+    for level, share in found.coverage.items():
+        row(f"  inside the {100 * level:g} % interval", share)
+    row("excess kurtosis of TD errors", found.pooled_kurtosis, 2)
+    row("  of standardised TD errors", found.conditional_kurtosis, 2)
+    row("mean of standardised TD errors", found.mean_standardized)
+    row("skewness of standardised TD errors", found.skewness, 2)
+    row("AUROC, random against data actions", found.auroc)
+    if known is not None:
+        row("correlation with the true deviation", known.correlation)
+        row("  median ratio to it", known.ratio)
+        row("rank correlation with the true shape", known.shape_rank_correlation)
+    console.print(table)
+    if not episodes.held_out:
+        console.print(
+            "warning: these episodes were trained on, so the errors are too small; train with --held-out 0.1, or give other episodes with --dataset"
+        )
+    for warning in found.warnings():
+        console.print(f"warning: {warning}")
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    return tyro.cli(uncertainty, args=arguments, prog="rlkit2 uncertainty", description=DESCRIPTION)
