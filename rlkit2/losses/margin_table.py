@@ -126,7 +126,14 @@ def _exo_pair(x: MarginInputs, beta: Any, label_smoothing: Any) -> Terms:
     return value, k, k
 
 
-@_loss("discopop", needs="reference", ratio="1", source="Lu et al. 2024, log-ratio modulated loss", beta=0.1, tau=0.05)
+@_loss(
+    "discopop",
+    needs="reference",
+    ratio="1 (k < 0 for slightly negative margins)",
+    source="Lu et al. 2024, log-ratio modulated loss",
+    beta=0.1,
+    tau=0.05,
+)
 def _discopop(x: MarginInputs, beta: Any, tau: Any) -> Terms:
     z = beta * x.margin
     gate, rest = torch.sigmoid(z / tau), torch.sigmoid(-z / tau)

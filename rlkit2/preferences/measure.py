@@ -63,6 +63,7 @@ def pair_geometry(
     microbatch: int | None = None,
     sketch_dim: int = 1024,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GradientGeometry:
     """Inner products of the gradients of the chosen's and the rejected's score, for every pair.
 
@@ -76,6 +77,7 @@ def pair_geometry(
         microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap, all for ghost and head.
         sketch_dim: numbers per sketch.
         seed: of the sketch.
+        progress: called with (pairs done, all pairs).
 
     Returns:
         Numbers `[P]` (`[S, P]` where every parameter has a leading seed axis and the score is `[S]`).
@@ -89,6 +91,8 @@ def pair_geometry(
     with meter.ready():
         for chosen, rejected in meter.chunks(microbatch):
             chunks.append(_products(meter.gradients(chosen, 0), meter.gradients(rejected, 1)))
+            if progress:
+                progress(sum(chunk[next(iter(chunk))].shape[-1] for chunk in chunks), len(meter.batch))
     by_parameter = {name: torch.cat([chunk[name] for chunk in chunks], -1) for name in chunks[0]}
     return _geometry(meter, by_parameter, group_by)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlkit2.errors import ConfigError
 from rlkit2.losses.margin_base import softplus
 from rlkit2.preferences.geometry import GradientGeometry
+from rlkit2.preferences.scores import PairBatch
 
 SMALLEST_NORM = 1e-12
 LONGEST_STEP = 10.0
@@ -212,6 +213,13 @@ def differing_tokens(ids_w: Tensor, ids_l: Tensor, mask_w: Tensor, mask_l: Tenso
             if len(shared) < len(place):
                 mask[pair, [place[match[side]] for match in shared]] = 0
     return kept
+
+
+def mask_shared_tokens(batch: PairBatch) -> PairBatch:
+    """The same pairs with only the `differing_tokens` of both completions counted."""
+    sides = batch.chosen, batch.rejected
+    masks = differing_tokens(*(rows[key] for key in ("input_ids", "completion_mask") for rows in sides))
+    return PairBatch(*({**rows, "completion_mask": mask} for rows, mask in zip(sides, masks, strict=True)))
 
 
 def _common_subsequence(first: list[int], second: list[int]) -> list[tuple[int, int]]:

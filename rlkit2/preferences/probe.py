@@ -12,7 +12,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.losses.margin import MarginInputs, MarginLoss, get_margin_loss
 from rlkit2.preferences.geometry import batch_rates
 from rlkit2.preferences.measure import PairGradients
-from rlkit2.preferences.mitigation import MITIGATIONS, differing_tokens, group_coefficients
+from rlkit2.preferences.mitigation import MITIGATIONS, group_coefficients, mask_shared_tokens
 from rlkit2.preferences.report import entanglement_report
 from rlkit2.preferences.scores import PairBatch, PairLike, SequenceScore, as_pair_batch, evaluation_mode
 
@@ -156,18 +156,7 @@ class EntanglementProbe:
         pairs = len(self.batch)
         if name == "token_mask":
             c = torch.cat([d_w, -d_l]) / pairs
-            masks = differing_tokens(
-                *(
-                    rows[key]
-                    for key in ("input_ids", "completion_mask")
-                    for rows in (self.batch.chosen, self.batch.rejected)
-                )
-            )
-            masked = [
-                {**rows, "completion_mask": mask}
-                for rows, mask in zip((self.batch.chosen, self.batch.rejected), masks, strict=True)
-            ]
-            rates = held.gram(self._gradients(PairBatch(*masked))) @ c.to(gram.dtype)
+            rates = held.gram(self._gradients(mask_shared_tokens(self.batch))) @ c.to(gram.dtype)
             chosen, rejected = rates[:pairs], rates[pairs:]
         else:
             coefficients = (

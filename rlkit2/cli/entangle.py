@@ -1,0 +1,361 @@
+"""`rlkit2 entangle ...`: how a preference loss moves both log-probabilities: by formula, under a model, in a demonstration."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg
+
+from rlkit2.errors import ConfigError, first_line, require
+from rlkit2.progress import progress_bar
+
+Hyper = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE...")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME...")]
+
+
+def losses(
+    *,
+    only: Names = (),
+    chosen: float = -12.0,
+    rejected: float = -11.0,
+    ref_chosen: float = -11.5,
+    ref_rejected: float = -11.5,
+    len_chosen: int = 10,
+    len_rejected: int = 14,
+    cosine: float = 0.9,
+    norm_chosen: float = 1.0,
+    norm_rejected: float = 1.2,
+    json: bool = False,
+) -> int:
+    """Losses.
+
+    Args:
+        only: names of losses; default: all.
+        chosen: summed log-probability of the chosen completion.
+        rejected: summed log-probability of the rejected completion.
+        ref_chosen: the same under the reference.
+        ref_rejected: the same under the reference.
+        len_chosen: tokens of the chosen completion.
+        len_rejected: tokens of the rejected completion.
+        cosine: of the angle between the two gradients.
+        norm_chosen: length of the chosen's gradient.
+        norm_rejected: length of the rejected's gradient.
+        json: print JSON.
+    """
+    from rlkit2.preferences.loss_table import loss_table
+
+    rows = loss_table(
+        only,
+        logps=(chosen, rejected),
+        reference=(ref_chosen, ref_rejected),
+        lengths=(len_chosen, len_rejected),
+        cosine=cosine,
+        norms=(norm_chosen, norm_rejected),
+    )
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    if json:
+        out.print_json(json_format.dumps(rows))
+        return 0
+    table = Table(
+        title=f"one pair: cosine {cosine:g}, |g_w| {norm_chosen:g}, |g_l| {norm_rejected:g}", title_justify="left"
+    )
+    table.add_column("loss", no_wrap=True)
+    for name in ("d_w", "d_l", "u", "chosen falls from cos", "rejected rises from cos", "margin rate"):
+        table.add_column(name, justify="right")
+    table.add_column("this pair", no_wrap=True)
+    table.add_column("u in words")
+    for row in rows:
+        numbers = [row[k] for k in ("d_w", "d_l", "u", "chosen_falls_from", "rejected_rises_from", "margin_rate")]
+        table.add_row(row["loss"], *(_number(x) for x in numbers), row["regime"].replace("_", " "), row["ratio"])
+    out.print(table)
+    out.print(
+        "The chosen rises while the cosine is below its bound, the rejected falls while it is below the other; a bound above 1 is never reached."
+    )
+    return 0
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def model(
+    *,
+    model: Path,
+    pairs: Path,
+    loss: str = "dpo",
+    hyper: Hyper = (),
+    reference: Path | None = None,
+    limit: int = 64,
+    max_length: int | None = None,
+    method: Literal["auto", "loop", "vmap", "ghost", "sketch", "head"] = "auto",
+    microbatch: int = 8,
+    sketch_dim: int = 1024,
+    group_by: Literal["layer", "parameter"] = "layer",
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    device: str = "cpu",
+    out: Path = Path("entanglement"),
+    json: bool = False,
+) -> int:
+    """Model.
+
+    Args:
+        model: folder of a causal language model or a reward model (one label) that transformers loads; nothing is downloaded.
+        pairs: JSON lines with prompt, chosen and rejected; ref_chosen_logps and ref_rejected_logps go before --reference.
+        loss: name of the loss, also TRL's; see rlkit2 entangle losses.
+        hyper: hyper-parameters of the loss, such as beta=0.1.
+        reference: folder of the reference model; default: the model itself, as at the start of training.
+        limit: the first so many pairs.
+        max_length: cut rows there.
+        method: how gradients are measured; auto: ghost where the model allows it, else loop.
+        microbatch: pairs at a time.
+        sketch_dim: size of sketches.
+        group_by: parts of the inner product.
+        dtype: number format to load the model in.
+        device: cpu or cuda.
+        out: folder of report.json and report.html.
+        json: print the report as JSON.
+    """
+    import torch
+
+    from rlkit2.preferences.diagnose import diagnose
+    from rlkit2.preferences.language_pairs import check_vocabulary, read_pairs
+    from rlkit2.reporting.entanglement import write_model_page
+    from rlkit2.training.files import write_json
+
+    examples = read_pairs(pairs, limit)
+    score, batch, tokenizer = _load(model, examples, dtype, device, max_length)
+    check_vocabulary(batch, getattr(getattr(score.module, "config", None), "vocab_size", None))
+    given = None
+    if "ref_chosen_logps" in examples[0]:
+        columns = [[float(e[f"ref_{side}_logps"]) for e in examples] for side in ("chosen", "rejected")]
+        given = torch.tensor(columns[0], device=device), torch.tensor(columns[1], device=device)
+    elif reference is not None:
+        frozen, rows, _ = _load(reference, examples, dtype, device, max_length)
+        rows = frozen.prepare(rows)
+        with torch.no_grad():
+            sums = [frozen.sums(frozen.params, side) for side in (rows.chosen, rows.rejected)]
+        given = sums[0], sums[1]
+    with progress_bar("gradients") as bar:
+        report = diagnose(
+            score,
+            batch,
+            loss,
+            hyperparameters=_hyperparameters(hyper),
+            reference=given,
+            method=method,
+            microbatch=microbatch,
+            sketch_dim=sketch_dim,
+            group_by=group_by,
+            progress=bar,
+        )
+    report["model"], report["pairs_file"] = str(model), str(pairs)
+    report["reference"] = "given" if given is not None else "the model itself"
+    labels = None
+    if "tokens" in report:
+        sides = [tokenizer.convert_ids_to_tokens(report["tokens"][f"ids_{side}"]) for side in ("chosen", "rejected")]
+        labels = sides[0], sides[1]
+        report["tokens"]["labels_chosen"], report["tokens"]["labels_rejected"] = labels
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", report)
+    page = write_model_page(
+        report, out / "report.html", title=f"entanglement of {model.name} on {pairs.name}", labels=labels
+    )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if json:
+        console.print_json(json_format.dumps(report))
+    else:
+        _print(console, report)
+        console.print(f"written: {out / 'report.json'}, {page}", highlight=False)
+    return 0
+
+
+def _load(
+    folder: Path, examples: Sequence[dict[str, Any]], dtype: str, device: str, max_length: int | None
+) -> tuple[Any, Any, Any]:
+    """The score, the rows and the tokenizer of a model folder."""
+    import torch
+
+    from rlkit2.preferences.language_pairs import encode_pairs, reward_rows
+    from rlkit2.preferences.scores import PairBatch, causal_lm_logp, sequence_reward
+
+    transformers = require("transformers", extra="trl")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give the folder of a model saved with save_pretrained")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        reward = any("SequenceClassification" in name for name in config.architectures or ())
+        kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+        network = kind.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, dtype)).to(device).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    if reward and config.num_labels != 1:
+        raise ConfigError(f"{folder} is a classifier with {config.num_labels} labels; a reward model has one")
+    batch = reward_rows(examples, tokenizer) if reward else encode_pairs(tokenizer, examples, max_length=max_length)
+    sides = ({name: tensor.to(device) for name, tensor in rows.items()} for rows in (batch.chosen, batch.rejected))
+    return sequence_reward(network) if reward else causal_lm_logp(network), PairBatch(*sides), tokenizer
+
+
+def _hyperparameters(given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"--hyper {text!r} must be name=number, such as beta=0.1") from error
+        if not equals:
+            raise ConfigError(f"--hyper {text!r} must be name=number, such as beta=0.1")
+    return found
+
+
+def _print(out: Console, report: dict[str, Any]) -> None:
+    if report["proxy"]:
+        out.print("method head is a proxy: the output matrix alone overlooks entanglement", style="bold")
+    out.print(
+        f"{report['pairs']} pairs, loss {report['loss']}, method {report['method']}, {report['parameters']}; "
+        f"reference: {report['reference']}",
+        highlight=False,
+    )
+    cosine = report["cosine"]
+    out.print(f"cosine: mean {cosine['mean']:.3f}, 10 % {cosine['p10']:.3f}, 90 % {cosine['p90']:.3f}; "
+              f"score above 1 for {100 * report['share_score_above_1']:.0f} % of pairs", highlight=False)  # fmt: skip
+    table = Table()
+    for name in ("meter", "chosen", "rejected", "chosen rises", "rejected falls", "both down", "both up"):
+        table.add_column(name, justify="left" if name == "meter" else "right")
+    for meter in report["meters"].values():
+        shares = (meter[f"share_{name}"] for name in ("chosen_rises", "rejected_falls", "both_down", "both_up"))
+        table.add_row(
+            meter["means"], f"{meter['chosen']:.3g}", f"{meter['rejected']:.3g}", *(f"{100 * s:.0f} %" for s in shares)
+        )
+    out.print(table)
+    out.print(
+        f"own part {report['own_size']:.3g}, other pairs' part {report['cross_size']:.3g} of a batch step's rate; undecided: "
+        f"{100 * report['share_undecided']:.0f} % of pairs; margin falls for {100 * report['share_margin_falls']:.0f} %",
+        highlight=False,
+    )
+    for name, found in report["remedies"].items():
+        out.print(
+            f"with {name}: ideal {100 * found['share_ideal']:.0f} %, batch rates {found['batch_chosen']:.3g} and "
+            f"{found['batch_rejected']:.3g}",
+            highlight=False,
+        )
+
+
+def toy(
+    *,
+    out: Path = Path("entanglement-toy"),
+    suffixes: tuple[int, ...] = (0, 2, 12),
+    remedies: Names = ("normalised", "band", "likelihood", "dpop", "token_mask"),
+    seeds: int = 3,
+    steps: int = 300,
+    fit_steps: int = 250,
+    learning_rate: float = 1e-5,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    every: int = 50,
+    workers: int | None = None,
+    json: bool = False,
+) -> int:
+    """Toy.
+
+    Args:
+        out: folder of finished runs, toy.json, toy.svg and toy.png; an interrupted study goes on there.
+        suffixes: words shared by both completions, 0 to 12; the remedies are tried on the last.
+        remedies: any of normalised, band, likelihood, dpop, token_mask.
+        seeds: independent runs.
+        steps: of preference training.
+        fit_steps: of supervised fitting before it.
+        learning_rate: of preference training.
+        optimizer: adam or sgd.
+        every: steps between measurements.
+        workers: processes; default: one per core.
+        json: print the curves as JSON.
+    """
+    from rlkit2.studies.entanglement_toy import REMEDIES, ToyConfig, figure, run_toy
+
+    config = ToyConfig(
+        suffixes=suffixes,
+        remedies=("none", *remedies),
+        seeds=seeds,
+        steps=steps,
+        fit_steps=fit_steps,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        every=every,
+    )
+    with progress_bar("training small language models") as bar:
+        summary = run_toy(config, out, workers=workers, progress=bar)
+    drawn = figure(summary)
+    for name in ("toy.svg", "toy.png"):
+        drawn.savefig(out / name, dpi=130)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if json:
+        console.print_json(json_format.dumps(summary))
+        return 0
+    table = Table(title="mean over seeds, on pairs that were not trained on", title_justify="left")
+    for name in ("shared words", "remedy", "cosine at start", "chosen at start", "chosen at end", "rejected at end"):
+        table.add_column(name, justify="left" if name == "remedy" else "right")
+    for case in summary["cases"]:
+        mean = {k: [sum(c) / len(c) for c in zip(*case[k], strict=True)] for k in ("chosen", "rejected", "cosine")}
+        numbers = (mean["cosine"][0], mean["chosen"][0], mean["chosen"][-1], mean["rejected"][-1])
+        table.add_row(str(case["suffix"]), REMEDIES[case["remedy"]], *(f"{x:.2f}" for x in numbers))
+    console.print(table)
+    console.print(f"written: {out / 'toy.json'}, {out / 'toy.svg'}, {out / 'toy.png'}", highlight=False)
+    return 0
+
+
+# name -> (function, one-line help, example)
+SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
+    "losses": (
+        losses,
+        "table of the margin losses: coefficients, conditions and bounds for one pair",
+        "rlkit2 entangle losses --cosine 0.95 --only dpo simpo cpo",
+    ),
+    "model": (
+        model,
+        "gradients of preference pairs under a language model or reward model",
+        "rlkit2 entangle model --model ./my-model --pairs pairs.jsonl --loss dpo --hyper beta=0.1",
+    ),
+    "toy": (
+        toy,
+        "train small language models that show the effect and its remedies",
+        "rlkit2 entangle toy --out toy",
+    ),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
+    more = "rlkit2 entangle COMMAND --help explains a command and shows an example."
+    return "\n".join(["usage: rlkit2 entangle COMMAND [OPTIONS]", "", *lines, "", more, ""])
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        close = get_close_matches(name, SUBCOMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
+        raise ConfigError(f"unknown command 'entangle {name}'; {hint}")
+    function, help, example = SUBCOMMANDS[name]
+    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
+    result: Any = tyro.cli(
+        function,
+        args=rest,
+        prog=f"rlkit2 entangle {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return int(result)
