@@ -15,7 +15,8 @@ def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discoun
         next_value: value of the next observations, `[S, B]`.
         discount: in [0, 1].
     """
-    return torch.add(rewards, (1.0 - terminations) * next_value, alpha=discount)
+    continued = torch.addcmul(next_value, terminations, next_value, value=-1.0)
+    return torch.add(rewards, continued, alpha=discount)
 
 
 def expectile_slope(difference: Tensor, expectile: float) -> Tensor:

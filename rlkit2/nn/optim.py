@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -60,9 +59,10 @@ class Adam:
         gradients = torch.autograd.grad(losses, self._parameters, self._ones)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = _laid_out_like(parameter, gradient)
-        norms: list[Tensor] = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+        rows = [gradient.flatten(1) for gradient in gradients]
         self._advance()
-        return functools.reduce(torch.hypot, norms)
+        norm: Tensor = torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows, 1), dim=1)
+        return norm
 
     def _advance(self) -> None:
         if self._cosine_steps and isinstance(self._rate, Tensor):
