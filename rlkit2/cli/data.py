@@ -46,18 +46,21 @@ def list_datasets(*, json: bool = False) -> int:
     return 0
 
 
-def info(source: Source, *, observation_keys: Keys = None, json: bool = False) -> int:
+def info(source: Source, *, observation_keys: Keys = None, json: bool = False, markdown: bool = False) -> int:
     """Info.
 
     Args:
         source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
         observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
         json: print JSON.
+        markdown: print a card in Markdown.
     """
     dataset = load_dataset(source, observation_keys=observation_keys)
     described = text.describe(dataset, source)
     if json:
         text.print_json(described)
+    elif markdown:
+        text.print_card(described)
     else:
         text.print_info(described)
     return 0

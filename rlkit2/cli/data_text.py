@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from minari import MinariDataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlkit2.data import AuditReport, TransitionDataset
@@ -154,6 +155,7 @@ def describe(dataset: TransitionDataset, source: str) -> dict[str, Any]:
         "ref_max_score": spec.ref_max_score,
         "reference_scores": stored.get("reference_scores"),
         "provenance": stored.get("provenance"),
+        "recipe": stored.get("recipe"),
         "notes": spec.notes,
         "bytes": dataset.nbytes,
     }
@@ -162,14 +164,59 @@ def describe(dataset: TransitionDataset, source: str) -> dict[str, Any]:
 def print_info(found: Mapping[str, Any]) -> None:
     """The text of `rlkit2 data info`."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in _info_rows(found):
+        table.add_row(f"[bold]{name}", escape(text))
+    console().print(table)
+
+
+def print_card(found: Mapping[str, Any]) -> None:
+    """The text of `rlkit2 data info --markdown`: a card to keep beside the dataset."""
+    description = found["description"] or ""
+    lines = [
+        f"# {found['id']}",
+        "",
+        f"{description[:1].upper()}{description[1:].rstrip('.')}.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    left_out = ("dataset", "description", "content hash", "path")
+    lines += [f"| {name} | {text} |" for name, text in _info_rows(found) if name not in left_out]
+    if found["recipe"]:
+        lines += ["", "| episodes | policy | options | noise | random actions | cut after | environment |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for part in found["recipe"]["behaviors"]:
+            share = f"{100 * part['epsilon']:g} %" if part["epsilon"] else ""
+            cells = (part["episodes"], part["policy"], _settings(part["options"]), part["noise"] or "", share)
+            more = (part["max_steps"] or "", _settings(part["kwargs"]))
+            lines.append(f"| {' | '.join(map(str, (*cells, *more)))} |")
+        lines += [
+            "",
+            "Noise is Gaussian, in units of half the action range. The recipe beside this card makes the same bytes again.",
+        ]
+    if found["reference_scores"]:
+        expert = json.loads(found["reference_scores"]["expert"]["policy"])
+        policy = _settings({key: value for key, value in expert.items() if value}).removeprefix("policy ")
+        lines += [
+            "",
+            "Scores: 0 is the return of uniformly random actions, 100 that of the expert "
+            f"(`{policy}`) in the evaluation environment.",
+        ]
+    lines += ["", "Measured by:", "", "```console", f"$ rlkit2 data info {found['id']} --markdown", "```"]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _info_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and text of each fact."""
     length, value = found["episode_length"], found["episode_return"]
     rows = [
         ("dataset", found["id"]),
         ("description", found["description"]),
-        (
-            "transitions",
-            f"{found['transitions']:,} in {found['episodes']:,} episodes ({found['bytes'] / 1e6:.1f} MB in the cache)",
-        ),
+        ("transitions", f"{found['transitions']:,} in {found['episodes']:,} episodes, {found['bytes'] / 1e6:.1f} MB"),
         ("endings", f"{found['terminated']:,} terminated, {found['truncated']:,} truncated"),
         ("length", f"{length['minimum']} to {length['maximum']}, mean {length['mean']:.1f}"),
         ("return", f"{value['minimum']:.2f} to {value['maximum']:.2f}, mean {value['mean']:.2f}"),
@@ -190,10 +237,7 @@ def print_info(found: Mapping[str, Any]) -> None:
         ("content hash", found["content_hash"]),
         ("path", found["path"]),
     ]
-    for name, text in rows:
-        if text:
-            table.add_row(f"[bold]{name}", str(text))
-    console().print(table)
+    yield from ((name, str(text)) for name, text in rows if text)
 
 
 def _reference_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def write_dataset(recipe: DatasetRecipe, path: Path, *, progress: Progress | Non
             "algorithm_name": "scripted behaviours of rlkit2",
             "author": "rlkit2",
             "description": recipe.description,
+            "recipe": asdict(recipe),
             "recipe_digest": recipe.digest,
             "ref_min_score": scores["random"]["mean"],
             "ref_max_score": scores["expert"]["mean"],

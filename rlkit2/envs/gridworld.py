@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -16,6 +16,9 @@ from gymnasium.spaces import Discrete
 from numpy.typing import NDArray
 
 from rlkit2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlkit2.rewards.mdp import TabularMDP
 
 Array = NDArray[Any]
 
@@ -54,6 +57,12 @@ class GridTables:
     initial_distribution: Array
     goal: int
     cells: Array
+
+    def mdp(self, discount: float) -> TabularMDP:
+        """The exact process, for the reward metrics: `starc_distance(tables.rewards, other, tables.mdp(0.95))`."""
+        from rlkit2.rewards.mdp import TabularMDP
+
+        return TabularMDP(self.transitions, discount, self.initial_distribution)
 
 
 def four_rooms_tables(slip: float = 0.1, goal: tuple[int, int] = (3, 9)) -> GridTables:

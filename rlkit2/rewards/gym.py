@@ -32,7 +32,8 @@ def from_gym(env: Any, discount: float) -> tuple[TabularMDP, np.ndarray[Any, Any
     made = isinstance(env, str)
     if made:
         try:
-            env = gymnasium.make(env)
+            # Ours are registered by importing their module.
+            env = gymnasium.make(f"rlkit2.envs:{env}" if env.startswith("rlkit2/") else env)
         except (gymnasium.error.Error, ImportError) as error:
             raise EnvironmentUnavailableError(f"cannot make {env!r}: {error}") from error
     bare = env.unwrapped
