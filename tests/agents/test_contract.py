@@ -118,8 +118,9 @@ def test_resumed_training_ends_bit_for_bit_the_same(name: str, kind: str) -> Non
 def test_training_is_deterministic(name: str, kind: str) -> None:
     first, second = build(name, kind, seeds=2), build(name, kind, seeds=2)
     data = batches(kind, 6, seeds=2)
+    torch.manual_seed(1)
     metrics = train(first, data)
-    torch.manual_seed(99)  # global randomness has no part in it
+    torch.manual_seed(2)  # global randomness has no part in it
     assert_same(train(second, data), metrics)
     assert_same(first.state_dict(), second.state_dict())
 
