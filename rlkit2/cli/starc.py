@@ -172,12 +172,14 @@ def dataset(
         norm=norm,
         seed=seed,
     )
-    data = load_dataset(dataset)
-    rewards: dict[str, Any] = {"true": data.rewards} if true else {}
+    rewards: dict[str, Any] = {"true": None} if true else {}
     for text in reward:
         name, path = _named(text)
         rewards[_free(name, rewards)] = RewardEnsemble.load(path) if Path(path).is_dir() else load_reward(path)[0]
     _at_least_two(rewards)
+    data = load_dataset(dataset)
+    if true:
+        rewards["true"] = data.rewards
     with progress_bar("transitions") as progress:
         matrix = starc.fit(data, rewards, progress=progress)
     saved = _save(matrix, out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -234,17 +234,10 @@ def run_study(
     starts = range(0, config.mdps, _PART)
     missing = [start for start in starts if not _part(out, start).exists()]
     done = len(starts) - len(missing)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, max(len(missing), 1)), mp_context=context) as pool:
-        try:
-            for future in as_completed([pool.submit(_run_part, config, start, out) for start in missing]):
-                future.result()
-                done += 1
-                if progress is not None:
-                    progress(min(done * _PART, config.mdps), config.mdps)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for _ in _run_parts(config, missing, out, min(workers, len(missing))):
+        done += 1
+        if progress is not None:
+            progress(min(done * _PART, config.mdps), config.mdps)
     parts = []
     for start in starts:
         with np.load(_part(out, start), allow_pickle=False) as file:
@@ -255,12 +248,29 @@ def run_study(
     return result
 
 
+def _run_parts(config: StudyConfig, starts: Sequence[int], out: Path, workers: int) -> Iterator[None]:
+    """Yields whenever a part is on the disk."""
+    if workers <= 1:
+        for start in starts:
+            _run_part(config, start, out)
+            yield
+        return
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            for future in as_completed([pool.submit(_run_part, config, start, out) for start in starts]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _part(out: Path, start: int) -> Path:
     return out / f"comparisons-{start:05d}.npz"
 
 
 def _run_part(config: StudyConfig, start: int, out: Path) -> None:
-    torch.set_num_threads(1)
     stop = min(start + _PART, config.mdps)
     found = Comparisons.join([compare_process(config, index) for index in range(start, stop)])
     temporary = out / f".{start:05d}.tmp.npz"
