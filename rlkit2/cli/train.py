@@ -88,8 +88,13 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
             fields[name] = _option(kind, f"{meaning}{shown}", typed, name.rstrip("_"))
     parser = TypedDict("parser", fields, total=False)  # type: ignore[misc]
     prog = f"rlkit2 train {agent or 'AGENT'}"
+    asked = not {"-h", "--help"}.isdisjoint(arguments)  # describing the agents imports them all
     given, unknown = tyro.cli(
-        parser, args=arguments, prog=prog, description=_description(agent), return_unknown_args=True
+        parser,
+        args=arguments,
+        prog=prog,
+        description=_description(agent) if asked else "",
+        return_unknown_args=True,
     )
     if unknown:
         raise ConfigError(_unknown(unknown[0], agent, fields))
