@@ -1,0 +1,85 @@
+"""Where an O-DICE run puts its weights: by steps from the start and to the end of an episode, and by the episode's return.
+
+    python benchmarks/odice_weights.py runs/odice-zoo-hopper-medium-replay-v0-001
+
+Per row and averaged over seeds and heads: the share of zero weights, the mean weight (the whole dataset has mean 1), the residual and the value in
+units of reward, and the discounted return that really followed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from rlkit2 import load_dataset, load_run
+from rlkit2.agents.odice import ODICE
+from rlkit2.data import TransitionDataset
+from rlkit2.errors import ConfigError, RLKitError
+
+EDGES = (0, 1, 3, 6, 12, 25, 50, 100, 10**9)
+
+
+def main(path: Path) -> None:
+    """Print the table of one run."""
+    run = load_run(path)
+    agent = run.agent
+    if not isinstance(agent, ODICE):
+        raise ConfigError(f"{path} is a run of {run.config['agent']}; this needs one of odice")
+    dataset = load_dataset(run.config["dataset"]["source"])
+    terms = agent.terms(dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1)))
+    scale = agent.residual_scale.view(-1, 1, 1) if agent.adaptive else agent.config.residual_scale
+    weight = terms.weight.double()
+    columns = {
+        "zero weights": (weight == 0).double(),
+        "weight": weight / weight.mean((1, 2), keepdim=True),
+        "residual": terms.residual_forward.double() / scale,
+        "value": terms.value.double(),
+    }
+    rows = {name: column.mean((0, 1)) for name, column in columns.items()}
+    rows["return to go"] = returns_to_go(dataset, agent.config.discount)
+    table = Table("transitions", "number", *rows, title=str(path))
+    starts = torch.as_tensor(dataset.episode_starts)
+    lengths = starts.diff()
+    episode = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    elapsed = torch.arange(len(dataset)) - starts[episode]
+    left = lengths[episode] - 1 - elapsed
+    returns = torch.as_tensor(dataset.episode_returns).double()
+    quantiles = torch.quantile(returns, torch.linspace(0, 1, 6, dtype=torch.float64)).tolist()
+    for text, values, edges in (
+        ("steps since the start", elapsed, EDGES),
+        ("steps before the end", left, EDGES),
+        ("return of the episode", returns[episode], quantiles),
+    ):
+        for low, high in itertools.pairwise(edges):
+            chosen = (values >= low) & ((values < high) | (high == edges[-1]))
+            if chosen.any():
+                bound = "" if high == EDGES[-1] else f" to {high:.0f}"
+                cells = (f"{column[chosen].mean():.3g}" for column in rows.values())
+                table.add_row(f"{text} {low:.0f}{bound}", str(int(chosen.sum())), *cells)
+    Console(width=120).print(table)
+
+
+def returns_to_go(dataset: TransitionDataset, discount: float) -> Tensor:
+    """Discounted return from every step to the end of its episode, `[N]`."""
+    rewards = torch.as_tensor(dataset.rewards).double()
+    ends = set(torch.as_tensor(dataset.episode_starts)[1:].tolist())
+    found, value = torch.empty_like(rewards), 0.0
+    for index in reversed(range(len(rewards))):
+        value = float(rewards[index]) + (0.0 if index + 1 in ends else discount * value)
+        found[index] = value
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        main(Path(sys.argv[1]))
+    except RLKitError as error:
+        sys.exit(str(error))
