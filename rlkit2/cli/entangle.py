@@ -139,6 +139,8 @@ def model(
         given = torch.tensor(columns[0], device=device), torch.tensor(columns[1], device=device)
     elif reference is not None:
         frozen, rows, _ = _load(reference, examples, dtype, device, max_length)
+        if frozen.mask(frozen.prepare(rows).chosen).shape != score.mask(score.prepare(batch).chosen).shape:
+            raise ConfigError(f"{reference} is not the same kind of model, or has another tokenizer, than {model}")
         rows = frozen.prepare(rows)
         with torch.no_grad():
             sums = [frozen.sums(frozen.params, side) for side in (rows.chosen, rows.rejected)]

@@ -85,7 +85,7 @@ def diagnose(
     }
     worst = int(torch.as_tensor(geometry.scores()["c_w"]).argmax())
     longest = max(int(length[worst]) for length in lengths)
-    if tokens and 2 * longest * bytes_of_one <= MOST_BYTES:
+    if tokens and longest > 1 and 2 * longest * bytes_of_one <= MOST_BYTES:
         report["tokens"] = _tokens(logp, pairs, worst, float(d_w[worst]), float(d_l[worst]))
     return report
 
