@@ -12,6 +12,8 @@ from rlkit2.data.normalizers import reward_transform as reward_transform
 from rlkit2.data.preferences import PreferenceBatch as PreferenceBatch
 from rlkit2.data.preferences import PreferenceDataset as PreferenceDataset
 from rlkit2.data.preferences import SegmentIndex as SegmentIndex
+from rlkit2.data.relabel import load_reward as load_reward
+from rlkit2.data.relabel import reward_values as reward_values
 from rlkit2.data.replay import ReplayBuffer as ReplayBuffer
 from rlkit2.data.spaces import DatasetWarning as DatasetWarning
 from rlkit2.data.spec import DatasetSpec as DatasetSpec

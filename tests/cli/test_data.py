@@ -323,7 +323,7 @@ def test_a_root_that_cannot_be_written_is_one_clear_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("chek",), "did you mean check?"),
+        (("checks",), "did you mean check?"),
         (("build",), "name built-in datasets, or give --recipe FILE"),
         (("build", "builtin/rooms", "--all"), "name built-in datasets, or give --recipe FILE"),
         (("build", "--recipe", "none.toml"), "none.toml: cannot be read"),
