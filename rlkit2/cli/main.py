@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("rlkit2.cli.demo", "the main job on a built-in dataset in about two minutes"),
     "data": ("rlkit2.cli.data", "list, inspect, check, build, import and relabel datasets"),
     "train": ("rlkit2.cli.train", "train an agent on a dataset, several seeds together; resume a run"),
+    "sweep": ("rlkit2.cli.sweep", "train many runs from one file; resumable"),
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),

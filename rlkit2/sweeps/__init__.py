@@ -1,1 +1,7 @@
-"""Many runs over one engine."""
+"""Many runs from one file, on this machine, on Ray or on Slurm; the numbers are those of single runs."""
+
+from rlkit2.sweeps.engines import ENGINES, run_sweep
+from rlkit2.sweeps.experiment import Experiment, Sweep, load_sweep, sweep_runs
+from rlkit2.sweeps.worker import train_experiment
+
+__all__ = ["ENGINES", "Experiment", "Sweep", "load_sweep", "run_sweep", "sweep_runs", "train_experiment"]

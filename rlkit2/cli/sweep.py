@@ -1,0 +1,124 @@
+"""`rlkit2 sweep FILE`: many runs from one file; what is finished is skipped, what is half done goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.scores import score_summary
+from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
+from rlkit2.training import Run
+
+DESCRIPTION = """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
+finished runs are skipped, half-done ones go on from their newest checkpoint.
+
+Example: rlkit2 sweep sweep.toml --jobs 2"""
+
+
+def sweep(
+    file: Positional[Path],
+    *,
+    engine: str = "local",
+    jobs: int | None = None,
+    out: Path = Path("runs"),
+    device: str = "auto",
+    option: tuple[str, ...] = (),
+    dry_run: bool = False,
+) -> int:
+    """Sweep.
+
+    Args:
+        file: TOML with [base], [grid] and [[runs]].
+        engine: local (processes on this machine), ray or slurm.
+        jobs: runs trained at the same time (local); default: as many as there are cores for.
+        out: folder in which the sweep's own folder is made.
+        device: auto, cpu, cuda or cuda:1.
+        option: settings of the engine, name=value: for slurm those of submitit (partition=gpu timeout_min=240), for ray those of ray.init.
+        dry_run: show the runs and how far they are, train nothing.
+    """
+    plan = load_sweep(file)
+    console = Console(stderr=True, highlight=False)
+    failed = False
+    if not dry_run:
+        done = [run for run in sweep_runs(out, plan).values() if run is not None and _over(run)]
+        ended = len(done)
+        console.print(f"{plan.name}: {len(plan.experiments)} runs, {ended} of them finished before", soft_wrap=True)
+
+        def report(experiment: Experiment, status: str) -> None:
+            nonlocal ended
+            ended += status == "finished"
+            console.print(
+                f"{ended}/{len(plan.experiments)} {experiment.label or experiment.agent}: {status}",
+                soft_wrap=True,
+                markup=False,
+            )
+
+        try:
+            statuses = run_sweep(
+                plan, out=out, engine=engine, jobs=jobs, device=device, options=_options(option), report=report
+            )
+            failed = any(status != "finished" for status in statuses.values())
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted; the runs are saved, the same command goes on: rlkit2 sweep {file} --out {out}",
+                soft_wrap=True,
+            )
+            raise
+    _print(plan, out)
+    return 1 if failed else 0
+
+
+def _over(run: Run) -> bool:
+    return run.manifest["status"] in ("finished", "failed")
+
+
+def _options(texts: Sequence[str]) -> dict[str, str | int]:
+    found: dict[str, str | int] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text!r} is no setting; write name=value")
+        found[name] = int(value) if value.isdigit() else value
+    return found
+
+
+def _print(plan: Sweep, out: Path) -> None:
+    """One line per run: how far it is, what it scored, where it is."""
+    table = Table()
+    for name in ("run", "status", "step", "final score (95 %)", "folder"):
+        table.add_column(name, overflow="fold")
+    runs = sweep_runs(out, plan)
+    for experiment, run in runs.items():
+        label = experiment.label or experiment.agent
+        if run is None:
+            table.add_row(label, "not begun", "", "", "")
+            continue
+        steps = f"{max(run.checkpoints, default=0)}/{run.config['training']['steps']}"
+        table.add_row(label, run.manifest["status"], steps, _score(run), str(run.path))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    if any(run is not None for run in runs.values()):
+        console.print(
+            f"next: rlkit2 compare {out / plan.name}/*/*-[0-9][0-9][0-9]", highlight=False, markup=False, soft_wrap=True
+        )
+
+
+def _score(run: Run) -> str:
+    if not run.evaluations():
+        return ""
+    summary = score_summary(run)
+    mean, interval = summary["final"]["mean"], summary["final"]["interval"]
+    unit = "" if summary["unit"] == "normalized score" else " (return)"
+    return "n/a" if mean is None else f"{mean:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]{unit}"
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    return tyro.cli(sweep, args=arguments, prog="rlkit2 sweep", description=DESCRIPTION)

@@ -1,0 +1,196 @@
+"""What a sweep file says: the runs, each with a folder of its own that only its settings decide.
+
+name = "pendulum"                     # folder below `out`; default: the name of the file
+[base]                                # what all runs share, in the words of a recipe
+agent = "bc"
+dataset = "builtin/pendulum"
+seeds = 4                             # a number, or a list of seeds
+[base.config]                         # [base.data] and [base.training] likewise
+hidden_sizes = [64, 64]
+[grid]                                # every combination of these
+agent = ["bc", "iql"]
+"config.learning_rate" = [1e-3, 3e-4]
+[[runs]]                              # and these, one by one
+agent = "odice"
+config.lambda_ = 0.7
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rlkit2.agents import agent_class, make_config
+from rlkit2.agents.base import as_seeds
+from rlkit2.errors import ConfigError
+from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training.recipe import read_fields
+
+SECTIONS = ("config", "data", "training")
+NAMES = ("agent", "dataset", "seeds", "env")
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """One run of a sweep, in the words of `rlkit2.train`; `label` says what sets it apart from the others."""
+
+    agent: str
+    dataset: str
+    seeds: tuple[int, ...] = (0,)
+    env: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: readable, and the same for the same settings wherever the run stands in the file."""
+        settings = {name: value for name, value in asdict(self).items() if name != "label"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return re.sub(r"[^A-Za-z0-9._=]+", "-", f"{self.label or self.agent} {digest}").strip("-")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The experiments of a file."""
+
+    path: Path
+    name: str
+    experiments: tuple[Experiment, ...]
+
+
+def load_sweep(path: str | os.PathLike[str]) -> Sweep:
+    """Read and check a sweep file.
+
+    Raises:
+        ConfigError: the file is missing, no TOML, names nothing to run, or has an unknown entry, agent or field, a value of
+            the wrong type, or the same run twice; the message names the run.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"sweep {path} does not exist") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"sweep {path} is no readable TOML: {error}") from error
+    try:
+        _check_names(content, ("name", "base", "grid", "runs"), "the file")
+        settings = [*_grid(content.get("base", {}), content.get("grid", {})), *_listed(content)]
+        if "grid" not in content and "runs" in content:
+            settings = settings[1:]  # the base alone is no run
+        experiments = tuple(_experiment(values, label) for values, label in settings)
+    except ConfigError as error:
+        raise ConfigError(f"sweep {path}: {error}") from error
+    folders = [experiment.folder for experiment in experiments]
+    if len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ConfigError(f"sweep {path} holds the same run twice: {twice}")
+    return Sweep(path, str(content.get("name", path.stem)), experiments)
+
+
+def _grid(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Every combination of the grid's values on top of the base, with its label."""
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"grid: {name} must be a list of values, not {values!r}")
+    found = []
+    for combination in itertools.product(*grid.values()):
+        settings = copy.deepcopy(dict(base))
+        for name, value in zip(grid, combination, strict=True):
+            _assign(settings, name, value)
+        found.append((settings, _label(dict(zip(grid, combination, strict=True)))))
+    return found
+
+
+def _listed(content: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The runs that are listed one by one, on top of the base."""
+    found = []
+    for run in content.get("runs", []):
+        settings = copy.deepcopy(dict(content.get("base", {})))
+        flat = {
+            (f"{name}.{key}" if name in SECTIONS else name): entry
+            for name, value in run.items()
+            for key, entry in (value.items() if name in SECTIONS and isinstance(value, dict) else [("", value)])
+        }
+        for name, value in flat.items():
+            _assign(settings, name, value)
+        found.append((settings, _label(flat)))
+    return found
+
+
+def _assign(settings: dict[str, Any], name: str, value: Any) -> None:
+    section, dot, key = name.partition(".")
+    if dot:
+        settings.setdefault(section, {})[key] = value
+    else:
+        settings[name] = value
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    """`agent=bc learning_rate=0.001`: the last part of every name with its value."""
+    return " ".join(
+        str(value) if name in ("agent", "dataset") else f"{name.rpartition('.')[2]}={_text(value)}"
+        for name, value in values.items()
+    )
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
+    """One run, every field checked."""
+    what = f"run {label!r}" if label else "base"
+    _check_names(settings, (*NAMES, *SECTIONS), what)
+    for name in ("agent", "dataset"):
+        if not isinstance(settings.get(name), str):
+            raise ConfigError(
+                f'{what} names no {name}; add {name} = "..." to [base] or {name} = ["...", "..."] to [grid]'
+            )
+    try:
+        agent = settings["agent"]
+        config = read_fields(agent_class(agent).config_class, settings.get("config", {}))
+        make_config(agent, **config)
+        data = read_fields(DataOptions, settings.get("data", {}))
+        training = read_fields(TrainingOptions, settings.get("training", {}))
+        DataOptions(**data)
+        TrainingOptions(**training)
+        seeds = as_seeds(settings.get("seeds", 1))
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    return Experiment(
+        agent, settings["dataset"], seeds, settings.get("env"), config=config, data=data, training=training, label=label
+    )
+
+
+def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for name, value in values.items():
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"{what} has an unknown entry {name!r}; {f'did you mean {close[0]}?' if close else 'there are ' + ', '.join(known)}"
+            )
+        if name in (*SECTIONS, "base", "grid") and not isinstance(value, dict):
+            raise ConfigError(f"{what}: {name} must be a section, not {value!r}")
+
+
+def sweep_runs(out: str | os.PathLike[str], sweep: Sweep) -> dict[Experiment, Run | None]:
+    """The run of every experiment below `out`, None where it has not begun."""
+    return {experiment: find_run(Path(out) / sweep.name / experiment.folder) for experiment in sweep.experiments}
+
+
+def find_run(folder: Path) -> Run | None:
+    """The run in an experiment's folder, or None."""
+    found = sorted(folder.glob("*/config.json"))
+    return Run(found[-1].parent) if found else None

@@ -1,0 +1,218 @@
+"""Sweep files, and engines whose runs are those of `rlkit2.train`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import rlkit2
+from rlkit2.cli.main import main
+from rlkit2.errors import ConfigError, DatasetError, MissingExtraError
+from rlkit2.sweeps import ENGINES, load_sweep, run_sweep, sweep_runs
+from rlkit2.sweeps.engines import _ended
+from rlkit2.sweeps.experiment import find_run
+from tests.training.tiny_problem import contents, tiny_dataset
+
+FILE = """
+name = "tiny"
+[base]
+agent = "bc"
+dataset = "tiny/walk-v0"
+seeds = 2
+[base.config]
+hidden_sizes = [8]
+[base.training]
+steps = 30
+batch_size = 8
+checkpoint_every = 10
+[grid]
+"config.learning_rate" = [1e-3, 1e-2]
+"""
+
+
+def written(tmp_path, text=FILE):
+    path = tmp_path / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_is_every_combination_and_listed_runs_come_beside_it(tmp_path):
+    text = (
+        FILE
+        + 'seeds = [[0], [3, 7]]\n[[runs]]\nagent = "odice"\nseeds = 3\nconfig = { lambda_ = 0.7 }\ntraining.steps = 5\n'
+    )
+    with pytest.raises(ConfigError, match=r"run 'odice .*: ODICEConfig has no field 'hidden_sizes'"):
+        load_sweep(written(tmp_path, text))
+    text = text.replace("[base.config]\nhidden_sizes = [8]\n", "")
+    experiments = load_sweep(written(tmp_path, text)).experiments
+    assert [(e.agent, e.seeds, e.config.get("learning_rate")) for e in experiments[:-1]] == [
+        ("bc", (0,), 1e-3), ("bc", (3, 7), 1e-3), ("bc", (0,), 1e-2), ("bc", (3, 7), 1e-2),
+    ]  # fmt: skip
+    listed = experiments[-1]
+    assert (listed.agent, listed.seeds, listed.config, listed.training["steps"]) == (
+        "odice",
+        (0, 1, 2),
+        {"lambda_": 0.7},
+        5,
+    )
+    assert listed.training["batch_size"] == 8
+    assert listed.label == "odice seeds=3 lambda_=0.7 steps=5"
+    assert experiments[1].label == "learning_rate=0.001 seeds=3x7"
+    assert len({e.folder for e in experiments}) == 5
+
+
+def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
+    before = {e.folder for e in load_sweep(written(tmp_path)).experiments}
+    more = load_sweep(written(tmp_path, FILE.replace("[1e-3, 1e-2]", "[1e-1, 1e-2, 1e-3]"))).experiments
+    assert before < {e.folder for e in more}
+    assert before.isdisjoint(
+        e.folder for e in load_sweep(written(tmp_path, FILE.replace("steps = 30", "steps = 31"))).experiments
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[grid]", "[gird]"), r"the file has an unknown entry 'gird'; did you mean grid\?"),
+        (("seeds = 2", "seed = 2"), r"has an unknown entry 'seed'; did you mean seeds\?"),
+        (('agent = "bc"', 'agent = "bcc"'), "unknown agent 'bcc'"),
+        (('agent = "bc"', ""), "names no agent; add agent ="),
+        (('dataset = "tiny/walk-v0"', ""), "names no dataset"),
+        (('"config.learning_rate"', '"config.learning_rat"'), r"no field 'learning_rat'; did you mean learning_rate\?"),
+        (("[1e-3, 1e-2]", '["a"]'), r"run 'learning_rate=a': BCConfig\.learning_rate must be a number, not 'a'"),
+        (("[1e-3, 1e-2]", "0.1"), r"grid: config\.learning_rate must be a list of values, not 0\.1"),
+        (("[1e-3, 1e-2]", "[]"), "must be a list of values"),
+        (("[1e-3, 1e-2]", "[0.1, 0.1]"), r"holds the same run twice: learning_rate=0\.1-"),
+        (("steps = 30", "steps = 0"), "steps must be at least 1"),
+        (("seeds = 2", "seeds = [1, 1]"), "seeds must be a positive number or distinct integers"),
+        (('name = "tiny"', "name ="), "is no readable TOML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_one_line_before_anything_is_trained(tmp_path, capsys, change, message):
+    path = written(tmp_path, FILE.replace(*change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_sweep(path)
+    assert str(path) in str(caught.value)
+    assert main(["sweep", str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    sweep = load_sweep(written(tmp_path))
+    with pytest.raises(ConfigError, match="unknown engine 'locale'; there are local, ray, slurm"):
+        run_sweep(sweep, out=tmp_path, engine="locale")
+    with pytest.raises(DatasetError, match="tiny/walk-v0"):
+        run_sweep(sweep, out=tmp_path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_sweep(tmp_path / "nothing.toml")
+    tiny_dataset().to_minari("tiny/walk-v0")
+    for engine, module, extra in (("ray", "ray", "ray"), ("slurm", "submitit", "slurm")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtraError, match=rf"pip install 'rlkit2\[{extra}\]'"):
+            run_sweep(sweep, out=tmp_path, engine=engine)
+
+
+def single(tmp_path, learning_rate, **options):
+    """The same run without a sweep."""
+    return rlkit2.train(
+        "bc", "tiny/walk-v0", seeds=2, out=tmp_path / f"single-{learning_rate}", progress=False,
+        overrides={"hidden_sizes": (8,), "learning_rate": learning_rate},
+        **{"steps": 30, "batch_size": 8, "checkpoint_every": 10, **options},
+    )  # fmt: skip
+
+
+def test_local_runs_are_those_of_train_and_a_second_call_trains_nothing(tmp_path, capsys):
+    tiny_dataset().to_minari("tiny/walk-v0")
+    path, out = written(tmp_path), tmp_path / "runs"
+    assert main(["sweep", str(path), "--out", str(out), "--jobs", "2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("not begun") == 2
+    assert not out.exists()
+    assert main(["sweep", str(path), "--out", str(out), "--jobs", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "tiny: 2 runs, 0 of them finished before" in printed.err
+    assert "2/2 learning_rate=" in printed.err
+    assert printed.out.count("30/30") == 2
+    runs = sweep_runs(out, load_sweep(path))
+    for experiment, run in runs.items():
+        assert contents(run) == contents(single(tmp_path, experiment.config["learning_rate"]))
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    assert "tiny: 2 runs, 2 of them finished before" in capsys.readouterr().err
+    assert all(len(run.manifest["starts"]) == 1 for run in runs.values())
+
+
+def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path):
+    tiny_dataset().to_minari("tiny/walk-v0")
+    text = (
+        FILE.replace("steps = 30", "steps = 1500")
+        .replace("checkpoint_every = 10", "checkpoint_every = 50")
+        .replace("[1e-3, 1e-2]", "[1e-3]")
+    )
+    sweep, out = load_sweep(written(tmp_path, text)), tmp_path / "runs"
+    (experiment,) = sweep.experiments
+    folder = out / "tiny" / experiment.folder
+
+    def interrupt():
+        while not any(int(path.name) for path in folder.glob("*/checkpoints/0*")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    seen = {}
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, out=out, report=lambda experiment, status: seen.update({experiment: status}))
+    thread.join()
+    assert seen == {experiment: "interrupted"}
+    run = find_run(folder)
+    assert run.manifest["status"] == "interrupted"
+    assert 0 < run.checkpoint().step < 1500
+    assert run_sweep(sweep, out=out) == {experiment: "finished"}
+    assert contents(run) == contents(single(tmp_path, 1e-3, steps=1500, checkpoint_every=50))
+
+
+def test_a_process_that_died_says_where_its_log_is(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import os; os._exit(3)"], stdout=subprocess.PIPE, text=True)
+    process.wait()
+    assert _ended(process, tmp_path) == f"error: ended with status 3; see {tmp_path / 'log.txt'}"
+
+
+def test_slurm_jobs_by_submitit(tmp_path):
+    """With submitit's own local cluster, which runs the same jobs without Slurm."""
+    pytest.importorskip("submitit")
+    tiny_dataset().to_minari("tiny/walk-v0")
+    sweep = load_sweep(written(tmp_path, FILE.replace("[1e-3, 1e-2]", "[1e-3]")))
+    statuses = run_sweep(sweep, out=tmp_path / "runs", engine="slurm", options={"cluster": "local", "timeout_min": 5})
+    assert list(statuses.values()) == ["finished"]
+    (run,) = sweep_runs(tmp_path / "runs", sweep).values()
+    assert contents(run) == contents(single(tmp_path, 1e-3))
+
+
+def test_ray_tasks(tmp_path):
+    ray = pytest.importorskip("ray")
+    tiny_dataset().to_minari("tiny/walk-v0")
+    sweep = load_sweep(written(tmp_path, FILE.replace("[1e-3, 1e-2]", "[1e-3]")))
+    try:
+        statuses = run_sweep(
+            sweep, out=tmp_path / "runs", engine="ray", options={"num_cpus": 1, "include_dashboard": False}
+        )
+    finally:
+        ray.shutdown()
+    assert list(statuses.values()) == ["finished"]
+    (run,) = sweep_runs(tmp_path / "runs", sweep).values()
+    assert contents(run) == contents(single(tmp_path, 1e-3))
+
+
+def test_every_engine_is_named_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    text = capsys.readouterr().out
+    assert all(engine in text for engine in ENGINES)
+    assert Path("sweep.toml").name in text
