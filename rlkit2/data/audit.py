@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -115,8 +117,9 @@ def _environment(spec: DatasetSpec) -> tuple[dict[str, Any], list[Finding]]:
 
 def _rebuild(spec: DatasetSpec, role: str, env_spec: EnvSpec) -> Iterator[Finding]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium's advice about newer versions
+        # Left out: advice about newer versions, and what simulators print when they are imported.
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
             env = gymnasium.make(env_spec, disable_env_checker=True)
     except Exception as error:  # noqa: BLE001 - simulators raise many kinds
         text = f"{env_spec.entry_point} {error}".lower()

@@ -52,7 +52,9 @@ def to_minari(
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
-        raise DatasetError(f"{dataset_id!r} is no dataset id; it must have the form namespace/name-v0") from error
+        raise DatasetError(
+            f"{dataset_id!r} is no dataset id; it must have the form namespace/name-v0, two letters or more each"
+        ) from error
     root = minari_root().absolute()
     folder = root / dataset_id
     if folder.exists():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import gymnasium as gym
@@ -53,7 +55,8 @@ def make_environment(source: EnvSource) -> Env:
     """
     try:
         if isinstance(source, EnvSpec):
-            return gym.make(source, disable_env_checker=True)
+            with redirect_stderr(StringIO()):  # what simulators print when they are imported
+                return gym.make(source, disable_env_checker=True)
         if isinstance(source, str):
             return gym.make(_registered(source), disable_env_checker=True)
         return source()

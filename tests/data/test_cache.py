@@ -17,7 +17,7 @@ import rlkit2.data.cache as cache
 import rlkit2.data.minari_source as minari_source
 from rlkit2.data import DatasetWarning, read_dataset
 from rlkit2.data.cache import verify
-from tests.data.make import FAMILIES, Ending, make_minari
+from tests.data.make import FAMILIES, Ending, box, make_minari
 
 ENDINGS = [Ending(4, True, False), Ending(6, False, True)]
 
@@ -182,3 +182,29 @@ def test_observation_keys_have_entries_of_their_own(tmp_path: Path) -> None:
     assert read_dataset(made, observation_keys=["observation"]).spec.observation_size == 2
     assert read_dataset(made).spec.observation_size == 4
     assert len(list((tmp_path / "cache" / "datasets").iterdir())) == 2
+
+
+def anonymous_memory() -> float:
+    """Memory of this process that no file backs, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to see what memory is made of")
+def test_sampling_from_the_map_keeps_nothing_in_memory() -> None:
+    """The pages come from the file and may leave memory at any time: that is how a dataset larger than memory trains."""
+    space = FAMILIES["box32"][0]
+    made = make_minari([Ending(1000, False, True)] * 30, box(shape=(200,)), space)
+    read_dataset(made.spec.dataset_id)
+    dataset = read_dataset(made.spec.dataset_id)
+    generators = [torch.Generator().manual_seed(0)]
+    dataset.sample(256, generator=generators)
+    before = anonymous_memory()
+    seen = torch.zeros(len(dataset), dtype=torch.bool)
+    for _ in range(500):
+        rows = dataset.sample_indices(256, generators)
+        dataset.gather(rows)
+        seen[rows] = True
+    assert dataset.nbytes > 45e6
+    assert seen.float().mean() > 0.95
+    assert anonymous_memory() - before < 10

@@ -190,6 +190,73 @@ def test_mixed_actions_are_refused_and_discrete_ones_keep_their_values() -> None
     )
 
 
+EVERY_KIND = {
+    "matrix": (box(shape=(2, 3), dtype=np.float64), box(shape=(2, 2), dtype=np.float64)),
+    "integers": (spaces.Box(-9, 9, (3,), np.int32), spaces.MultiBinary(3)),
+    "bits": (spaces.MultiBinary(4), spaces.MultiDiscrete([2, 3])),
+    "shifted": (spaces.Discrete(5, start=-2), spaces.Discrete(3, start=1)),
+    "choices": (
+        spaces.MultiDiscrete([3, 2], start=[1, -1]),
+        spaces.Dict({"b": spaces.Discrete(3), "a": spaces.MultiBinary(2)}),
+    ),
+    "nested": (
+        spaces.Dict(
+            {"z": spaces.Tuple((box(), spaces.Discrete(3))), "a": spaces.Dict({"deep": spaces.MultiBinary(2)})}
+        ),
+        spaces.Tuple((box(), box(shape=(1,)))),
+    ),
+    "bytes": (spaces.Box(0, 255, (5,), np.uint8), box()),
+}
+
+
+def stacked(space: spaces.Space, samples: list) -> object:
+    """Samples as a batch: a tree of arrays."""
+    if isinstance(space, spaces.Dict):
+        return {key: stacked(value, [s[key] for s in samples]) for key, value in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(stacked(value, [s[i] for s in samples]) for i, value in enumerate(space.spaces))
+    return np.stack(samples)
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two trees of arrays hold the same values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)))
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_of_space_is_read_and_written_back(kind: str, data_format: str) -> None:
+    space, action_space = EVERY_KIND[kind]
+    space.seed(0)
+    action_space.seed(0)
+    buffers = [
+        EpisodeBuffer(
+            id=episode,
+            observations=stacked(space, [space.sample() for _ in range(length + 1)]),
+            actions=stacked(action_space, [action_space.sample() for _ in range(length)]),
+            rewards=np.arange(length, dtype=np.float64),
+            terminations=np.arange(length) == length - 1,
+            truncations=np.zeros(length, bool),
+        )
+        for episode, length in enumerate((3, 1, 4))
+    ]
+    dataset = read_dataset(create(buffers, space, action_space, data_format=data_format))
+    flat, layout = dataset.spec.flattener, action_layout(action_space)
+    for index, buffer in enumerate(buffers):
+        episode = dataset.episode(index)
+        chain = torch.cat([episode["observations"], episode["next_observations"][-1:]]).numpy()
+        assert equal(flat.unflatten(chain), buffer.observations)
+        assert equal(layout.unflatten(action_space, episode["actions"].numpy()), buffer.actions)
+    again = read_dataset(dataset.to_minari("test/again-v0", data_format=data_format))
+    for name in ("observations", "actions", "next_observations", "rewards", "terminations", "truncations"):
+        assert torch.equal(getattr(again, name), getattr(dataset, name)), name
+    assert again.spec.observation_ranges == dataset.spec.observation_ranges
+
+
 def test_a_discrete_value_outside_its_space_is_refused() -> None:
     with pytest.raises(UnsupportedSpaceError, match="outside its space"):
         flattener(spaces.Discrete(3)).flatten(np.array([0, 3]))
