@@ -17,6 +17,7 @@ from rlkit2.api import load_dataset
 from rlkit2.cli.data_text import console, print_json, say
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
+from rlkit2.data.reward_file import save_rewards
 from rlkit2.errors import ConfigError, DatasetError
 from rlkit2.evaluation.environments import Env, make_environment
 from rlkit2.preferences import (
@@ -31,7 +32,10 @@ from rlkit2.preferences import (
     starc_to_truth,
 )
 from rlkit2.preferences.evaluation import mean_rewards
+from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.progress import progress_bar
+
+REWARDS = "rewards.safetensors"
 
 
 def label(
@@ -177,9 +181,10 @@ def fit(
         device: cpu or cuda.
         figure: draw calibration, accuracy by gap and returns into this file (.png, .svg, .pdf).
         relabel_as: also write a Minari dataset of this id with the learned rewards.
-        caution: mean, min or mean-1*std over the members, for --relabel-as.
-        normalise: none, std or return_range, for --relabel-as.
-        offset: none, mean or min is subtracted, for --relabel-as; min where episodes can end early and living on is good.
+        caution: mean, min or mean-1*std over the members, for the rewards that are written.
+        normalise: none, std or return_range, for the rewards that are written.
+        offset: none, mean, min or max is subtracted from them; where episodes can end early, min says that living on is good and max that
+            arriving is good.
         json: print everything as JSON.
     """
     found = PreferenceDataset.load(labels)
@@ -217,15 +222,18 @@ def fit(
         from rlkit2.reporting.preferences import reward_figure
 
         reward_figure(model, rows["learned"], held_out, data, truth).savefig(figure, dpi=150)
+    how: dict[str, Any] = {"reduce": caution, "normalise": normalise, "offset": offset}
+    save_rewards(out / REWARDS, data, *relabelled_rewards(data, model, **how))
     if relabel_as is not None:
-        relabel(data, model, reduce=caution, normalise=normalise, offset=offset, dataset_id=relabel_as)
+        relabel(data, model, dataset_id=relabel_as, **how)
     if json:
         print_json({"reward": str(out), "description": model.description})
         return 0
     _print_rewards(table, f"{len(train)} labels of {found.length} steps, judged on {len(held_out)} held-out pairs")
     say(f"reward model: {out}" + (f", figure: {figure}" if figure else ""))
+    say(f"train on its rewards with: rlkit2 train p-iql --dataset {data.spec.id} --rewards {out / REWARDS}")
     if relabel_as is not None:
-        say(f"relabelled dataset: {relabel_as}; train on it with: rlkit2 train iql --dataset {relabel_as}")
+        say(f"relabelled dataset: {relabel_as}")
     return 0
 
 
@@ -251,9 +259,95 @@ def _print_rewards(table: dict[str, dict[str, Any]], title: str) -> None:
 
 def _distance(found: dict[str, Any] | None) -> str:
     if not found or found["distance"] is None:
-        return "n/a"
+        return "insufficient data" if found else "n/a"
     interval = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
     return f"{found['distance']:.3f}{interval}"
+
+
+def study(
+    dataset: Positional[str],
+    *,
+    out: Path,
+    teachers: tuple[str, ...] = ("oracle", "mistake", "noisy"),
+    budgets: tuple[int, ...] = (10, 30, 100, 300, 1000),
+    seeds: int = 5,
+    length: int = 16,
+    agent: str = "iql",
+    steps: int = 5000,
+    hidden_sizes: tuple[int, ...] = (64, 64),
+    reward_steps: int = 500,
+    reward_learning_rate: float = 1e-3,
+    offset: str = "mean",
+    discount: float = 0.95,
+    episodes: int = 20,
+    figure: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Study.
+
+    Args:
+        dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder; it needs reference returns.
+        out: folder of the study; run the same command again to go on with one that was stopped.
+        teachers: scripted teachers.
+        budgets: labels.
+        seeds: seeds of every teacher and budget, trained together.
+        length: steps of a segment.
+        agent: the offline agent.
+        steps: its updates.
+        hidden_sizes: hidden layers of the reward models and of the agent.
+        reward_steps: most updates of the reward models.
+        reward_learning_rate: of their Adam.
+        offset: none, mean, min or max is subtracted from a learned reward; where episodes can end early, min says that living on is
+            good and max that arriving is good.
+        discount: of the STARC distance.
+        episodes: that measure the regret of a policy.
+        figure: picture of regret against distance and against accuracy; default: OUT/study.png.
+        json: print everything as JSON.
+    """
+    from rlkit2.reporting.preferences import study_figure
+    from rlkit2.studies.preferences_to_regret import StudySettings, run_study
+
+    settings = StudySettings(
+        dataset=dataset,
+        teachers=teachers,
+        budgets=budgets,
+        seeds=seeds,
+        length=length,
+        discount=discount,
+        offset=offset,
+        reward={"hidden_sizes": list(hidden_sizes), "steps": reward_steps, "learning_rate": reward_learning_rate},
+        agent=agent,
+        agent_settings={"hidden_sizes": list(hidden_sizes)},
+        steps=steps,
+        episodes=episodes,
+    )
+    result = run_study(settings, out, say=say if not json else lambda text: None)
+    texts = {name: f"rank correlation with regret {result.correlation(name)}" for name in ("starc", "error")}
+    picture = figure or out / "study.png"
+    study_figure(result.rows, texts, f"{dataset}, {agent}").savefig(picture, dpi=150)
+    if json:
+        print_json(result.to_dict())
+        return 0
+    shown = Table(title=f"{dataset}: means of {seeds} seeds", title_justify="left")
+    for name in ("reward", "labels", "accuracy", "STARC to true", "return", "regret"):
+        shown.add_column(name, justify="left" if name == "reward" else "right")
+    for row in result.table():
+        distance = {"distance": row["starc"], "low": row["starc_low"], "high": row["starc_high"]}
+        error = "" if row["regret_error"] is None else f" ({row['regret_error']:.3f})"
+        shown.add_row(
+            row["teacher"],
+            str(row["budget"] or ""),
+            f"{row['accuracy']:.3f}",
+            _distance(distance),
+            f"{row['return']:.1f}",
+            f"{row['regret']:.3f}{error}",
+        )
+    console().print(shown)
+    say(
+        f"STARC distance: {texts['starc']}; pair error: {texts['error']} (95 % bootstrap intervals over {len(result.learned)} learned rewards)"
+    )
+    say(f"regret: 0 at the reference policy, 1 at a random one; figure: {picture}")
+    return 0
 
 
 # name -> (function, one-line help, example)
@@ -267,6 +361,11 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
         fit,
         "fit an ensemble of reward models to labels and hold it against the baselines",
         "rlkit2 prefs fit labels --out reward --relabel-as my/rooms/learned-v0",
+    ),
+    "study": (
+        study,
+        "the loop from labels to regret: budgets, teachers and seeds in one table and picture",
+        "rlkit2 prefs study builtin/rooms/mixed-dense-v0 --out study --offset max",
     ),
 }
 

@@ -19,7 +19,7 @@ from rlkit2.rewards.models import RewardEnsemble
 
 Reward = RewardEnsemble | ArrayLike | Tensor | Callable[..., Any]
 NORMALISATIONS = ("none", "std", "return_range")
-OFFSETS = ("none", "mean", "min")
+OFFSETS = ("none", "mean", "min", "max")
 
 
 def relabel(
@@ -35,7 +35,8 @@ def relabel(
     """The same transitions with the rewards of a model; terminations and truncations stay.
 
     Preferences do not determine the offset of a reward. Where episodes end early the offset decides whether living on is good
-    or bad, so choose it: "min" makes every step worth at least nothing (survival pays), "mean" makes an average step worth nothing.
+    or bad, so choose it: "min" makes every step worth at least nothing (living on pays), "max" makes every step cost something (arriving
+    pays), "mean" makes an average step worth nothing.
 
     Args:
         dataset: what to relabel.
@@ -44,7 +45,7 @@ def relabel(
             members disagree. Members are aligned first: their free offsets are taken out and their temperatures made equal.
         normalise: "std" divides by the standard deviation of the rewards; "return_range" multiplies by 1000 / (largest - smallest
             episode return), as pipelines for IQL do.
-        offset: subtract nothing, the mean or the minimum of the rewards (before `normalise`).
+        offset: subtract nothing, the mean, the minimum or the maximum of the rewards (before `normalise`).
         statistics: the part of the data that all statistics are taken from, normally the training split; None: `dataset`.
         dataset_id: also write a Minari dataset of that id, with the model's hash and everything above as `provenance` in its metadata.
 
@@ -88,7 +89,7 @@ def relabelled_rewards(
     alignment = _alignment(reward, source) if isinstance(reward, RewardEnsemble) else None
     values = _reduced(dataset, reward, reduce, alignment)
     known = values if source is dataset else _reduced(source, reward, reduce, alignment)
-    shift = {"none": 0.0, "mean": float(known.mean()), "min": float(known.min())}[offset]
+    shift = {"none": 0.0, "mean": float(known.mean()), "min": float(known.min()), "max": float(known.max())}[offset]
     scale = _scale(known - shift, source, normalise)
     facts = {
         "relabelled_from": dataset.spec.id,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -56,4 +59,51 @@ def reward_figure(
     right.scatter(true, predicted, s=6, alpha=0.4)
     rank = "n/a" if evaluation.segment_correlation is None else f"{evaluation.segment_correlation:.3f}"
     right.set(xlabel="true return of a segment", ylabel="predicted (free offset)", title=f"rank correlation {rank}")
+    return figure
+
+
+def study_figure(rows: Sequence[Mapping[str, Any]], correlations: Mapping[str, str], title: str) -> Figure:
+    """Regret against STARC distance (with its interval) and against pair error, a point per teacher, budget and seed; baselines are crosses.
+
+    Args:
+        rows: of a study, see `rlkit2.studies.preferences_to_regret.StudyResult`.
+        correlations: text for the titles under `starc` and `error`.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    budgets = sorted({row["budget"] for row in rows if row["budget"]})
+    for index, teacher in enumerate(teachers):
+        for axes, measure in ((left, "starc"), (right, "error")):
+            own = [row for row in rows if row["teacher"] == teacher and row["starc"] is not None]
+            x = [row["starc"] if measure == "starc" else 1 - row["accuracy"] for row in own]
+            baseline = bool(own) and not own[0]["budget"]
+            axes.scatter(
+                x,
+                [row["regret"] for row in own],
+                s=[60 if baseline else 18 + 60 * budgets.index(row["budget"]) / max(1, len(budgets)) for row in own],
+                marker="x" if baseline else "o",
+                color=f"C{index % 10}",
+                alpha=0.75,
+                label=teacher,
+            )
+            if measure == "starc":
+                for row in own:
+                    if row["starc_low"] is not None:
+                        axes.plot(
+                            [row["starc_low"], row["starc_high"]],
+                            [row["regret"]] * 2,
+                            color=f"C{index % 10}",
+                            linewidth=0.6,
+                            alpha=0.4,
+                        )
+    left.set(
+        xlabel="STARC distance to the true reward", ylabel="regret (1: random policy)", title=correlations["starc"]
+    )
+    right.set(xlabel="error on held-out pairs", title=correlations["error"])
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    right.legend(frameon=False, fontsize=8, title="larger: more labels", title_fontsize=8)
+    figure.suptitle(title)
     return figure

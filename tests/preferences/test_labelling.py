@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit2.api import load_dataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError
 from rlkit2.preferences.labelling import ANSWERS, LabellingSession, labelling_app, serve_labelling
 from rlkit2.preferences.pictures import FrameRenderer, animation, state_plot
-from tests.preferences.make import changed, linear_dataset
+from tests.preferences.make import changed, linear_dataset, share_builtin
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra label is not installed")
 pytest.importorskip("starlette", reason="the extra label is not installed")
@@ -34,6 +33,16 @@ GIF, PNG = b"GIF89a", b"\x89PNG"
 @pytest.fixture(scope="module")
 def dataset():
     return linear_dataset(episodes=10, steps=20)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return tmp_path_factory.mktemp("builtin")
+
+
+@pytest.fixture(autouse=True)
+def shared(roots, built, monkeypatch):
+    share_builtin("builtin/rooms/stitch-sparse-v0", built, monkeypatch)
 
 
 # --- what is remembered
@@ -266,7 +275,6 @@ def command(folder, *options):
 
 
 def test_a_killed_session_loses_nothing(tmp_path):
-    load_dataset("builtin/rooms")  # built outside the measured command
     with command(tmp_path / "l", "--count", "6", "--length", "8") as (process, address):
         for index, answer in enumerate(("left", "right", "skip")):
             assert request(f"{address}answer", {"index": index, "answer": answer})[0] == 200
@@ -318,7 +326,6 @@ def test_a_person_labels_in_a_browser(browser, tmp_path):
     def press(key):
         browser.find_element(By.TAG_NAME, "body").send_keys(key)
 
-    load_dataset("builtin/rooms")
     with command(tmp_path / "l", "--count", "5", "--length", "8") as (_, address):
         browser.get(address)
         wait_for(0)
