@@ -13,7 +13,13 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError, require
 from rlkit2.losses.margin import MarginLoss, get_margin_loss, mixture
-from rlkit2.preferences.language_pairs import check_vocabulary, encode_pairs, reward_rows, token_rows
+from rlkit2.preferences.language_pairs import (
+    check_vocabulary,
+    encode_pairs,
+    pairs_by_prompt,
+    reward_rows,
+    token_rows,
+)
 from rlkit2.preferences.probe import EntanglementProbe, log_values
 from rlkit2.preferences.scores import PairBatch, SequenceScore, causal_lm_logp, evaluation_mode, sequence_reward
 
@@ -130,6 +136,8 @@ class EntanglementCallback(_Base):
                 return [source.select(slice(0, self.pairs))], origin
             if source is not None:
                 found = _first(source, self.pairs)
+                if found and {"completion", "label"} <= set(found[0]):  # KTO's unpaired rows
+                    return pairs_by_prompt(source, self.pairs), origin
                 if found:
                     return found, origin
         raise ConfigError("no preference pairs to measure: give EntanglementCallback(dataset=...)")
@@ -185,8 +193,7 @@ def _scored(model: Any, examples: list[Any], tokenizer: Any) -> tuple[SequenceSc
         batch = encode_pairs(tokenizer, examples)
     else:
         raise ConfigError(
-            f"cannot make pairs of rows with {', '.join(sorted(examples[0]))}: an unpaired dataset has no entanglement; "
-            "give prompt, chosen and rejected"
+            f"cannot make pairs of rows with {', '.join(sorted(examples[0]))}: give prompt, chosen and rejected"
         )
     check_vocabulary(batch, getattr(config, "vocab_size", None))
     device = next(iter(score.params.values())).device
@@ -200,6 +207,8 @@ def refuse_partial_weights(model: Any) -> None:
     Raises:
         ConfigError: ZeRO-3 or FSDP shards, or k-bit weights.
     """
+    if getattr(model, "is_quantized", False):
+        raise ConfigError("the model is quantised to k bits: load it in bfloat16 or float32 to measure entanglement")
     for name, p in model.named_parameters():
         if hasattr(p, "ds_id") or type(p).__name__ in ("FlatParameter", "DTensor") or hasattr(p, "device_mesh"):
             raise ConfigError(
@@ -215,7 +224,7 @@ def loss_from_arguments(args: Any) -> MarginLoss:
     """The margin loss that a TRL trainer with these arguments minimises.
 
     DPO: `loss_type` (also a weighted list), `beta`, `label_smoothing` (not for sigmoid, which ignores it), `discopop_tau`; CPO:
-    `loss_type` plus `cpo_alpha` times the token-mean likelihood; ORPO; reward models with their centering.
+    `loss_type` plus `cpo_alpha` times the token-mean likelihood; ORPO; KTO (as pairs); reward models with their centering.
 
     Raises:
         ConfigError: not the arguments of such a trainer, or an option that changes the loss in another way.
@@ -227,6 +236,9 @@ def loss_from_arguments(args: Any) -> MarginLoss:
         return get_margin_loss("bradley_terry").bind(centering=getattr(args, "center_rewards_coefficient", None) or 0.0)
     if kind.startswith("CPO"):
         return _cpo_loss(args)
+    if kind.startswith("KTO"):  # the reference point is left at 0: it needs the batch's mismatched pairs
+        sides = {"weight_chosen": args.desirable_weight, "weight_rejected": args.undesirable_weight}
+        return get_margin_loss("kto").bind(beta=args.beta, **sides)
     if not kind.startswith("DPO"):
         raise ConfigError(f"cannot tell the loss from {kind}: give EntanglementCallback(loss=..., hyperparameters=...)")
     if getattr(args, "f_divergence_type", "reverse_kl") not in ("reverse_kl", None) or getattr(args, "ld_alpha", None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,27 @@ def _encoded(tokenizer: Any, example: Example, side: str, index: int, add_eos: b
             "for example with the space moved to the completion's start, or give token ids yourself"
         )
     return full, len(head)
+
+
+def pairs_by_prompt(rows: Iterable[Example], count: int) -> list[dict[str, Any]]:
+    """Pairs made of unpaired rows `prompt, completion, label`: a wanted and an unwanted completion of one prompt.
+
+    Raises:
+        DatasetError: no prompt has both; entanglement is between two completions of one prompt.
+    """
+    waiting: dict[str, dict[bool, Any]] = {}
+    pairs: list[dict[str, Any]] = []
+    for row in rows:
+        seen = waiting.setdefault(json.dumps(row["prompt"]), {})
+        seen.setdefault(bool(row["label"]), row["completion"])
+        if len(seen) == 2:
+            del waiting[json.dumps(row["prompt"])]
+            pairs.append({"prompt": row["prompt"], "chosen": seen[True], "rejected": seen[False]})
+            if len(pairs) == count:
+                break
+    if not pairs:
+        raise DatasetError("the dataset is unpaired and no prompt has a wanted and an unwanted completion: give pairs")
+    return pairs
 
 
 def token_rows(examples: Sequence[Example]) -> PairBatch:

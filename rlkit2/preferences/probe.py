@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError
 from rlkit2.losses.margin import MarginInputs, MarginLoss, get_margin_loss
-from rlkit2.preferences.geometry import batch_rates
+from rlkit2.preferences.geometry import GradientGeometry, batch_rates
 from rlkit2.preferences.measure import PairGradients
 from rlkit2.preferences.mitigation import MITIGATIONS, group_coefficients, mask_shared_tokens
 from rlkit2.preferences.report import entanglement_report
@@ -107,15 +107,17 @@ class EntanglementProbe:
             raise ConfigError("EntanglementProbe.after() needs before() in front of the optimiser's step")
         held, scores = self._held, self._scores
         now = self.scores()
+        realised = now[0] - scores[0], now[1] - scores[1]
         delta = {name: p.detach() - self._start[name] for name, p in self.logp.params.items()}
+        predicted = held.along(delta)
         d_w, d_l = self.coefficients(scores)
-        gram = held.gram()
+        geometry, gram = held.geometry(self.group_by), held.gram()
         report = entanglement_report(
-            held.geometry(self.group_by),
+            geometry,
             (d_w, d_l),
             gram=gram,
-            optimizer=held.along(delta),
-            realised=(now[0] - scores[0], now[1] - scores[1]),
+            optimizer=predicted,
+            realised=realised,
             pairwise=self.loss.name != "aot_unpaired",
         )
         record = {
@@ -129,13 +131,10 @@ class EntanglementProbe:
             "update_norm": float(torch.stack([d.double().norm() for d in delta.values()]).norm()),
             **report,
             "changes": {
-                name: [side.tolist() for side in change]
-                for name, change in (
-                    ("optimizer", held.along(delta)),
-                    ("realised", (now[0] - scores[0], now[1] - scores[1])),
-                )
+                "optimizer": [side.tolist() for side in predicted],
+                "realised": [side.tolist() for side in realised],
             },
-            "dry_run": {name: self._try(name, held, gram, d_w, d_l) for name in self.dry_run},
+            "dry_run": {name: self._try(name, held, geometry, gram, (d_w, d_l)) for name in self.dry_run},
         }
         self._held, self._scores, self._start = None, None, {}
         return record
@@ -151,20 +150,18 @@ class EntanglementProbe:
                 return found
         return PairGradients(self.logp, None, batch, method=self.method, sketch_dim=self.sketch_dim)
 
-    def _try(self, name: str, held: PairGradients, gram: Tensor, d_w: Tensor, d_l: Tensor) -> dict[str, float]:
+    def _try(
+        self, name: str, held: PairGradients, geometry: GradientGeometry, gram: Tensor, own: tuple[Tensor, Tensor]
+    ) -> dict[str, float]:
         """What a step on the batch would do with a remedy in place."""
-        pairs = len(self.batch)
         if name == "token_mask":
-            c = torch.cat([d_w, -d_l]) / pairs
-            rates = held.gram(self._gradients(mask_shared_tokens(self.batch))) @ c.to(gram.dtype)
+            pairs = len(self.batch)
+            step = torch.cat([own[0], -own[1]]).to(gram.dtype) / pairs
+            rates = held.gram(self._gradients(mask_shared_tokens(self.batch))) @ step
             chosen, rejected = rates[:pairs], rates[pairs:]
         else:
-            coefficients = (
-                group_coefficients(gram, d_w, d_l)
-                if name == "group_normalised"
-                else MITIGATIONS[name](held.geometry(), d_w, d_l)
-            )
-            found = batch_rates(gram, *coefficients)
+            remedy = MITIGATIONS.get(name)
+            found = batch_rates(gram, *(remedy(geometry, *own) if remedy else group_coefficients(gram, *own)))
             chosen, rejected = found.chosen, found.rejected
         return {
             "rate_chosen": float(chosen.mean()),

@@ -65,13 +65,15 @@ PairLike = PairBatch | tuple[Rows, Rows] | Rows
 
 
 def as_pair_batch(batch: PairLike) -> PairBatch:
-    """A `PairBatch` from itself, from `(chosen, rejected)`, from one mapping of 2P rows with the chosen first (TRL's collator), or from a
-    mapping whose names end in `_w` and `_l`.
+    """A `PairBatch` from itself, from `(chosen, rejected)` or a mapping with these two names, from one mapping of 2P rows with the chosen
+    first (TRL's collator), or from a mapping whose names end in `_w` and `_l` or begin with `chosen_` and `rejected_`.
     """
     if isinstance(batch, PairBatch):
         return batch
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple | list):
         return PairBatch(*batch)
+    if set(batch) == {"chosen", "rejected"}:
+        return PairBatch(batch["chosen"], batch["rejected"])  # type: ignore[arg-type]
     tensors = {
         name: torch.as_tensor(value)
         for name, value in batch.items()
@@ -79,6 +81,12 @@ def as_pair_batch(batch: PairLike) -> PairBatch:
     }
     if tensors and all(name.endswith(("_w", "_l")) for name in tensors):
         sides = [{name[:-2]: x for name, x in tensors.items() if name.endswith(end)} for end in ("_w", "_l")]
+        return PairBatch(*sides)
+    if any(name.startswith("chosen_") for name in tensors):
+        sides = [
+            {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+            for start in ("chosen_", "rejected_")
+        ]
         return PairBatch(*sides)
     odd = [name for name, value in tensors.items() if len(value) % 2]
     if odd or not tensors:

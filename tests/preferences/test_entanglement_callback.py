@@ -16,7 +16,7 @@ from rlkit2.losses.margin import MarginInputs  # noqa: E402
 from rlkit2.preferences import EntanglementCallback  # noqa: E402
 from rlkit2.preferences.callback import loss_from_arguments, refuse_partial_weights  # noqa: E402
 from rlkit2.preferences.entanglement import causal_lm_logp  # noqa: E402
-from rlkit2.preferences.language_pairs import encode_pairs, read_pairs, token_rows  # noqa: E402
+from rlkit2.preferences.language_pairs import encode_pairs, pairs_by_prompt, read_pairs, token_rows  # noqa: E402
 from rlkit2.preferences.probe import REMEDIES  # noqa: E402
 from rlkit2.preferences.scores import as_pair_batch  # noqa: E402
 from tests.preferences.tiny_trl import gpt2, text_pairs, tokenizer  # noqa: E402
@@ -249,8 +249,22 @@ def test_a_merging_tokenizer_and_other_bad_pairs_are_refused(tmp_path):
 
 def test_unpaired_data_and_unknown_losses_are_refused(tmp_path):
     callback = EntanglementCallback(dataset=[{"prompt": "a", "completion": "b", "label": True}])
-    with pytest.raises(ConfigError, match="unpaired"):
+    with pytest.raises(DatasetError, match="unpaired and no prompt has"):
         _trainer("DPO", tmp_path, [callback]).train()
+    with pytest.raises(ConfigError, match="cannot make pairs of rows with text"):
+        _trainer("DPO", tmp_path, [EntanglementCallback(dataset=[{"text": "a"}])]).train()
+    rows = [
+        {"prompt": p, "completion": c, "label": w}
+        for p, c, w in (("a", "x", True), ("b", "y", True), ("a", "z", False))
+    ]
+    assert pairs_by_prompt(rows, 5) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
+    kto = trl.KTOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.2, desirable_weight=1.5)
+    assert dict(loss_from_arguments(kto).hyperparameters) == {
+        "beta": 0.2,
+        "z_ref": 0.0,
+        "weight_chosen": 1.5,
+        "weight_rejected": 1.0,
+    }
     with pytest.raises(ConfigError, match="cannot tell the loss from SFTConfig"):
         loss_from_arguments(trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     with pytest.raises(ConfigError, match="unknown remedy 'magic'"):

@@ -113,7 +113,14 @@ def test_microbatches_and_padding_change_nothing(vectors, logp):
         for key in vectors.batch
         if key.endswith("_w")
     }
-    np.testing.assert_allclose(pair_geometry(logp, None, trl, method="ghost").inner, whole.inner, rtol=1e-9)
+    prefixed = {f"{('chosen', 'rejected')[key.endswith('_l')]}_{key[:-2]}": x for key, x in vectors.batch.items()}
+    named = {"chosen": trl_half(trl, 0), "rejected": trl_half(trl, 1)}
+    for batch in (trl, prefixed, named):
+        np.testing.assert_allclose(pair_geometry(logp, None, batch, method="ghost").inner, whole.inner, rtol=1e-9)
+
+
+def trl_half(batch, side):
+    return {key: x.chunk(2)[side] for key, x in batch.items()}
 
 
 def test_token_products_add_up(vectors, logp):
