@@ -21,3 +21,13 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 napoleon_use_ivar = True
+
+
+def escape_bars(app, what, name, obj, options, lines):
+    """Absolute values and conditional probabilities in docstrings are no substitutions."""
+    lines[:] = [line.replace("|", "\\|") for line in lines]
+
+
+def setup(app):
+    """Sphinx calls this."""
+    app.connect("autodoc-process-docstring", escape_bars)

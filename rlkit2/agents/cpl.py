@@ -61,7 +61,7 @@ class CPLConfig:
 
 
 class CPL(PreferenceAgent):
-    """Contrastive preference learning for S seeds; arguments as for `Agent`. Its batches are `PreferenceBatch`es."""
+    """Contrastive preference learning for S seeds; arguments as for `Agent`. A batch is a `PreferenceBatch`."""
 
     config_class = CPLConfig
     config: CPLConfig

@@ -68,7 +68,7 @@ class IPLConfig:
 
 
 class IPL(PreferenceAgent):
-    """Inverse preference learning for S seeds; arguments as for `Agent`. Its batches are `PreferenceBatch`es with replay."""
+    """Inverse preference learning for S seeds; arguments as for `Agent`. A batch is a `PreferenceBatch` with replay."""
 
     config_class = IPLConfig
     config: IPLConfig
