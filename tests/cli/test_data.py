@@ -70,6 +70,10 @@ def test_info_tells_what_is_inside(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["transitions"], found["episodes"], found["terminated"], found["truncated"]) == (10, 3, 2, 1)
     assert found["observation_ranges"] == {"observation": [0, 2], "desired_goal": [2, 4]}
     assert found["content_hash"] == read_dataset(made).spec.content_hash
+    status, out, _ = run(capsys, "info", made.spec.dataset_id, "--markdown")
+    assert status == 0
+    assert out.startswith(f"# {made.spec.dataset_id}\n")
+    assert "| transitions | 10 in 3 episodes, 0.0 MB |" in out
     status, out, _ = run(capsys, "info", made.spec.dataset_id, "--observation-keys", "achieved_goal")
     assert status == 0
     assert "achieved_goal 0..1" in out

@@ -14,8 +14,8 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit2.data import TransitionDataset, read_dataset
-from rlkit2.errors import CorruptDatasetError, DatasetError, DatasetNotFoundError
+from rlkit2.data import TransitionDataset, local_datasets, read_dataset
+from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError
 from tests.data.make import FAMILIES, Ending, box, make_minari
 
 ENDINGS = [Ending(3, True, False), Ending(5, False, True), Ending(2, True, False)]
@@ -146,9 +146,35 @@ def test_folders(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(data_path.parent, moved)
     assert len(read_dataset(str(moved))) == 10
+    assert len(read_dataset(moved / "data" / "main_data.hdf5")) == 10
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="a folder but no dataset"):
         read_dataset(tmp_path / "empty")
+
+
+def test_observation_keys_are_for_dict_observations_only(tmp_path: Path) -> None:
+    values = d4rl(tmp_path / "file.hdf5", [3, 2])
+    for source in (tmp_path / "file.hdf5", values, read_dataset(values)):
+        with pytest.raises(ConfigError, match="Dict of a Minari dataset only"):
+            read_dataset(source, observation_keys=["observation"])
+    goal = read_dataset(make_minari(ENDINGS, *FAMILIES["goal"]))
+    assert read_dataset(goal, observation_keys=["observation", "desired_goal"]) is goal
+
+
+def test_datasets_that_are_still_being_written_are_not_listed(tmp_path: Path) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    folder = Path(made.storage.data_path).parent
+    shutil.copytree(folder, tmp_path / "minari" / ".building-x" / "new")
+    assert list(local_datasets()) == [made.spec.dataset_id]
+
+
+def test_progress_counts_the_steps_read(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    read_dataset(made, progress=lambda *call: calls.append(call))
+    d4rl(tmp_path / "file.hdf5", [3, 2], following=True)
+    read_dataset(tmp_path / "file.hdf5", progress=lambda *call: calls.append(call))
+    assert calls == [(3, 10), (8, 10), (10, 10), (3, 5), (5, 5)]
 
 
 def damage(data_path: Path, what: str) -> None:
