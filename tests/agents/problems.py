@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.data import Batch
+from rlkit2.data.preferences import PreferenceBatch
 
 
 def random_batch(
@@ -42,9 +43,25 @@ def random_batch(
     )
 
 
-def seed_of(batch: Batch, index: int) -> Batch:
-    """The batch of one seed, `[1, B, ...]`."""
-    return Batch(**{f.name: getattr(batch, f.name)[index : index + 1] for f in dataclasses.fields(batch)})
+def random_preferences(
+    seeds: int, rows: int, observation_size: int, action_size: int, *, generator: int = 0, **options: Any
+) -> PreferenceBatch:
+    """Pairs of segments of 3 steps with labels of every kind, and two transitions beside each."""
+    steps = random_batch(seeds, rows * 6, observation_size, action_size, generator=generator, **options)
+    draw = torch.Generator().manual_seed(1000 + generator)
+    return PreferenceBatch(
+        segments=map_batch(lambda t: t.view(seeds, rows, 2, 3, *t.shape[2:]), steps),
+        label_mass=torch.randint(0, 3, (seeds, rows), generator=draw) / 2.0,
+        transitions=random_batch(seeds, rows * 2, observation_size, action_size, generator=generator, **options),
+    )
+
+
+def map_batch(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch, or a batch of batches, with `change` done to every tensor."""
+    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return type(batch)(
+        **{n: change(part) if isinstance(part, Tensor) else map_batch(change, part) for n, part in parts.items()}
+    )
 
 
 def small_config(make: Callable[..., Any], config_class: type[Any], **overrides: Any) -> Any:

@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkit2.agents import agent_class, list_agents, make_agent, make_config
 from rlkit2.agents.base import Agent
+from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
 from rlkit2.errors import ConfigError
 from rlkit2.nn import StackedMLP
 from rlkit2.training.recipe import describe_fields
 from rlkit2.training.updates import choose_update
-from tests.agents.problems import random_batch, seed_of, small_config
+from tests.agents.problems import map_batch, random_batch, random_preferences, small_config
 
 OBS, ACT, ROWS = 4, 2, 24
 KINDS = ("continuous", "discrete")
@@ -34,6 +35,17 @@ every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kin
 every_agent = pytest.mark.parametrize("name", AGENTS)
 
 
+def learns_from_preferences(name: str) -> bool:
+    return issubclass(agent_class(name), PreferenceAgent)
+
+
+FROM_TRANSITIONS = [case for case in CASES if not learns_from_preferences(case[0])]
+every_case_of_transitions = pytest.mark.parametrize(
+    ("name", "kind"), FROM_TRANSITIONS, ids=["-".join(case) for case in FROM_TRANSITIONS]
+)
+every_agent_of_transitions = pytest.mark.parametrize("name", sorted({name for name, _ in FROM_TRANSITIONS}))
+
+
 def build(name: str, kind: str = "continuous", *, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
     """A small agent of a registered name."""
     config = small_config(partial(make_config, name), agent_class(name).config_class)
@@ -41,15 +53,16 @@ def build(name: str, kind: str = "continuous", *, seeds: Any = 1, dtype: torch.d
 
 
 def batches(
-    kind: str, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0
-) -> list[Batch]:
+    name: str, kind: str, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0
+) -> list[Any]:
+    """What the agent learns from: batches of transitions, or of preferences."""
+    make = random_preferences if learns_from_preferences(name) else random_batch
     return [
-        random_batch(seeds, ROWS, OBS, ACT, discrete=kind == "discrete", dtype=dtype, generator=start + t)
-        for t in range(count)
+        make(seeds, ROWS, OBS, ACT, discrete=kind == "discrete", dtype=dtype, generator=start + t) for t in range(count)
     ]
 
 
-def train(agent: Agent, data: list[Batch]) -> dict[str, Tensor]:
+def train(agent: Agent, data: list[Any]) -> dict[str, Tensor]:
     """Metrics of the last update."""
     metrics: dict[str, Tensor] = {}
     for batch in data:
@@ -67,17 +80,21 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 # Seeds
 
 
+def rows_of_seed(k: int, values: Tensor) -> Tensor:
+    return values[k : k + 1]
+
+
 @every_case
 def test_a_seed_learns_the_same_alone_and_beside_others(name: str, kind: str) -> None:
     """To 1e-10 in float64, not bit for bit: a batch of products may sum in another order than one, and Adam divides by small numbers."""
     seeds = [7, 0, 3]
     together = build(name, kind, seeds=seeds)
-    data = batches(kind, 12, seeds=len(seeds))
+    data = batches(name, kind, 12, seeds=len(seeds))
     metrics = train(together, data)
     state = together.state_dict()
     for k, seed in enumerate(seeds):
         alone = build(name, kind, seeds=[seed])
-        own_metrics = train(alone, [seed_of(batch, k) for batch in data])
+        own_metrics = train(alone, [map_batch(partial(rows_of_seed, k), batch) for batch in data])
         for part, tensor in alone.state_dict().items():
             torch.testing.assert_close(
                 state[part][k : k + 1], tensor, rtol=1e-10, atol=1e-10, msg=f"{part}, seed {seed}"
@@ -91,7 +108,7 @@ def test_a_seed_learns_the_same_alone_and_beside_others(name: str, kind: str) ->
 @every_case
 def test_seeds_start_and_stay_different(name: str, kind: str) -> None:
     agent = build(name, kind, seeds=2)
-    train(agent, [Batch(**{k: v.expand(2, *v.shape[1:]) for k, v in vars(b).items()}) for b in batches(kind, 3)])
+    train(agent, [map_batch(lambda t: t.expand(2, *t.shape[1:]), batch) for batch in batches(name, kind, 3)])
     weights = {n: t for n, t in agent.state_dict().items() if n.endswith("weight") and not n.startswith("optimizer")}
     assert weights
     assert all(not torch.equal(tensor[0], tensor[1]) for n, tensor in weights.items() if ".norms." not in n)
@@ -102,13 +119,13 @@ def test_seeds_start_and_stay_different(name: str, kind: str) -> None:
 
 @every_case
 def test_resumed_training_ends_bit_for_bit_the_same(name: str, kind: str) -> None:
-    data = batches(kind, 12, seeds=2)
+    data = batches(name, kind, 12, seeds=2)
     whole = build(name, kind, seeds=[5, 6])
     train(whole, data[:7])
     stored = save(whole.state_dict())
     metrics = train(whole, data[7:])
     resumed = build(name, kind, seeds=[5, 6])
-    train(resumed, batches(kind, 2, seeds=2, start=100))  # whatever it was before is forgotten
+    train(resumed, batches(name, kind, 2, seeds=2, start=100))  # whatever it was before is forgotten
     resumed.load_state_dict(load(stored))
     assert_same(train(resumed, data[7:]), metrics)
     assert_same(resumed.state_dict(), whole.state_dict())
@@ -117,7 +134,7 @@ def test_resumed_training_ends_bit_for_bit_the_same(name: str, kind: str) -> Non
 @every_case
 def test_training_is_deterministic(name: str, kind: str) -> None:
     first, second = build(name, kind, seeds=2), build(name, kind, seeds=2)
-    data = batches(kind, 6, seeds=2)
+    data = batches(name, kind, 6, seeds=2)
     torch.manual_seed(1)
     metrics = train(first, data)
     torch.manual_seed(2)  # global randomness has no part in it
@@ -131,7 +148,7 @@ def test_state_leads_with_the_seeds_and_is_a_copy(name: str, kind: str) -> None:
     before = agent.state_dict()
     assert all(tensor.shape[0] == 3 and tensor.is_contiguous() for tensor in before.values())
     kept = {n: t.clone() for n, t in before.items()}
-    train(agent, batches(kind, 4, seeds=3))
+    train(agent, batches(name, kind, 4, seeds=3))
     assert_same(before, kept)
     after = agent.state_dict()
     assert (after["step"] == 4).all()
@@ -147,7 +164,7 @@ def test_state_leads_with_the_seeds_and_is_a_copy(name: str, kind: str) -> None:
 @every_case
 def test_metrics(name: str, kind: str) -> None:
     agent = build(name, kind, seeds=2)
-    for batch in batches(kind, 4, seeds=2):
+    for batch in batches(name, kind, 4, seeds=2):
         for metric, value in agent.update(batch).items():
             group, _, rest = metric.partition("/")
             assert group, metric
@@ -161,7 +178,7 @@ def test_metrics(name: str, kind: str) -> None:
 def test_three_hundred_updates_stay_finite(name: str, kind: str) -> None:
     agent = build(name, kind, dtype=torch.float32)
     seen: dict[str, bool] = {}
-    for batch in batches(kind, 300, dtype=torch.float32):
+    for batch in batches(name, kind, 300, dtype=torch.float32):
         for metric, value in agent.update(batch).items():
             seen[metric] = seen.get(metric, True) and bool(value.isfinite().all())
     assert all(seen.values()), [metric for metric, finite in seen.items() if not finite]
@@ -223,7 +240,7 @@ class NoHostMethods(TorchFunctionMode):
 @every_case
 def test_update_never_waits_for_the_device(name: str, kind: str) -> None:
     agent = build(name, kind, seeds=2, dtype=torch.float32)
-    data = batches(kind, 4, seeds=2, dtype=torch.float32)
+    data = batches(name, kind, 4, seeds=2, dtype=torch.float32)
     with NoHostMethods(), NoSynchronisation():
         train(agent, data)
 
@@ -248,7 +265,8 @@ def test_the_watch_for_synchronisation_sees_it(synchronise: Any) -> None:
 
 
 TRACED = [
-    pytest.param(*case, id="-".join(case), marks=[] if case[0] in ("bc", "iql") else pytest.mark.slow) for case in CASES
+    pytest.param(*case, id="-".join(case), marks=[] if case == ("iql", "continuous") else pytest.mark.slow)
+    for case in CASES
 ]
 
 
@@ -258,7 +276,7 @@ def test_traced_update_equals_the_plain_one(name: str, kind: str) -> None:
     plain, traced = build(name, kind, seeds=2), build(name, kind, seeds=2)
     torch.compiler.reset()
     update = torch.compile(traced.update, backend="aot_eager", dynamic=False)
-    for batch in batches(kind, 4, seeds=2):
+    for batch in batches(name, kind, 4, seeds=2):
         expected, found = plain.update(batch), update(batch)
         assert expected.keys() == found.keys()
     for part, tensor in plain.state_dict().items():
@@ -266,7 +284,7 @@ def test_traced_update_equals_the_plain_one(name: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-@every_case
+@every_case_of_transitions
 def test_compiled_update_is_used_and_equals_the_plain_one(name: str, kind: str) -> None:
     """`choose_update` itself compares the compiled update with the plain one and says why it was not used."""
     agent = build(name, kind, seeds=1, dtype=torch.float32)
@@ -316,11 +334,11 @@ def test_any_module_can_take_the_place_of_a_network(name: str, kind: str, part: 
     if not isinstance(network, StackedMLP):
         pytest.skip(f"{part} has no network of its own")
     hackable.replace_network(part, PlainMLP(network))
-    for batch in batches(kind, 6, seeds=2):
+    for batch in batches(name, kind, 6, seeds=2):
         expected, found = fast.update(batch), hackable.update(batch)
         for metric, value in expected.items():
             torch.testing.assert_close(found[metric], value, rtol=1e-8, atol=1e-9, msg=metric)
-    observations = batches(kind, 1, seeds=2)[0].observations
+    observations = random_batch(2, ROWS, OBS, ACT, dtype=torch.float64).observations
     torch.testing.assert_close(hackable.policy(observations), fast.policy(observations), rtol=1e-8, atol=1e-9)
     again = build(name, kind, seeds=2)
     again.replace_network(part, PlainMLP(network))
@@ -331,9 +349,9 @@ def test_any_module_can_take_the_place_of_a_network(name: str, kind: str, part: 
 # Flags
 
 
-@every_case
+@every_case_of_transitions
 def test_a_terminated_step_ignores_what_follows(name: str, kind: str) -> None:
-    ended = [dataclasses.replace(b, terminations=torch.ones_like(b.terminations)) for b in batches(kind, 4)]
+    ended = [dataclasses.replace(b, terminations=torch.ones_like(b.terminations)) for b in batches(name, kind, 4)]
     elsewhere = [dataclasses.replace(b, next_observations=b.next_observations + 5.0) for b in ended]
     first, second = build(name, kind), build(name, kind)
     train(first, ended)
@@ -343,9 +361,9 @@ def test_a_terminated_step_ignores_what_follows(name: str, kind: str) -> None:
     assert_same(trained, {n: t for n, t in second.state_dict().items() if n in trained})
 
 
-@every_case
+@every_case_of_transitions
 def test_a_truncated_step_bootstraps_like_any_other(name: str, kind: str) -> None:
-    data = batches(kind, 4)
+    data = batches(name, kind, 4)
     cut = [dataclasses.replace(b, truncations=torch.ones_like(b.truncations)) for b in data]
     first, second = build(name, kind), build(name, kind)
     train(first, data)
@@ -353,9 +371,9 @@ def test_a_truncated_step_bootstraps_like_any_other(name: str, kind: str) -> Non
     assert_same(first.state_dict(), second.state_dict())
 
 
-@every_case
+@every_case_of_transitions
 def test_values_bootstrap_from_the_next_observation(name: str, kind: str) -> None:
-    going_on = [dataclasses.replace(b, terminations=torch.zeros_like(b.terminations)) for b in batches(kind, 4)]
+    going_on = [dataclasses.replace(b, terminations=torch.zeros_like(b.terminations)) for b in batches(name, kind, 4)]
     elsewhere = [dataclasses.replace(b, next_observations=b.next_observations + 5.0) for b in going_on]
     first, second = build(name, kind), build(name, kind)
     train(first, going_on)
@@ -391,7 +409,7 @@ SPACES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any]]] = {
 
 
 @pytest.mark.parametrize("family", SPACES)
-@every_agent
+@every_agent_of_transitions
 def test_every_space(name: str, family: str) -> None:
     """From raw spaces to actions the environment accepts, for two seeds."""
     observation_space, action_space = SPACES[family]

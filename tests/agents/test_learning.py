@@ -1,0 +1,153 @@
+"""Every registered agent learns two small problems with known answers: a contextual bandit and a linear-quadratic regulator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkit2.agents import agent_class, list_agents, make_config, plain_name
+from rlkit2.agents.base import Agent
+from rlkit2.agents.preference_agent import PreferenceAgent
+from rlkit2.data import Batch
+from tests.agents.problems import small_config
+
+UPDATES, ROWS, SIZE = 300, 128, 3000
+DISCRETE_PUSH = torch.tensor([[0.0, 0.0], [0.6, 0.0], [-0.6, 0.0], [0.0, 0.6], [0.0, -0.6]])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "odice": {"weight": "conjugate_grad"},  # the released code's weight is zero on most transitions of these problems
+    "edac": {"eta": 0.1},  # its diversity term is meant for returns in the thousands
+}
+ON_OTHER_DATA = ("odice_il", "p-iql")  # they change the rewards and learn as the class they build on
+CLONES = ("bc",)
+CASES = [
+    (name, kind)
+    for name in list_agents()
+    for kind in ("continuous", "discrete")
+    if plain_name(name) == name
+    and name not in ON_OTHER_DATA
+    and kind in agent_class(name).action_kinds
+    and not issubclass(agent_class(name), PreferenceAgent)
+]
+every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
+
+
+def train(name: str, data: dict[str, Tensor], actions: int | None = None) -> Agent:
+    """A small agent after `UPDATES` updates at ten times the usual step sizes; `actions` is the number of discrete ones."""
+    cls = agent_class(name)
+    fields = [f.name for f in dataclasses.fields(cls.config_class)]
+    quick = {name: 3e-3 for name in fields if name.endswith("learning_rate")}
+    quick |= {name: value for name, value in (("target_update_rate", 0.05), ("discount", 0.9)) if name in fields}
+    config = small_config(partial(make_config, name), cls.config_class, **quick, **SETTINGS.get(name, {}))
+    size = data["observations"].shape[1]
+    agent = cls(config, size, actions or data["actions"].shape[1], discrete=actions is not None)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(UPDATES):
+        rows = torch.randint(0, SIZE, (1, ROWS), generator=draw)
+        agent.update(Batch(**{field: tensor[rows] for field, tensor in data.items()}))
+    return agent
+
+
+def transitions(
+    observations: Tensor, actions: Tensor, rewards: Tensor, following: Tensor, ended: bool
+) -> dict[str, Tensor]:
+    flags = torch.full((len(rewards),), ended)
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "next_observations": following,
+        "terminations": flags,
+        "truncations": torch.zeros_like(flags),
+    }
+
+
+# Contextual bandit: reward 1 - |a - a*(s)|^2, or 1 for the right one of three choices; every step ends the episode
+
+
+def best_action(contexts: Tensor) -> Tensor:
+    return 0.8 * torch.tanh(2.0 * contexts[:, :2])
+
+
+def best_choice(contexts: Tensor) -> Tensor:
+    return contexts[:, :3].argmax(1)
+
+
+def bandit_reward(contexts: Tensor, actions: Tensor) -> Tensor:
+    if actions.is_floating_point():
+        return 1.0 - (actions - best_action(contexts)).square().sum(1)
+    return (actions == best_choice(contexts)).float()
+
+
+def bandit_data(kind: str) -> dict[str, Tensor]:
+    """The behaviour goes half of the way, with much noise; discrete: the right choice every second time."""
+    draw = torch.Generator().manual_seed(1)
+    contexts = torch.randn(SIZE, 3, generator=draw)
+    if kind == "discrete":
+        random = torch.randint(0, 3, (SIZE,), generator=draw)
+        actions = torch.where(torch.rand(SIZE, generator=draw) < 0.4, best_choice(contexts), random)
+    else:
+        actions = (0.5 * best_action(contexts) + 0.4 * torch.randn(SIZE, 2, generator=draw)).clamp(-1.0, 1.0)
+    return transitions(contexts, actions, bandit_reward(contexts, actions), torch.zeros(SIZE, 3), True)
+
+
+@every_case
+def test_bandit(name: str, kind: str) -> None:
+    """Far better than the data; agents that see rewards also beat the clone of a continuous behaviour, which reaches 0.80 of 1."""
+    data = bandit_data(kind)
+    agent = train(name, data, 3 if kind == "discrete" else None)
+    contexts = torch.randn(500, 3, generator=torch.Generator().manual_seed(2))
+    reward = bandit_reward(contexts, agent.policy(contexts)).mean().item()
+    assert data["rewards"].mean().item() < 0.6
+    if kind == "discrete":
+        assert reward > 0.9
+    else:
+        assert reward > (0.7 if name in CLONES else 0.83)
+
+
+# Linear-quadratic regulator in two dimensions: x' = x + 0.5 u, r = -|x|^2 - 0.1 |u|^2, horizon 15 by truncation
+
+
+def step(x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    u = actions if actions.is_floating_point() else DISCRETE_PUSH[actions]
+    return x + 0.5 * u, -x.square().sum(1) - 0.1 * u.square().sum(1)
+
+
+def roll(act: Callable[[Tensor], Tensor], starts: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """15 steps from random starts: states, actions, rewards and next states of every step."""
+    x = torch.randn(starts, 2, generator=torch.Generator().manual_seed(seed))
+    found = []
+    for _ in range(15):
+        actions = act(x)
+        following, reward = step(x, actions)
+        found.append((x, actions, reward, following))
+        x = following
+    return found
+
+
+def behaviour(kind: str, draw: torch.Generator, x: Tensor) -> Tensor:
+    """A timid controller with noise; discrete: the push against the larger coordinate, or any."""
+    if kind == "continuous":
+        return (-0.2 * x + 0.4 * torch.randn(x.shape, generator=draw)).clamp(-1.0, 1.0)
+    axis = x.abs().argmax(1)
+    against = 1 + 2 * axis + (x.gather(1, axis[:, None]).squeeze(1) > 0).long()
+    random = torch.randint(0, 5, (len(x),), generator=draw)
+    return torch.where(torch.rand(len(x), generator=draw) < 0.4, against, random)
+
+
+@every_case
+def test_linear_quadratic_regulator(name: str, kind: str) -> None:
+    """Less than three quarters of the behaviour's cost; with rewards and continuous actions, less than half (the clone: two thirds)."""
+    draw = torch.Generator().manual_seed(3)
+    steps = roll(partial(behaviour, kind, draw), SIZE // 15, 4)
+    data = transitions(*(torch.cat(column) for column in zip(*steps, strict=True)), False)
+    agent = train(name, data, 5 if kind == "discrete" else None)
+    own = sum(reward for _, _, reward, _ in roll(agent.policy, 200, 5)).mean().item()
+    recorded = sum(reward for _, _, reward, _ in steps).mean().item()
+    share = 0.5 if kind == "continuous" and name not in CLONES else 0.75
+    assert own > share * recorded
