@@ -16,7 +16,7 @@ from rlkit2.rewards.rows import CHUNK, RewardFunctions, Rows
 
 FeatureName: TypeAlias = Literal["auto", "linear", "quadratic", "fourier", "onehot", "tile", "network"]
 FEATURES: tuple[FeatureName, ...] = ("auto", "linear", "quadratic", "fourier", "onehot", "tile", "network")
-_SAMPLE = 100_000
+_SAMPLE = 50_000
 _MOST = 2048  # columns of pair features
 _ROWS_PER_FEATURE = 500  # fewer transitions per fitted coefficient leave more noise than the fit gains
 
@@ -155,7 +155,7 @@ def polynomial(x: Tensor, degree: int) -> Tensor:
 class Inputs:
     """Standardised columns of states `[n, width]` and, for continuous actions, of states and actions; `choices` discrete actions or 0.
 
-    `sample [n, columns]` are up to 100,000 rows of them.
+    `sample [n, columns]` are up to 50,000 rows of them.
     """
 
     width: int

@@ -42,21 +42,6 @@ class Moments:
         """`function` of every sum."""
         return Moments(**{f.name: function(getattr(self, f.name)) for f in fields(Moments)})
 
-    def in_basis(self, phi: Tensor, psi: Tensor) -> Moments:
-        """The sums for the features `phi_basis^T phi`, `psi_basis^T psi`, with bases `[v, v']`, `[g, g']`."""
-        return Moments(
-            count=self.count,
-            phi_phi=phi.mT @ self.phi_phi @ phi,
-            phi_d=phi.mT @ self.phi_d @ phi,
-            phi_r=phi.mT @ self.phi_r,
-            psi_psi=psi.mT @ self.psi_psi @ psi,
-            psi_d=psi.mT @ self.psi_d @ phi,
-            psi_r=psi.mT @ self.psi_r,
-            d_d=phi.mT @ self.d_d @ phi,
-            d_r=phi.mT @ self.d_r,
-            r_r=self.r_r,
-        )
-
     def with_rewards(self, shifts: Tensor) -> Moments:
         """The sums with K more rewards `r_k - d shifts[:, k]`, `shifts [v, K]`: each reward and a shaped version of it."""
         shifted_d_r = self.d_r - self.d_d @ shifts
@@ -74,6 +59,30 @@ class Moments:
             d_r=torch.cat([self.d_r, shifted_d_r], -1),
             r_r=torch.cat([torch.cat([self.r_r, cross], -1), torch.cat([cross.mT, both], -1)], -2),
         )
+
+
+# The basis that the rows and the columns of each sum are in.
+_BASES = {
+    "phi_phi": ("phi", "phi"),
+    "phi_d": ("phi", "phi"),
+    "phi_r": ("phi", None),
+    "psi_psi": ("psi", "psi"),
+    "psi_d": ("psi", "phi"),
+    "psi_r": ("psi", None),
+    "d_d": ("phi", "phi"),
+    "d_r": ("phi", None),
+}
+
+
+def in_bases(sums: dict[str, Tensor], bases: dict[str, Tensor]) -> Moments:
+    """The sums `[..., p, q]` for the features `bases["phi"]^T phi` and `bases["psi"]^T psi`; empties `sums` as it goes, to save memory."""
+    found = {}
+    for name in list(sums):
+        rows, columns = _BASES.get(name, (None, None))
+        moment = sums.pop(name)
+        moment = moment if rows is None else bases[rows].mT @ moment
+        found[name] = moment if columns is None else moment @ bases[columns]
+    return Moments(**found)
 
 
 @dataclass(frozen=True)
@@ -103,14 +112,12 @@ def gather(
     progress: Callable[[int, int], None] | None = None,
 ) -> Gathered:
     """One pass over the episodes of all blocks (each a tensor of episode indices)."""
-    total = [torch.zeros(()) for _ in fields(Moments)]
-    parts: list[list[Tensor]] = []
+    names = [f.name for f in fields(Moments)]
+    sums: dict[str, Tensor] = {}
     ends, done = torch.zeros(2, dtype=torch.int64), 0
     whole = sum(int(rows.episode_starts.diff()[b.to(rows.episode_starts.device)].sum()) for b in blocks)
-    for block in blocks:
-        sums = [torch.zeros(()) for _ in fields(Moments)]
-        size = CHUNK
-        start, indices = 0, episode_rows(rows, block)
+    for number, block in enumerate(blocks):
+        size, start, indices = CHUNK, 0, episode_rows(rows, block)
         while start < len(indices):
             chosen = indices[start : start + size]
             batch = rows.gather(chosen)
@@ -119,33 +126,28 @@ def gather(
             alive = (~terminated).double()[:, None]
             d = phi - discount * alive * features.state(batch.next_observations)
             r = rewards(batch, chosen)
-            new = [torch.tensor(float(len(chosen)), dtype=torch.float64)]
-            new += [
-                phi.mT @ phi,
-                phi.mT @ d,
-                phi.mT @ r,
-                psi.mT @ psi,
-                psi.mT @ d,
-                psi.mT @ r,
-                d.mT @ d,
-                d.mT @ r,
-                r.mT @ r,
-            ]
-            sums = [a + b for a, b in zip(sums, new, strict=True)]
+            count = torch.tensor(float(len(chosen)), dtype=torch.float64)
+            new = (
+                count,
+                *(phi.mT @ phi, phi.mT @ d, phi.mT @ r),
+                *(psi.mT @ psi, psi.mT @ d, psi.mT @ r),
+                *(d.mT @ d, d.mT @ r, r.mT @ r),
+            )
+            for name, part in zip(names, new, strict=True):
+                if name not in sums:
+                    sums[name] = torch.zeros(len(blocks), *part.shape, dtype=torch.float64)
+                sums[name][number] += part
             ends += torch.stack([terminated.sum(), batch.truncations.bool().cpu().sum()])
             start, done = start + len(chosen), done + len(chosen)
             size = max(256, min(CHUNK, (1 << 21) // (phi.shape[1] + psi.shape[1])))
             if progress is not None:
                 progress(done, whole)
-        parts.append(sums)
-        total = [a + b for a, b in zip(total, sums, strict=True)]
-    everything = Moments(*total)
-    phi_basis = _whitening(everything.phi_phi / everything.count)
-    psi_basis = _whitening(everything.psi_psi / everything.count)
-    parts.reverse()
-    stacked = [Moments(*parts.pop()).in_basis(phi_basis, psi_basis) for _ in blocks]
-    joined = Moments(**{f.name: torch.stack([getattr(m, f.name) for m in stacked]) for f in fields(Moments)})
-    return Gathered(joined, phi_basis, psi_basis, ends)
+    total = sums["count"].sum()
+    bases = {
+        "phi": _whitening(sums["phi_phi"].sum(0) / total),
+        "psi": _whitening(sums["psi_psi"].sum(0) / total),
+    }
+    return Gathered(in_bases(sums, bases), bases["phi"], bases["psi"], ends)
 
 
 def _whitening(second: Tensor) -> Tensor:

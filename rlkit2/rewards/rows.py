@@ -14,7 +14,7 @@ from rlkit2.data import Batch
 from rlkit2.errors import RewardError, first_line
 from rlkit2.rewards.matrix import named_rewards
 
-CHUNK = 8192
+CHUNK = 4096
 
 
 class Rows(Protocol):

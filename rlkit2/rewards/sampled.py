@@ -22,7 +22,7 @@ Estimator: TypeAlias = Literal["crossfit", "plugin", "naive", "orthogonal"]
 ESTIMATORS: tuple[Estimator, ...] = ("crossfit", "plugin", "naive", "orthogonal")
 _JITTER = 1e-12  # of whitened features: only decides directions without data, where the fit is 0
 _TRIVIAL = 1e-6  # advantages below this share of the reward's size are rounding and shrinkage
-_REPLICATE_BYTES = 1 << 25
+_REPLICATE_BYTES = 1 << 23
 _FEW_EPISODES = 20
 
 
