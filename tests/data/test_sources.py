@@ -291,6 +291,22 @@ def test_episodes_with_as_many_observations_as_actions() -> None:
     assert torch.equal(dataset.next_observations[alive], dataset.observations[alive] + torch.tensor([0.0, 1.0]))
 
 
+def test_episodes_may_be_stored_in_different_types() -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    with h5py.File(minari_file(made), "a") as file:
+        for name, dtype in (("episode_0", np.int32), ("episode_2", np.float32)):
+            values = file[name]["rewards"][:]
+            del file[name]["rewards"]
+            file[name]["rewards"] = values.astype(dtype)
+        file["episode_1"]["rewards"][1] = 0.75
+        flags = file["episode_1"]["truncations"][:]
+        del file["episode_1"]["truncations"]
+        file["episode_1"]["truncations"] = flags.astype(np.uint8)
+    dataset = read_dataset(made.spec.dataset_id)
+    assert dataset.rewards.tolist() == [0, 1, 2, 100, 0.75, 102, 103, 104, 200, 201]
+    assert dataset.truncations.nonzero().flatten().tolist() == [7]
+
+
 def test_nan_is_counted_not_hidden() -> None:
     made = make_minari(ENDINGS, *FAMILIES["box32"])
     with h5py.File(minari_file(made), "a") as file:
