@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
@@ -27,9 +27,14 @@ from rlkit2.training.files import write_atomically, writing
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DESCRIPTION = """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
 
 Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
+
+`rlkit2 uncertainty study --help`: the losses on problems whose noise is known.
 
 Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1 && rlkit2 uncertainty runs/iql-builtin-noisy-rooms-mixed-v0-001"""
 
@@ -107,11 +112,15 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     figures = {"calibration": calibration_figure(found, seeds)} | ({"noise_map": noise_figure(known)} if known else {})
     for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        write_atomically(folder / f"{name}.png", picture.getvalue())
+        _write_figure(folder / f"{name}.png", figure)
     write_atomically(folder / "diagnostics.json", json_format.dumps(report, indent=1) + "\n")
     return folder
+
+
+def _write_figure(path: Path, figure: Figure) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_atomically(path, picture.getvalue())
 
 
 def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics, known: NoiseMap | None) -> None:
@@ -147,6 +156,49 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
         console.print(f"warning: {warning}")
 
 
+STUDY = """Known noise, all losses: tabular MDPs ("noisy-mdp"), regression ("regression", minutes) or linear weighting ("weighting").
+
+Example: rlkit2 uncertainty study noisy-mdp --out study"""
+
+
+def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, out: Path | None = None) -> int:
+    """Study.
+
+    Args:
+        name: which one.
+        out: folder for the table as JSON and the figure; default: print only.
+    """
+    from rlkit2.studies import heteroscedastic, noisy_mdp
+
+    figure = None
+    with progress_bar(name) as progress:
+        if name == "noisy-mdp":
+            results = noisy_mdp.run_noisy_mdp(progress=progress)
+            rows, figure = [r.row() for r in results], noisy_mdp.noisy_mdp_figure(results)
+        elif name == "regression":
+            fits = heteroscedastic.run_regression(progress=progress)
+            rows, figure = [r.row() for r in fits], heteroscedastic.regression_figure(fits)
+        else:
+            rows = [dict(row) for row in heteroscedastic.run_weighting()]
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("noise", "method") else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table)
+    if out is not None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / f"{name}.json", json_format.dumps(rows, indent=1) + "\n")
+        if figure is not None:
+            _write_figure(out / f"{name}.png", figure)
+        console.print(f"table and figure: {out}")
+    return 0
+
+
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
+    if list(arguments[:1]) == ["study"]:
+        return tyro.cli(study, args=arguments[1:], prog="rlkit2 uncertainty study", description=STUDY)
     return tyro.cli(uncertainty, args=arguments, prog="rlkit2 uncertainty", description=DESCRIPTION)

@@ -1,0 +1,177 @@
+"""Diagnostics of TD errors against agents whose truth is known, and the command that prints them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rlkit2
+from rlkit2.agents import make_agent
+from rlkit2.agents.error_model import Heads
+from rlkit2.agents.iql import IQL, IQLConfig
+from rlkit2.agents.uncertainty import TDErrors
+from rlkit2.cli.main import main
+from rlkit2.data import Batch, TransitionDataset, dataset_from_arrays
+from rlkit2.envs.noisy_rooms import noise_scale, noise_shape
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.noise_map import noise_map
+from rlkit2.evaluation.uncertainty import auroc, td_diagnostics
+from rlkit2.nn.distributions import GeneralizedNormal
+from rlkit2.training.building import split_dataset
+from rlkit2.training.options import DataOptions
+
+
+def dataset(count: int = 6000) -> TransitionDataset:
+    """Points of the floor and small actions; every tenth step ends an episode."""
+    rng = np.random.default_rng(0)
+    ends = np.arange(1, count + 1) % 10 == 0
+    return dataset_from_arrays(
+        observations=rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        actions=rng.uniform(-0.1, 0.1, (count, 2)).astype(np.float32),
+        rewards=np.zeros(count, np.float32),
+        next_observations=rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        terminations=np.zeros(count, bool),
+        truncations=ends,
+    )
+
+
+class Oracle(IQL):
+    """Knows the law of its targets up to a factor on the deviation; its members disagree in proportion to the action."""
+
+    factor = 1.0
+    skewed = False
+
+    def _heads(self, observations: torch.Tensor, actions: torch.Tensor) -> Heads:
+        positions = observations.double().numpy()
+        shape, scale = (torch.from_numpy(law(positions)).unsqueeze(1) for law in (noise_shape, noise_scale))
+        spread = actions.double().abs().sum(-1).unsqueeze(1)
+        members = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1)
+        q = 1e-9 * members * spread
+        return Heads(q, shape.expand_as(q), (self.factor * scale).log().expand_as(q))
+
+    def td_errors(self, batch: Batch) -> TDErrors:
+        heads = self._heads(batch.observations, batch.actions)
+        scale = (heads.log_scale.exp() / self.factor)[:, 0]
+        targets = GeneralizedNormal(torch.zeros_like(scale), scale, heads.shape[:, 0]).sample()
+        if self.skewed:
+            targets = targets.exp()
+        return TDErrors(targets.unsqueeze(1).expand_as(heads.q), heads)
+
+    def heads_at(self, observations: Any, actions: Any = None) -> Heads:
+        observed = torch.as_tensor(observations).expand(1, -1, -1)
+        return self._heads(observed, torch.as_tensor(actions).expand(1, -1, -1))
+
+
+def oracle(factor: float = 1.0, skewed: bool = False) -> Oracle:
+    torch.manual_seed(0)
+    agent = Oracle(IQLConfig(critic="ggd", num_critics=3, hidden_sizes=(4,)), 2, 2)
+    agent.factor, agent.skewed = factor, skewed
+    return agent
+
+
+def test_a_true_law_is_found_true() -> None:
+    found = td_diagnostics(oracle(), dataset())
+    assert found.error.shape == (1, 3, 6000)
+    assert float(found.calibration_error[0]) < 0.01
+    assert float(found.coverage[0.9][0]) == pytest.approx(0.9, abs=0.01)
+    assert float(found.nll[0]) < float(found.nll_ggd[0]) < float(found.nll_gaussian[0])
+    assert float(found.pooled_kurtosis[0]) > 1.0
+    assert abs(float(found.mean_standardized[0])) < 0.05
+    assert abs(float(found.skewness[0])) < 0.3
+    np.testing.assert_allclose(found.qq[0, 9:-9, 0], found.qq[0, 9:-9, 1], atol=0.1)
+    assert float(found.auroc[0]) > 0.9  # random actions fill [-1, 1], the data's lie within 0.1
+    assert not found.warnings()
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_false_law_is_found_false() -> None:
+    wide = td_diagnostics(oracle(factor=3.0), dataset())
+    assert float(wide.calibration_error[0]) > 0.2
+    assert float(wide.coverage[0.5][0]) > 0.8
+    assert any("calibration" in warning for warning in wide.warnings())
+    narrow = td_diagnostics(oracle(factor=0.2), dataset())
+    assert float(narrow.coverage[0.9][0]) < 0.5
+    assert float(narrow.nll[0]) > float(narrow.nll_ggd[0])
+    skewed = td_diagnostics(oracle(skewed=True), dataset())
+    assert float(skewed.skewness[0]) > 1.0
+    assert any("skewed" in warning for warning in skewed.warnings())
+
+
+def test_a_part_of_the_transitions_and_agents_without_noise() -> None:
+    assert td_diagnostics(oracle(), dataset(), max_transitions=500).transitions == 500
+    for agent in (make_agent("bc", dataset(10).spec), make_agent("iql", dataset(10).spec)):
+        with pytest.raises(ConfigError, match="critic = 'ggd'"):
+            td_diagnostics(agent, dataset(20))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_auroc_is_the_share_of_ordered_pairs(positive: list[int], negative: list[int]) -> None:
+    x, y = np.array(positive, float), np.array(negative, float)
+    pairs = (x[:, None] > y).mean() + 0.5 * (x[:, None] == y).mean()
+    assert auroc(x, y) == pytest.approx(pairs)
+
+
+def test_the_map_of_an_oracle_is_the_truth() -> None:
+    found = noise_map(oracle(), dataset(), cells=8)
+    assert found.correlation[0] > 0.999
+    assert found.ratio[0] == pytest.approx(1.0, abs=0.01)
+    assert found.shape_rank_correlation[0] > 0.999
+    assert found.visits.sum() == 6000
+    assert found.true_sd[0, 0] < found.true_sd[0, -1]  # row 0 in the south, columns from west to east
+    assert found.true_shape[0, 0] < found.true_shape[-1, 0]
+    assert noise_map(oracle(factor=2.0), dataset(), cells=8).ratio[0] == pytest.approx(2.0, abs=0.02)
+
+
+def test_held_out_episodes_are_those_not_trained_on() -> None:
+    whole = dataset(400)
+    training, held_out = split_dataset(whole, DataOptions(held_out=0.25, reward_scale=2.0))
+    assert held_out is not None
+    assert (training.num_episodes, held_out.num_episodes) == (30, 10)
+    rows = {tuple(row) for row in training.observations.tolist()}
+    assert not rows & {tuple(row) for row in held_out.observations.tolist()}
+    again = split_dataset(whole, DataOptions(held_out=0.25, reward_scale=2.0))[1]
+    assert again is not None
+    assert torch.equal(again.observations, held_out.observations)
+    assert split_dataset(whole, DataOptions())[1] is None
+    with pytest.raises(ConfigError, match="held_out"):
+        DataOptions(held_out=1.0)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = {"critic": "ggd", "hidden_sizes": (8,), "num_critics": 2}
+    run = rlkit2.train(
+        "iql",
+        "builtin/noisy-rooms",
+        steps=5,
+        seeds=2,
+        eval_every=0,
+        held_out=0.1,
+        overrides=overrides,
+        progress=False,
+        batch_size=16,
+    )
+    assert main(["uncertainty", str(run.path), "--max-transitions", "300"]) == 0
+    text = capsys.readouterr().out
+    assert "held-out episodes" in text
+    assert "correlation with the true deviation" in text
+    folder = run.path / "uncertainty"
+    assert {path.name for path in folder.iterdir()} == {"calibration.png", "diagnostics.json", "noise_map.png"}
+    report = json.loads((folder / "diagnostics.json").read_text())
+    assert report["held_out"] is True
+    assert len(report["calibration_error"]) == 2
+    assert main(["uncertainty", str(run.path), "--max-transitions", "300", "--json", "--out", "elsewhere"]) == 0
+    assert json.loads(capsys.readouterr().out)["seeds"] == [0, 1]
+
+    plain = rlkit2.train(
+        "iql", "builtin/noisy-rooms", steps=2, eval_every=0, overrides={"hidden_sizes": (8,)}, progress=False
+    )
+    assert main(["uncertainty", str(plain.path)]) == 2
+    assert "critic = 'ggd'" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""Known noise: where the generalized Gaussian helps, where it biases, and what it recovers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlkit2.studies.heteroscedastic import regression_figure, run_regression, run_weighting
+from rlkit2.studies.noisy_mdp import METHODS, NOISES, noisy_mdp_figure, run_noisy_mdp
+
+
+def test_noisy_mdp() -> None:
+    results = run_noisy_mdp(12, steps=600)
+    assert len(results) == len(NOISES) * len(METHODS)
+    rmse = {(r.noise, r.method): float(r.rmse.mean()) for r in results}
+    assert rmse["ggd 0.7", "GGD, coupled"] < 0.6 * rmse["ggd 0.7", "squared error"]
+    assert rmse["jackpots", "GGD, coupled"] > 2.0 * rmse["jackpots", "squared error"]  # the bias under skew
+    assert rmse["jackpots", "GGD, decoupled"] == pytest.approx(rmse["jackpots", "squared error"], rel=0.01)
+    assert all((r.regret > -1e-9).all() for r in results)
+    assert noisy_mdp_figure(results).axes
+
+
+def test_weighting_helps_a_stiff_model() -> None:
+    plain, *weighted = (row["error"] for row in run_weighting(40))
+    assert weighted[0] < weighted[1] < weighted[2] < plain
+    assert weighted[0] < plain / 3.0
+    assert [round(row["ESS/B"], 2) for row in run_weighting(1)] == [1.0, 0.51, 0.61, 0.82]
+
+
+@pytest.mark.slow
+def test_regression_recovers_the_noise() -> None:
+    results = run_regression()
+    assert regression_figure(results).axes
+    by = {(r.noise_shape, r.method): r.row() for r in results}
+    ggd, gauss = "GGD, coupled", "Gaussian"
+    assert by[0.7, ggd]["nll"] < by[0.7, gauss]["nll"] - 0.1
+    assert by[2.0, ggd]["nll"] == pytest.approx(by[2.0, gauss]["nll"], abs=0.02)
+    for shape in (0.7, 1.0, 2.0):
+        assert by[shape, ggd]["calibration_error"] < 0.03
+        assert 0.9 < by[shape, ggd]["sd_ratio"] < 1.1
+        assert by[shape, ggd]["shape"] == pytest.approx(shape, abs=0.15 if shape <= 1.0 else 0.4)
+        assert by[shape, "official form"]["sd_ratio"] > 2.0
+        assert np.isfinite(by[shape, "squared error"]["rmse"])
+    assert by[2.0, "official form"]["sd_rank"] > 0.9
