@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rlkit2.errors import RewardError
 from rlkit2.rewards.features import FeatureMap
 from rlkit2.rewards.rows import CHUNK, RewardFunctions, Rows, episode_rows
 
@@ -123,8 +124,8 @@ def gather(
             batch = rows.gather(chosen)
             terminated = batch.terminations.bool().cpu()
             phi, psi = features.state(batch.observations), features.pair(batch.observations, batch.actions)
-            alive = (~terminated).double()[:, None]
-            d = phi - discount * alive * features.state(batch.next_observations)
+            after = features.state(batch.next_observations)
+            d = phi - discount * after.masked_fill(terminated[:, None], 0.0)
             r = rewards(batch, chosen)
             count = torch.tensor(float(len(chosen)), dtype=torch.float64)
             new = (
@@ -142,6 +143,8 @@ def gather(
             size = max(256, min(CHUNK, (1 << 21) // (phi.shape[1] + psi.shape[1])))
             if progress is not None:
                 progress(done, whole)
+    if not all(bool(torch.isfinite(sums[name]).all()) for name in ("psi_psi", "d_d")):
+        raise RewardError("observations or actions are not finite; find them with: rlkit2 data check DATASET")
     total = sums["count"].sum()
     bases = {
         "phi": _whitening(sums["phi_phi"].sum(0) / total),

@@ -281,6 +281,18 @@ def test_datasets_modules_and_arrays_agree() -> None:
     assert by_batches.diagnostics["episodes"] == 12
 
 
+def test_values_that_are_not_finite() -> None:
+    _, batch, rewards, _ = samples()
+    starc = SampledStarc("linear", discount=0.95, bootstrap=0)
+    after_the_end = torch.where(batch.terminations[:, None], torch.nan, batch.next_observations)
+    found = starc.fit(replace(batch, next_observations=after_the_end), rewards)
+    np.testing.assert_array_equal(found.values, starc.fit(batch, rewards).values)
+    spoilt = batch.observations.clone()
+    spoilt[7, 3] = torch.inf
+    with pytest.raises(RewardError, match="rlkit2 data check"):
+        starc.fit(replace(batch, observations=spoilt), rewards)
+
+
 def test_bad_input() -> None:
     batch, rewards = analytic_lqr(4, 0)
     starc = SampledStarc("linear", discount=0.9, bootstrap=0)
