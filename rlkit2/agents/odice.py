@@ -266,7 +266,8 @@ class ODICE(Agent):
         raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
         weight = raw
         if config.weight_normalization == "mean":
-            weight = weight / weight.mean((1, 2), keepdim=True).clamp(min=1e-3)
+            finite = raw.clamp(max=torch.finfo(raw.dtype).max / raw[0].numel())  # so that their mean is finite
+            weight = finite / finite.mean((1, 2), keepdim=True).clamp(min=1e-3)
         return raw, weight if config.weight_clamp is None else weight.clamp(max=config.weight_clamp)
 
     # The value gradient
