@@ -3,6 +3,7 @@
 from rlkit2.data.audit import audit as audit
 from rlkit2.data.audit_report import AuditReport as AuditReport
 from rlkit2.data.batch import Batch as Batch
+from rlkit2.data.cache import verify as verify
 from rlkit2.data.dataset import TransitionDataset as TransitionDataset
 from rlkit2.data.dataset import dataset_from_arrays as dataset_from_arrays
 from rlkit2.data.load import local_datasets as local_datasets

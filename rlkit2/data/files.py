@@ -16,8 +16,8 @@ DAY = 86400
 def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty folder to write into; when the block ends without an error it becomes `folder`, in one step.
 
-    Where another process was faster its folder stays, unless `replace`. `root` is on the same disk and holds what is being written.
-    Raises `OSError`.
+    `root` is on the same disk and holds what is being written. Raises `FileExistsError` where another process was faster (its folder stays),
+    other kinds of `OSError` where nothing can be written.
     """
     temporary = root / f".building-{uuid.uuid4().hex}"
     try:
@@ -29,9 +29,10 @@ def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[P
             folder.rename(temporary / "old")
         try:
             (temporary / "new").rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        except OSError as error:
+            if folder.exists():
+                raise FileExistsError(f"{folder} has been made by another process") from error
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -143,6 +143,8 @@ def _build(recipe: DatasetRecipe, root: Path, folder: Path, progress: Progress |
     try:
         with new_folder(folder, root, replace=rebuild) as new:
             write_dataset(recipe, new / "data", progress=progress)
+    except FileExistsError:
+        return  # the same dataset, from a faster process
     except OSError as error:
         variable = "RLKIT2_DATA" if recipe.id.startswith("builtin/") else "MINARI_DATASETS_PATH"
         raise DatasetError(

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rlkit2.data.export as export
 from rlkit2.data import (
     Batch,
     DatasetSpec,
@@ -239,6 +240,22 @@ def test_relabelled_selection_survives_the_round_trip() -> None:
     again = read_dataset(changed.to_minari("test/changed-v0"))
     assert torch.equal(again.rewards, changed.rewards)
     assert torch.equal(again.next_observations, changed.next_observations)
+
+
+def test_a_faster_process_is_not_overwritten(tmp_path, monkeypatch) -> None:
+    slow, fast = (dataset_from_arrays(**arrays([3, 2], seed=seed)) for seed in (0, 1))
+    write = export.write_minari
+
+    def late(*arguments, **options) -> None:
+        write(*arguments, **options)
+        monkeypatch.setattr(export, "write_minari", write)
+        fast.to_minari("test/race-v0")
+
+    monkeypatch.setattr(export, "write_minari", late)
+    with pytest.raises(DatasetError, match="has been made by another process"):
+        slow.to_minari("test/race-v0")
+    assert torch.equal(read_dataset("test/race-v0").rewards, fast.rewards)
+    assert [path.name for path in (tmp_path / "minari").iterdir()] == ["test"]
 
 
 def test_a_broken_chain_cannot_be_written_and_leaves_nothing(tmp_path) -> None:
