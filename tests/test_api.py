@@ -132,3 +132,12 @@ def test_real_datasets_train_evaluate_and_resume(tmp_path, real_datasets, datase
     assert all(line["normalized_scores"] is not None for line in run.evaluations())
     assert rlkit2.train(resume=run, steps=30, progress=False).checkpoint().step == 30
     assert np.isfinite(rlkit2.evaluate(run, episodes=1, deterministic=False).returns).all()
+
+
+def test_every_option_of_the_trainer_is_an_argument_of_train():
+    import inspect
+
+    from rlkit2.training import DataOptions, TrainingOptions
+
+    names = {field.name for cls in (DataOptions, TrainingOptions) for field in dataclasses.fields(cls)}
+    assert names <= set(inspect.signature(rlkit2.train).parameters)

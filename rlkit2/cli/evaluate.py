@@ -23,7 +23,7 @@ from rlkit2.training.run import Run
 
 DESCRIPTION = """Play episodes with every seed of a trained policy and print its returns and scores.
 
-Example: rlkit2 evaluate runs/odice-hopper-001 --episodes 100"""
+Example: rlkit2 evaluate runs/odice-zoo-hopper-medium-v0-001 --episodes 100"""
 
 
 def evaluate(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,7 @@ def test_ctrl_c_prints_the_resume_command_and_keeps_the_policy(tmp_path, capsys,
     def interrupted_at_9(self, batch):
         if int(self.step[0]) == 9 and self.seeds[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
         return update(self, batch)
 
     monkeypatch.setattr(BC, "update", interrupted_at_9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def interrupting(step: int) -> Callable[[Agent], None]:
             metrics = update(batch)
             if agent.seeds[0] == 0 and int(agent.step[0]) == step:
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)  # the main thread, which handles it, may be waiting for a core
             return metrics
 
         agent.update = interrupted  # type: ignore[method-assign]
