@@ -1,12 +1,13 @@
 """Speed of ensembles and of the noise model: `python benchmarks/uncertainty.py [--rounds 7] [--updates 10] [--large]`.
 
 Every case is one update on hopper-like shapes (11 observations, 3 actions), batch 256, one thread, cases in turn. "plain" is the style of most
-single-seed libraries (`benchmarks/plain/sacn.py`). `--large` adds N = 50.
+single-seed libraries (`benchmarks/plain/sacn.py`). `--large` adds N = 50; `--cpu-time` counts the process's own time, for a machine that others use.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,9 @@ def ours(agent: Any, updates: int) -> Callable[[], None]:
     return case
 
 
-def plain(members: int, eta: float, updates: int) -> Callable[[], None]:
+def plain(members: int, eta: float, updates: int, monitor: bool = True) -> Callable[[], None]:
     """The same by plain autograd."""
-    agent, data = PlainSACN(OBS, ACT, members, eta=eta), batch()
+    agent, data = PlainSACN(OBS, ACT, members, eta=eta, monitor=monitor), batch()
 
     def case() -> None:
         for _ in range(updates):
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     n = options.updates
@@ -85,12 +87,14 @@ def main() -> None:
         count = n if members == 10 else max(1, n // 5)
         cases[f"sacn N={members} plain"] = plain(members, 0.0, count)
         cases[f"sacn N={members}"] = ours(SACN(SACNConfig(num_critics=members), OBS, ACT), count)
+    cases["sacn N=10 plain, no monitor"] = plain(10, 0.0, n, monitor=False)
     cases["sacn N=10 ggd"] = ours(SACN(SACNConfig(critic="ggd"), OBS, ACT), n)
     cases["edac N=10 plain"] = plain(10, 1.0, n)
     cases["edac N=10"] = ours(EDAC(EDACConfig(), OBS, ACT), n)
     for critic in ("mse", "gaussian", "ggd"):
         cases[f"critic step N=10 256x256 {critic}"] = critic_step(critic, n)
-    seconds = interleaved(cases, options.rounds)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    seconds = interleaved(cases, options.rounds, clock=clock)
     rows = []
     for name, times in seconds.items():
         count = max(1, n // 5) if "N=50" in name else n
@@ -99,10 +103,10 @@ def main() -> None:
             row["plain / ours"] = ratio(seconds[f"{name} plain"], times)
         if name.startswith("critic step") and not name.endswith("mse"):
             row["over mse"] = ratio(times, seconds["critic step N=10 256x256 mse"])
-        if name == "sacn N=10 ggd":
+        if name in ("sacn N=10 ggd", "sacn N=10 plain, no monitor"):
             row["plain / ours"] = ratio(seconds["sacn N=10 plain"], times)
         rows.append(row)
-    report("uncertainty", rows, rounds=options.rounds, updates=n)
+    report("uncertainty", rows, rounds=options.rounds, updates=n, clock=clock.__name__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""SAC-N and EDAC, one seed, in the style of most single-seed libraries: a vectorised ensemble under autograd, gradients through all critics."""
+"""SAC-N and EDAC, one seed, in the style of most single-seed libraries: a vectorised ensemble under autograd, gradients through all critics.
+
+As in CORL's SAC-N, the temperature has a policy sample of its own and the disagreement at random actions is measured in every update (`monitor`).
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,7 @@ class PlainSACN:
         members: int = 10,
         hidden: tuple[int, ...] = (256, 256, 256),
         eta: float = 0.0,
+        monitor: bool = True,
     ) -> None:
         self.policy = mlp(observations, hidden, 2 * actions)
         self.critic = EnsembleCritic(members, observations + actions, hidden)
@@ -63,7 +67,7 @@ class PlainSACN:
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=3e-4)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=3e-4)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=3e-4)
-        self.members, self.eta, self.target_entropy = members, eta, -float(actions)
+        self.members, self.eta, self.monitor, self.target_entropy = members, eta, monitor, -float(actions)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Actions and log-densities."""
@@ -77,16 +81,18 @@ class PlainSACN:
         self, observations: Tensor, actions: Tensor, rewards: Tensor, next_observations: Tensor, terminations: Tensor
     ) -> dict[str, float]:
         """One update on `[B, ...]` tensors."""
+        with torch.no_grad():
+            _, log_prob = self.sample(observations)
+        alpha_loss = (-self.log_alpha * (log_prob + self.target_entropy)).mean()
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
         alpha = self.log_alpha.exp().detach()
         new_actions, log_prob = self.sample(observations)
         policy_loss = (alpha * log_prob - self.critic(observations, new_actions).min(0).values).mean()
         self.policy_optimizer.zero_grad()
         policy_loss.backward()
         self.policy_optimizer.step()
-        alpha_loss = (-self.log_alpha * (log_prob.detach() + self.target_entropy)).mean()
-        self.alpha_optimizer.zero_grad()
-        alpha_loss.backward()
-        self.alpha_optimizer.step()
 
         with torch.no_grad():
             next_actions, next_log_prob = self.sample(next_observations)
@@ -100,7 +106,12 @@ class PlainSACN:
         critic_loss.backward()
         self.critic_optimizer.step()
         follow(self.target, self.critic, 0.005)
-        return {"critic": critic_loss.item(), "policy": policy_loss.item(), "alpha": alpha.item(), "q": q.mean().item()}
+        metrics = {"critic": critic_loss.item(), "policy": policy_loss.item(), "alpha": alpha.item()}
+        if self.monitor:
+            with torch.no_grad():
+                random_actions = 2.0 * torch.rand_like(actions) - 1.0
+                metrics["q_random_std"] = self.critic(observations, random_actions).std(0).mean().item()
+        return metrics
 
     def diversity(self, observations: Tensor, actions: Tensor) -> Tensor:
         """EDAC's term by a second derivative."""

@@ -26,7 +26,6 @@ from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
-from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import td_target
 from rlkit2.nn import Adam, Critic, GreedyActor, Normalizer, Policy, lerp_, target_copy
 from rlkit2.nn.actors import VOTES
@@ -108,8 +107,7 @@ class DQN(UncertainAgent):
             device=device,
         )
         self.critic_target = target_copy(self.critic)
-        k = expected_minimum(config.num_critics) if config.lcb_coefficient is None else config.lcb_coefficient
-        self.actor = GreedyActor(self.critic, config.vote, k, config.critic_form)
+        self.actor = GreedyActor(self.critic, config.vote, self.lcb_coefficient, config.critic_form)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
         self._register(
@@ -131,7 +129,7 @@ class DQN(UncertainAgent):
         if self.config.target == "min":
             shared = next_values.amin(1)
         else:
-            shared = lower_bound(next_values, self.config.lcb_coefficient)
+            shared = lower_bound(next_values, self.lcb_coefficient)
         return td_target(batch.rewards, batch.terminations, shared.amax(-1), self.config.discount)
 
     @torch.no_grad()

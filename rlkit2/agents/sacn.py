@@ -189,7 +189,7 @@ class SACN(UncertainAgent):
         if target == "min":
             value = next_values.amin(1, keepdim=True)
         elif target == "shared_lcb":
-            value = lower_bound(next_values, self.config.lcb_coefficient).unsqueeze(1)
+            value = lower_bound(next_values, self.lcb_coefficient).unsqueeze(1)
         elif target == "released":
             value = grouped_minimum(next_values).repeat(1, 2, 1)
         else:
@@ -216,7 +216,7 @@ class SACN(UncertainAgent):
         if self.config.policy_objective == "min":
             value = values.amin(1)
         elif self.config.policy_objective == "lcb":
-            value = lower_bound(values, self.config.lcb_coefficient)
+            value = lower_bound(values, self.lcb_coefficient)
         else:
             value = grouped_mean_minimum(values)
         if risk == 0.0:

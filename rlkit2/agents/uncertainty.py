@@ -16,6 +16,7 @@ from rlkit2.agents.error_model import ErrorModel, Heads
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
+from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
 from rlkit2.nn import Adam, Critic, linearize
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
@@ -58,14 +59,17 @@ class UncertainAgent(Agent):
     critic: Critic
     critic_optimizer: Adam
     errors: ErrorModel
+    lcb_coefficient: float
 
     def critic_targets(self, batch: Batch) -> Tensor:
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
 
     def _build_errors(self) -> None:
-        """Make the error model of the config; before the critic, which needs its outputs."""
+        """Make the error model of the config and the k of its lower bounds; before the critic, which needs its outputs."""
         self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
+        given = getattr(self.config, "lcb_coefficient", None)
+        self.lcb_coefficient = expected_minimum(self.config.num_critics) if given is None else given
         self._register(buffers=self.errors.buffers)
 
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
@@ -158,11 +162,10 @@ class UncertainAgent(Agent):
         q, alpha, beta = (t.double().movedim(1, -1) for t in (heads.q, scale, heads.shape))
         mixture = GeneralizedNormal(q, alpha, beta, validate_args=False)
         levels = torch.tensor(list(quantiles), dtype=torch.float64, device=self.device)
-        coefficient = getattr(self.config, "lcb_coefficient", None)
         aleatoric = variance.mean(1).sqrt()
         found = {
             "q_mean": heads.q.mean(1),
-            "q_lower": lower_bound(heads.q, coefficient),
+            "q_lower": lower_bound(heads.q, self.lcb_coefficient),
             "aleatoric_sd": aleatoric,
             "epistemic_sd": deviation,
             "total_sd": torch.hypot(aleatoric, deviation),

@@ -8,7 +8,7 @@ planning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,19 @@ class NoisyMDPResult:
 
 
 def run_noisy_mdp(
-    mdps: int = 24, *, seed: int = 0, steps: int = 1500, progress: Callable[[int, int], None] | None = None
+    mdps: int = 24,
+    *,
+    noises: Sequence[str] = NOISES,
+    methods: Sequence[str] = tuple(METHODS),
+    seed: int = 0,
+    steps: int = 1500,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[NoisyMDPResult]:
     """All methods under all noises, on the same MDPs.
 
     Args:
         mdps: number of MDPs.
+        noises, methods: names in `NOISES` and `METHODS`.
         seed: of MDPs, noise and initial outputs.
         steps: of Adam, for the location, shape and scale of every cell.
         progress: called with (done, all).
@@ -75,16 +82,16 @@ def run_noisy_mdp(
     loud = torch.rand(mdps, cells, generator=generator) < 0.4
     optimal = _plan(means, successors)
     results = []
-    for noise in NOISES:
+    for noise in noises:
         rewards = means.unsqueeze(-1) + _noise(noise, loud, generator, seed)
-        for method, options in METHODS.items():
-            locations = _locations(rewards, options, steps)
+        for method in methods:
+            locations = _locations(rewards, METHODS[method], steps)
             q = _plan(locations, successors)
             rmse = (q - optimal).square().mean(1).sqrt()
             regret = _regret(q, optimal, means, successors)
             results.append(NoisyMDPResult(noise, method, rmse.numpy(), regret.numpy()))
             if progress is not None:
-                progress(len(results), len(NOISES) * len(METHODS))
+                progress(len(results), len(noises) * len(methods))
     return results
 
 

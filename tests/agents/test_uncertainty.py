@@ -17,6 +17,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.nn import load_policy
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_cdf
 from tests.agents.problems import random_batch, small_config
+from tests.agents.test_contract import NoHostMethods, NoSynchronisation
 from tests.losses.test_ggd import case
 from tests.reference import ROOT
 
@@ -144,8 +145,10 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_agents_train_with_every_noise_model(name: str, options: str) -> None:
     agent = build(name, **OPTIONS[options])
-    for t in range(12):
-        metrics = train(agent, 1, t)
+    data = [random_batch(1, ROWS, OBS, ACT, discrete=agent.discrete, generator=t) for t in range(12)]
+    for batch in data:
+        with NoHostMethods(), NoSynchronisation():
+            metrics = agent.update(batch)
         assert all(bool(value.isfinite().all()) for value in metrics.values())
     assert {"noise/shape_mean", "noise/cap_share", "noise/error_scale", "noise/non_finite"} <= metrics.keys()
     if OPTIONS[options].get("sample_weighting"):
@@ -253,9 +256,11 @@ def test_a_checkpoint_keeps_scale_and_shape(name: str) -> None:
 @pytest.mark.parametrize("policy_objective", ["min", "lcb", "released"])
 def test_pessimism_of_actor_critics(name: str, target: str, policy_objective: str) -> None:
     agent = build(name, target=target, policy_objective=policy_objective, critic="ggd", risk_coefficient=0.5)
-    metrics = train(agent, 5)
+    data = random_batch(1, 9, OBS, ACT, generator=3)
+    with NoHostMethods(), NoSynchronisation():
+        metrics = agent.update(data)
     assert all(bool(value.isfinite().all()) for value in metrics.values())
-    batch = agent.normalize(random_batch(1, 9, OBS, ACT, generator=3))
+    batch = agent.normalize(data)
     targets = agent.critic_targets(batch)
     assert targets.shape == ((1, 4, 9) if target in ("independent", "released") else (1, 9))
     next_values, entropy = agent._next_values(batch)
