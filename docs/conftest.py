@@ -58,6 +58,7 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the marks
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """The blocks of a page build on each other: one worker runs them all."""
     for item in items:
