@@ -1,5 +1,7 @@
 """Run the pages: every python block in order in one namespace per page, every console block in a shell, in a folder of the page's own.
 
+The blocks of a page build on each other, so in parallel runs a page belongs to one worker (`pytest --dist loadfile`).
+
 `<!-- skip: next -->` on the line before a block leaves it out (what needs a GPU or hours).
 """
 
@@ -8,12 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
@@ -56,11 +56,3 @@ pytest_collect_file = Sybil(
     setup=enter,
     teardown=leave,
 ).pytest()
-
-
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the marks
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """The blocks of a page build on each other: one worker runs them all."""
-    for item in items:
-        if item.path.suffix == ".md":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
