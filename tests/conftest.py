@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -17,6 +18,8 @@ settings.load_profile("rlkit2")
 
 REAL_DATASETS = os.environ.get("RLKIT2_TEST_DATASETS") or os.environ.get("MINARI_DATASETS_PATH")
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs the tests in the background does that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
