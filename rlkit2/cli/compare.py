@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import evaluate, load_run
 from rlkit2.cli.evaluate import episode_bar
+from rlkit2.cli.parsing import command
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.reporting.comparison import compare as compare_runs
 from rlkit2.training.run import Run
@@ -69,4 +69,4 @@ def compare(
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(compare, args=arguments, prog="rlkit2 compare", description=DESCRIPTION)
+    return command(compare, arguments, prog="rlkit2 compare", description=DESCRIPTION)

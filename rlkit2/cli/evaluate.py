@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -16,6 +15,7 @@ from tyro.conf import Positional
 
 from rlkit2.api import evaluate as evaluate_policy
 from rlkit2.api import load_policy, load_run
+from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.nn.policy import Policy
@@ -151,4 +151,4 @@ def _number(value: float | None) -> str:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(evaluate, args=arguments, prog="rlkit2 evaluate", description=DESCRIPTION)
+    return command(evaluate, arguments, prog="rlkit2 evaluate", description=DESCRIPTION)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
 from rlkit2.api import load_run
+from rlkit2.cli.parsing import command
 from rlkit2.reporting.report import write_report
 
 DESCRIPTION = """Write one self-contained HTML page about runs: final scores, learning curves, diagnostics, configuration, manifest.
@@ -32,4 +32,4 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path = Path("report.html"
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(report, args=arguments, prog="rlkit2 report", description=DESCRIPTION)
+    return command(report, arguments, prog="rlkit2 report", description=DESCRIPTION)

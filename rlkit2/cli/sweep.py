@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
@@ -121,4 +121,4 @@ def _score(run: Run) -> str:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(sweep, args=arguments, prog="rlkit2 sweep", description=DESCRIPTION)
+    return command(sweep, arguments, prog="rlkit2 sweep", description=DESCRIPTION)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rlkit2.agents import agent_class, list_agents, make_config
 from rlkit2.api import train
+from rlkit2.cli.parsing import parse
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.training import DataOptions, Run, TrainingOptions, describe_fields, load_recipe
@@ -89,9 +90,9 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     parser = TypedDict("parser", fields, total=False)  # type: ignore[misc]
     prog = f"rlkit2 train {agent or 'AGENT'}"
     asked = not {"-h", "--help"}.isdisjoint(arguments)  # describing the agents imports them all
-    given, unknown = tyro.cli(
+    given, unknown = parse(
         parser,
-        args=arguments,
+        arguments,
         prog=prog,
         description=_description(agent) if asked else "",
         return_unknown_args=True,
