@@ -29,8 +29,8 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.startswith("[] [")
     for name in ("train", "evaluate", "load_dataset", "load_run", "load_policy", "agents", "rewards", "sweeps"):
         assert f"'{name}'" in done.stdout
-    with pytest.raises(AttributeError, match="module 'rlkit2' has no attribute 'trian'"):
-        _ = rlkit2.trian
+    with pytest.raises(AttributeError, match="module 'rlkit2' has no attribute 'trainn'"):
+        _ = rlkit2.trainn
 
 
 def test_the_main_job_in_five_lines(tmp_path):

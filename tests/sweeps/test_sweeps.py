@@ -80,7 +80,7 @@ def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("[grid]", "[gird]"), r"the file has an unknown entry 'gird'; did you mean grid\?"),
+        (("[grid]", "[gridd]"), r"the file has an unknown entry 'gridd'; did you mean grid\?"),
         (("seeds = 2", "seed = 2"), r"has an unknown entry 'seed'; did you mean seeds\?"),
         (('agent = "bc"', 'agent = "bcc"'), "unknown agent 'bcc'"),
         (('agent = "bc"', ""), "names no agent; add agent ="),

@@ -68,7 +68,7 @@ def test_a_recipe_trains_and_what_is_given_beside_it_wins(tmp_path):
     ("change", "message"),
     [
         (("hidden_sizes", "hiden_sizes"), r"BCConfig has no field 'hiden_sizes'; did you mean hidden_sizes\?"),
-        (("[training]", "[trainig]"), r"unknown entry 'trainig'; did you mean training\?"),
+        (("[training]", "[trainingg]"), r"unknown entry 'trainingg'; did you mean training\?"),
         (("steps = 12", "steps = 'a'"), r"TrainingOptions\.steps must be a whole number, not 'a'"),
         (("steps = 12", "steps = true"), r"TrainingOptions\.steps must be a whole number, not True"),
         (("[8]", "[8.5]"), r"BCConfig\.hidden_sizes must be \[a whole number, \.\.\.\], not \[8\.5\]"),
