@@ -103,8 +103,10 @@ def main() -> None:
             row["plain / ours"] = ratio(seconds[f"{name} plain"], times)
         if name.startswith("critic step") and not name.endswith("mse"):
             row["over mse"] = ratio(times, seconds["critic step N=10 256x256 mse"])
-        if name in ("sacn N=10 ggd", "sacn N=10 plain, no monitor"):
+        if name == "sacn N=10 ggd":
             row["plain / ours"] = ratio(seconds["sacn N=10 plain"], times)
+        if name == "sacn N=10 plain, no monitor":
+            row["plain / ours"] = ratio(times, seconds["sacn N=10"])
         rows.append(row)
     report("uncertainty", rows, rounds=options.rounds, updates=n, clock=clock.__name__)
 
