@@ -36,7 +36,8 @@ Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cq
 
 `rlkit2 uncertainty study --help`: the losses on problems whose noise is known.
 
-Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1 && rlkit2 uncertainty runs/iql-builtin-noisy-rooms-explore-v0-001"""
+Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1
+         rlkit2 uncertainty runs/iql-builtin-noisy-rooms-explore-v0-001"""
 
 
 @dataclass(frozen=True)
