@@ -90,7 +90,7 @@ def pair_geometry(
     chunks: list[dict[str, Tensor]] = []
     with meter.ready():
         for chosen, rejected in meter.chunks(microbatch):
-            chunks.append(_products(meter.gradients(chosen, 0), meter.gradients(rejected, 1)))
+            chunks.append(_products(*meter.both(chosen, rejected)))
             if progress:
                 progress(sum(chunk[next(iter(chunk))].shape[-1] for chunk in chunks), len(meter.batch))
     by_parameter = {name: torch.cat([chunk[name] for chunk in chunks], -1) for name in chunks[0]}
@@ -319,13 +319,22 @@ class _Meter:
             self._verify(found, score, rows)
         return found
 
+    def both(self, chosen: Rows, rejected: Rows) -> tuple[Gradients, Gradients]:
+        """Gradients of both sides, in one pass where the method works on batches and the rows have one length."""
+        alike = all(chosen[name].shape == rejected[name].shape for name in chosen)
+        if self.method not in ("vmap", "ghost") or self.scores[0] is not self.scores[1] or not alike:
+            return self.gradients(chosen, 0), self.gradients(rejected, 1)
+        count = len(next(iter(chosen.values())))
+        found = self.gradients({name: torch.cat([chosen[name], rejected[name]]) for name in chosen}, 0)
+        return _some_rows(found, slice(0, count)), _some_rows(found, slice(count, None))
+
     def all_gradients(self, microbatch: int | None) -> tuple[Gradients, Gradients]:
         """Gradients of all rows of both sides."""
         sides: tuple[list[Gradients], list[Gradients]] = ([], [])
         with self.ready():
             for chunk in self.chunks(microbatch):
-                for index, rows in enumerate(chunk):
-                    sides[index].append(self.gradients(rows, index))
+                for side, found in zip(sides, self.both(*chunk), strict=True):
+                    side.append(found)
         return _joined_rows(sides[0]), _joined_rows(sides[1])
 
     def _verify(self, found: Gradients, score: SequenceScore, rows: Rows) -> None:
@@ -333,14 +342,20 @@ class _Meter:
         truth = loop_gradients(score, self.params, {name: tensor[:1] for name, tensor in rows.items()})
         largest = max(float(paired_inner(g, g)) for g in truth.values())
         for name, gradient in truth.items():
-            ours = found[name]
-            one = Factors(ours.left[:1], ours.right[:1]) if isinstance(ours, Factors) else ours[:1]
+            one = _some_rows(found, slice(0, 1))[name]
             gap = float((paired_inner(one, one) - paired_inner(gradient, gradient)).abs())
             if gap > max(1e-3, 16 * self._rounding) * (float(paired_inner(gradient, gradient)) + 1e-6 * largest):
                 raise ConfigError(
                     f"the ghost method misses a use of parameter {name!r} outside its own layer: use method='loop' or 'vmap'"
                 )
         self._verified = True
+
+
+def _some_rows(gradients: Gradients, rows: slice) -> Gradients:
+    return {
+        name: Factors(g.left[rows], g.right[rows]) if isinstance(g, Factors) else g[rows]
+        for name, g in gradients.items()
+    }
 
 
 def _joined_rows(chunks: list[Gradients]) -> Gradients:

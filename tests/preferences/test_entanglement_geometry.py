@@ -25,6 +25,7 @@ from rlkit2.preferences.entanglement import (
     token_geometry,
     update_alignment,
 )
+from rlkit2.preferences.gradients import CountSketch
 from rlkit2.studies.toy_language import SentimentGrammar, SmallGPT
 
 DOUBLE = torch.float64
@@ -162,6 +163,21 @@ def test_free_logits_of_different_contexts_never_interact():
         p = logits[0].softmax(0)
         torch.testing.assert_close(found.inner[0], p.square().sum() - p[1] - p[2])
         assert found.regime(1.0, 1.0).tolist() == [0]
+
+
+def test_sketch_is_unbiased_also_where_all_numbers_are_positive():
+    """Without its signs a count sketch would add `sum(x) sum(y) / dim`."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 500, generator=generator, dtype=DOUBLE) for _ in range(2))
+    found = []
+    for seed in range(200):
+        sketch = CountSketch({"w": x[0]}, 64, seed)
+        first, second = sketch({"w": x})["w"], sketch({"w": y})["w"]
+        assert first.shape == (1, 64)
+        found.append((first * second).sum())
+    products = torch.stack(found)
+    assert abs(products.mean() - (x * y).sum()) < 3 * products.std() / np.sqrt(len(products))
+    assert products.std() < np.sqrt(2 / 64) * x.norm() * y.norm()
 
 
 # --- batches, seeds, tokens ------------------------------------------------------------------------------------------------------
