@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
-SIM_EXTRAS := mujoco,robotics,box2d
+TEST_EXTRAS := mujoco,robotics,box2d,trl
 
 .PHONY: demo test test-slow lint format docs bench clean
 
@@ -18,7 +18,7 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(SIM_EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(TEST_EXTRAS)]'
 	@touch $@ $(VENV)/.core
 
 $(VENV)/.docs: $(VENV)/.dev
