@@ -24,9 +24,9 @@ print(faults(), keep_freed_memory(), faults() and faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_large_temporaries_are_not_faulted_in_again() -> None:
-    """In a process of its own, as the setting stays: 2048 pages a round by default, next to none with it."""
+    """In a process of its own, as the setting stays: 2048 pages a round by default (fewer where pages are huge), next to none with it."""
     run = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
     before, done, after = run.stdout.split()
-    assert float(before) > 500
+    assert float(before) > 2 * float(after) + 50
     assert done == "True"
     assert float(after) < 50

@@ -61,7 +61,7 @@ def test_sigkill_at_twenty_random_moments_leaves_no_trace(tmp_path):
         assert Run(found.parent).manifest["status"] == "finished"
 
 
-@pytest.mark.parametrize("step", [1, 14, 23, 45, 59])
+@pytest.mark.parametrize("step", [1, 14, 23, 45])
 def test_an_interruption_at_any_step_leaves_no_trace(tmp_path, whole, step):
     run = interrupted(tmp_path, step)
     assert run.manifest["status"] == "interrupted"
