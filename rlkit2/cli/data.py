@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from rlkit2.api import load_dataset
 from rlkit2.cli import data_text as text
+from rlkit2.cli.parsing import subcommand
 from rlkit2.data import audit, read_dataset
 from rlkit2.data.load import local_datasets, minari_root
 from rlkit2.data.relabel import load_reward, reward_values
@@ -252,30 +250,6 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
-    more = "rlkit2 data COMMAND --help explains a command and shows an example."
-    return "\n".join(["usage: rlkit2 data COMMAND [OPTIONS]", "", *lines, "", more, ""])
-
-
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in SUBCOMMANDS:
-        close = get_close_matches(name, SUBCOMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
-        raise ConfigError(f"unknown command 'data {name}'; {hint}")
-    function, help, example = SUBCOMMANDS[name]
-    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
-    result: Any = tyro.cli(
-        function,
-        args=rest,
-        prog=f"rlkit2 data {name}",
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return int(result)
+    return subcommand("data", SUBCOMMANDS, arguments, config=(FlagCreatePairsOff,))

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from rlkit2.cli.parsing import command
 from rlkit2.studies.demo import run_demo
 
 DESCRIPTION = """Build a dataset, audit it, train O-DICE and behaviour cloning with several seeds, compare them and draw what was learnt.
@@ -47,4 +47,4 @@ def demo(*, seeds: int = 4, steps: int | None = None, out: Path = Path("runs/dem
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(demo, args=arguments, prog="rlkit2 demo", description=DESCRIPTION)
+    return command(demo, arguments, prog="rlkit2 demo", description=DESCRIPTION)

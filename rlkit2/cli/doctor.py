@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import FlagCreatePairsOff
 
+from rlkit2.cli.parsing import command
 from rlkit2.data.cache import cache_folder
 from rlkit2.data.load import local_datasets, minari_root
 from rlkit2.envs.builtin import builtin_recipes, data_root
@@ -51,7 +52,8 @@ EXTRAS = {
     "trl": ("trl", "trl", "preference diagnostics of language models"),
     "ray": ("ray", "ray", "sweeps on a Ray cluster"),
     "slurm": ("submitit", "submitit", "sweeps on a Slurm cluster"),
-    "onnx": ("onnx", "onnx", "export of policies"),
+    "trackio": ("trackio", "trackio", "logging"),
+    "label": ("starlette", "starlette", "the labelling page in the browser"),
 }
 
 
@@ -183,6 +185,4 @@ def _print(out: Console, found: dict[str, Any]) -> None:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return tyro.cli(
-        doctor, args=arguments, prog="rlkit2 doctor", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    return command(doctor, arguments, prog="rlkit2 doctor", description=DESCRIPTION, config=(FlagCreatePairsOff,))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json as json_format
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
+from rlkit2.cli.parsing import subcommand
 from rlkit2.errors import ConfigError, first_line, require
 from rlkit2.progress import progress_bar
 
@@ -334,30 +333,6 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
-    more = "rlkit2 entangle COMMAND --help explains a command and shows an example."
-    return "\n".join(["usage: rlkit2 entangle COMMAND [OPTIONS]", "", *lines, "", more, ""])
-
-
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in SUBCOMMANDS:
-        close = get_close_matches(name, SUBCOMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
-        raise ConfigError(f"unknown command 'entangle {name}'; {hint}")
-    function, help, example = SUBCOMMANDS[name]
-    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
-    result: Any = tyro.cli(
-        function,
-        args=rest,
-        prog=f"rlkit2 entangle {name}",
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return int(result)
+    return subcommand("entangle", SUBCOMMANDS, arguments, config=(FlagCreatePairsOff,))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from difflib import get_close_matches
 from io import StringIO
 from typing import Any
 
@@ -15,9 +17,12 @@ from rlkit2.errors import ConfigError
 
 
 def command(
-    function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, description: str
+    function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, description: str, **options: Any
 ) -> int | None:
     """Call `function` with what the arguments say; its signature and docstring are the options and their help.
+
+    Args:
+        options: further arguments of `tyro.cli`.
 
     Raises:
         ConfigError: an unknown option, a value missing or of the wrong type.
@@ -28,8 +33,35 @@ def command(
     def bind(*values: Any, **options: Any) -> Callable[[], int | None]:
         return lambda: function(*values, **options)
 
-    bound: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=description)
+    bound: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=description, **options)
     return bound()
+
+
+def subcommand(
+    group: str,
+    commands: Mapping[str, tuple[Callable[..., int | None], str, str]],
+    arguments: Sequence[str],
+    **options: Any,
+) -> int | None:
+    """Find one command of a group (`commands`: name -> function, one-line help, example) and call it as `command` does.
+
+    Raises:
+        ConfigError: unknown command, or as `command`.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in commands.items()]
+        more = f"rlkit2 {group} COMMAND --help explains a command and shows an example."
+        sys.stdout.write("\n".join([f"usage: rlkit2 {group} COMMAND [OPTIONS]", "", *lines, "", more, ""]))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in commands:
+        close = get_close_matches(name, commands, 1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(commands)}"
+        raise ConfigError(f"unknown command '{group} {name}'; {hint}")
+    function, help, example = commands[name]
+    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
+    return command(function, rest, prog=f"rlkit2 {group} {name}", description=description, **options)
 
 
 def parse(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:

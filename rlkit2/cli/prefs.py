@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import tyro
 from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.cli.parsing import subcommand
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.data.reward_file import save_rewards
@@ -370,24 +368,6 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
-    more = "rlkit2 prefs COMMAND --help explains a command and shows an example."
-    return "\n".join(["usage: rlkit2 prefs COMMAND [OPTIONS]", "", *lines, "", more, ""])
-
-
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in SUBCOMMANDS:
-        close = get_close_matches(name, SUBCOMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
-        raise ConfigError(f"unknown command 'prefs {name}'; {hint}")
-    function, help, example = SUBCOMMANDS[name]
-    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
-    result: Any = tyro.cli(function, args=rest, prog=f"rlkit2 prefs {name}", description=description)
-    return int(result)
+    return subcommand("prefs", SUBCOMMANDS, arguments)

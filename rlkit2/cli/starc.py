@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.cli.parsing import subcommand
 from rlkit2.data.relabel import load_reward
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.progress import progress_bar
@@ -421,30 +419,6 @@ SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in SUBCOMMANDS.items()]
-    more = "rlkit2 starc COMMAND --help explains a command and shows an example."
-    return "\n".join(["usage: rlkit2 starc COMMAND [OPTIONS]", "", *lines, "", more, ""])
-
-
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in SUBCOMMANDS:
-        close = get_close_matches(name, SUBCOMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(SUBCOMMANDS)}"
-        raise ConfigError(f"unknown command 'starc {name}'; {hint}")
-    function, help, example = SUBCOMMANDS[name]
-    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
-    result: Any = tyro.cli(
-        function,
-        args=rest,
-        prog=f"rlkit2 starc {name}",
-        description=description,
-        config=(FlagCreatePairsOff, tyro.conf.UseAppendAction),
-    )
-    return int(result)
+    return subcommand("starc", SUBCOMMANDS, arguments, config=(FlagCreatePairsOff, UseAppendAction))

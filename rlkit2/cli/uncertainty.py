@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import load_dataset, load_run
+from rlkit2.cli.parsing import command
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
 from rlkit2.evaluation.uncertainty import TDDiagnostics, td_diagnostics
@@ -201,5 +201,5 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
     if list(arguments[:1]) == ["study"]:
-        return tyro.cli(study, args=arguments[1:], prog="rlkit2 uncertainty study", description=STUDY)
-    return tyro.cli(uncertainty, args=arguments, prog="rlkit2 uncertainty", description=DESCRIPTION)
+        return command(study, arguments[1:], prog="rlkit2 uncertainty study", description=STUDY)
+    return command(uncertainty, arguments, prog="rlkit2 uncertainty", description=DESCRIPTION)
