@@ -130,13 +130,23 @@ class ODICEGradients:
 
 @dataclass(frozen=True)
 class _Residuals:
-    """One evaluation of V: residuals and values `[S, M, B]`, and the pullback of V on rows [s; s']."""
+    """One evaluation of V: R_f and (orthogonal rule) R_b as `[1 or 2, S, M, B]`, (f*)' at them, values `[S, M, B]`, the pullback of V on rows [s; s']."""
 
-    forward: Tensor
-    backward: Tensor | None
+    both: Tensor
+    slopes: Tensor
     value: Tensor
     bootstrap: Tensor
     pullback: Pullback
+
+    @property
+    def forward(self) -> Tensor:
+        """R_f, `[S, M, B]`; the one residual of the other rules."""
+        return self.both[0]
+
+    @property
+    def backward(self) -> Tensor | None:
+        """R_b, `[S, M, B]`."""
+        return self.both[1] if len(self.both) == 2 else None
 
 
 class ODICE(Agent):
@@ -210,21 +220,20 @@ class ODICE(Agent):
         rewards = batch.rewards.unsqueeze(1)
         discount = self.config.discount
         bootstrap = torch.rsub(batch.terminations, discount, alpha=discount).unsqueeze(1)  # gamma (1 - terminated)
-        backward = None
         if self.config.gradient_rule == "semi":
             value, pullback = linearize(self.value_network, batch.observations)
-            forward = torch.addcmul(rewards, bootstrap, self._target(batch.next_observations)) - value
+            here, ahead = value.unsqueeze(0), self._target(batch.next_observations)
         else:
             both = torch.cat([batch.observations, batch.next_observations], 1)
             values, pullback = linearize(self.value_network, both)
             value, next_value = values[..., :rows], values[..., rows:]
             if self.config.gradient_rule == "true":
-                forward = torch.addcmul(rewards, bootstrap, next_value) - value
+                here, ahead = value.unsqueeze(0), next_value
             else:
-                target, next_target = self._target(both).split_with_sizes([rows, rows], -1)
-                forward = torch.addcmul(rewards, bootstrap, next_target) - value
-                backward = self._scaled(torch.addcmul(rewards, bootstrap, next_value) - target)
-        return _Residuals(self._scaled(forward), backward, value, bootstrap, pullback)
+                target, next_target = self._target(both).expand_as(values).split_with_sizes([rows, rows], -1)
+                here, ahead = torch.stack([value, target]), torch.stack([next_target, next_value])
+        residuals = self._scaled(torch.addcmul(rewards, bootstrap, ahead) - here)
+        return _Residuals(residuals, self._slope(residuals), value, bootstrap, pullback)
 
     @torch.no_grad()
     def _target(self, observations: Tensor) -> Tensor:
@@ -240,12 +249,12 @@ class ODICE(Agent):
         """Derivatives of the objective: of (1 - lambda) mean V with respect to each V(s); of lambda mean f*(R) with respect to V(s) and V(s')."""
         config = self.config
         share = 1.0 / (residuals.value.shape[1] * residuals.value.shape[2])  # means over heads and batch
-        at_value = self._slope(residuals.forward) * (-config.lambda_ * share)
+        at_value = residuals.slopes[0] * (-config.lambda_ * share)
         at_next = None
         if config.gradient_rule == "true":
             at_next = residuals.bootstrap * -at_value
         elif residuals.backward is not None:
-            at_next = residuals.bootstrap * self._slope(residuals.backward) * (config.lambda_ * config.eta * share)
+            at_next = residuals.bootstrap * residuals.slopes[1] * (config.lambda_ * config.eta * share)
         return (1.0 - config.lambda_) * share, at_value, at_next
 
     def _unscaled(self, term: Tensor) -> Tensor:
@@ -276,15 +285,14 @@ class ODICE(Agent):
         """The gradient `[S, P]` given to V's optimiser, and what went into it."""
         pullback, rows = residuals.pullback, residuals.value.shape[2]
         mean_term, at_value, at_next = self._cotangents(residuals)
-        metrics = {"weight/conjugate_mean": at_value.sum((1, 2)) / -self.config.lambda_}
         if at_next is None:
-            return pullback(at_value + mean_term), metrics
+            return pullback(at_value + mean_term), {}
         if self.config.gradient_rule == "true":
-            return pullback(torch.cat([at_value + mean_term, at_next], 2)), metrics
+            return pullback(torch.cat([at_value + mean_term, at_next], 2)), {}
         here, there = slice(0, rows), slice(rows, 2 * rows)
-        semi = pullback(at_value + mean_term, here)
-        perpendicular, projection = self._project(pullback(at_value, here), pullback(at_next, there))
-        return semi + perpendicular, metrics | projection
+        forward = pullback(at_value, here)
+        perpendicular, projection = self._project(forward, pullback(at_next, there))
+        return torch.add(forward + perpendicular, pullback(None, here), alpha=mean_term), projection
 
     def _project(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_b - c g_f for vectors `[S, P]`, c per seed; with the metrics of the projection."""
@@ -357,17 +365,20 @@ class ODICE(Agent):
         """Statistics of the batch before the step, in few operations on small tensors."""
         config, residual, value = self.config, residuals.forward, residuals.value
         lowest, highest = value.aminmax(dim=1, keepdim=True)
+        duals = f_conjugate(config.divergence, residuals.both, alpha=config.alpha)
         samples = {  # [S, M, B] each, averaged together
             "value/mean": value,
             "residual/mean": residual,
             "weight/mean": weight,
+            "bound": (batch.rewards / (1.0 - config.discount or 1.0)).unsqueeze(1).expand_as(value),
             "value/head_gap": (highest - lowest).expand_as(value),
-            "value/dual_forward": f_conjugate(config.divergence, residual, alpha=config.alpha),
+            "value/dual_forward": duals[0],
+            "weight/conjugate_mean": residuals.slopes[0],
             "weight/zero_share": weight == 0.0,
             "square": weight * weight,
         }
         if residuals.backward is not None:
-            samples["value/dual_backward"] = f_conjugate(config.divergence, residuals.backward, alpha=config.alpha)
+            samples["value/dual_backward"] = duals[1]
         if config.weight_clamp is not None:
             samples["weight/clamp_share"] = weight == config.weight_clamp
         if config.residual_clip is not None:
@@ -380,16 +391,13 @@ class ODICE(Agent):
         if residuals.backward is not None:
             factor = config.lambda_ * config.eta
             metrics["value/dual_backward"] = self._unscaled(factor * metrics["value/dual_backward"])
-        (metrics["value/min"], metrics["residual/min"], _), largest = stacked[:3].aminmax(dim=2)
-        metrics["value/max"], metrics["residual/max"], metrics["weight/max"] = largest
-        return metrics | self._value_bounds(batch)
-
-    def _value_bounds(self, batch: Batch) -> dict[str, Tensor]:
-        """What a return can be at most and at least by the rewards of the batch, for comparison with V."""
-        if self.config.discount == 1.0:
-            return {}
-        low, high = (torch.stack(batch.rewards.aminmax(dim=1)) / (1.0 - self.config.discount)).unbind()
-        return {"value/bound_min": low, "value/bound_max": high}
+        smallest, largest = stacked[:4].aminmax(dim=2)
+        metrics["value/min"], metrics["residual/min"], _, lowest_bound = smallest
+        metrics["value/max"], metrics["residual/max"], metrics["weight/max"], highest_bound = largest
+        del metrics["bound"]
+        if config.discount < 1.0:  # what a return can be at least and at most by the rewards of the batch
+            metrics["value/bound_min"], metrics["value/bound_max"] = lowest_bound, highest_bound
+        return metrics
 
     # What it offers to others
 
@@ -406,7 +414,7 @@ class ODICE(Agent):
         here, there = slice(0, rows), slice(rows, 2 * rows)
         mean_term, at_value, at_next = self._cotangents(residuals)
         total, metrics = self._value_gradient(residuals)
-        value_term = pullback(torch.full_like(residuals.value, mean_term), here)
+        value_term = pullback(None, here) * mean_term
         if residuals.backward is None or at_next is None:
             forward, backward = total - value_term, None
         else:

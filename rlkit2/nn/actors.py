@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rlkit2.errors import ConfigError
@@ -83,13 +84,36 @@ class GaussianActor(Actor):
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Sum over action dimensions of log N(action; mean, std)."""
-        log_std = self.log_std.clamp(*self.log_std_bounds)
-        standardized = (self.mean(observations) - actions) * torch.exp(-log_std)
-        return torch.add(-0.5 * math.log(2.0 * math.pi) - log_std, standardized.square(), alpha=-0.5).sum(-1)
+        log_density: Tensor = _GaussianLogDensity.apply(  # type: ignore[no-untyped-call]
+            self.mean(observations), self.log_std, actions, self.log_std_bounds
+        )
+        return log_density
 
     def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
         mean = self.mean(observations)
         return mean if noise is None else mean + self.log_std.clamp(*self.log_std_bounds).exp() * noise
+
+
+class _GaussianLogDensity(torch.autograd.Function):
+    """Sum over dimensions of log N(action; mean, exp(clamped log_std)), `[S, B]`: autograd would take twice the operations back."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_std: Tensor, actions: Tensor, bounds: tuple[float, float]) -> Tensor:
+        clamped = log_std.clamp(*bounds)
+        deviation = clamped.exp()
+        standardized = (actions - mean) / deviation
+        ctx.save_for_backward(standardized, deviation, clamped == log_std)
+        constant = torch.rsub(clamped.sum(-1), -0.5 * math.log(2.0 * math.pi) * log_std.shape[-1])
+        return torch.add(constant, standardized.square().sum(-1), alpha=-0.5)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        standardized, deviation, inside = ctx.saved_tensors
+        cotangent = cotangent.unsqueeze(-1)
+        scaled = cotangent * standardized
+        at_log_std = (scaled * standardized - cotangent).sum(-2, keepdim=True) * inside
+        return scaled / deviation, at_log_std, None, None
 
 
 class SquashedGaussianActor(Actor):

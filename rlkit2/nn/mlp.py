@@ -26,7 +26,7 @@ LAYER_NORM_EPSILON = 1e-5
 Module = TypeVar("Module", bound=nn.Module)
 
 Pullback = Callable[..., Tensor]
-"""`pullback(cotangent [S, M, rows], rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `linearize`."""
+"""`pullback(cotangent [S, M, rows] or None for ones, rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `linearize`."""
 
 
 @dataclass
@@ -189,7 +189,7 @@ class StackedMLP(nn.Module):
     def linearize(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
         """Outputs `[S, M, B]` of a scalar network, and their pullback to the parameters.
 
-        `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows to the gradient `[S, P]`. Parts of the rows
+        `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows (None: ones) to the gradient `[S, P]`. Parts of the rows
         share one backward pass, for a unit cotangent: a scalar output makes every hidden derivative proportional to its row's
         cotangent, so further cotangents cost their weight products only.
 
@@ -205,11 +205,11 @@ class StackedMLP(nn.Module):
         unit: list[_Cotangent] = []
 
         @torch.no_grad()
-        def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
+        def pullback(cotangent: Tensor | None, rows: slice = slice(None)) -> Tensor:
             if version is not None and version != self.flat._version:
                 raise RuntimeError("the weights have changed since linearize; pull back before the optimiser's step")
-            cotangent = cotangent.reshape(lead, 1, -1)
-            if rows == slice(None):
+            cotangent = None if cotangent is None else cotangent.reshape(lead, 1, -1)
+            if cotangent is not None and rows == slice(None):
                 return self._weight_gradient(traces, self._backpropagate(traces, cotangent)[0], None)
             if not unit:
                 unit.extend(self._backpropagate(traces, None)[0])
@@ -333,7 +333,8 @@ class StackedMLP(nn.Module):
             inputs = trace.inputs[:, rows]
             if self.output_size is None and i == len(traces) - 1:
                 top = scale if cotangent.linear is None else cotangent.linear
-                assert top is not None
+                if top is None:
+                    top = torch.ones_like(inputs[:, None, :, 0])
                 contract(top, inputs)
                 results.append(torch.sum(top, 2, keepdim=True, out=blocks[len(results)]))
                 continue
@@ -394,9 +395,10 @@ def linearize_by_autograd(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, P
     with torch.enable_grad():
         outputs = module(*inputs)
 
-    def pullback(cotangent: Tensor, rows: slice = slice(None)) -> Tensor:
+    def pullback(cotangent: Tensor | None, rows: slice = slice(None)) -> Tensor:
         selected = outputs[..., rows]
-        gradients = torch.autograd.grad(selected, parameters, cotangent.expand_as(selected), retain_graph=True)
+        cotangent = torch.ones_like(selected) if cotangent is None else cotangent.expand_as(selected)
+        gradients = torch.autograd.grad(selected, parameters, cotangent, retain_graph=True)
         return torch.cat([gradient.flatten(1) for gradient in gradients], 1)
 
     return outputs.detach(), pullback

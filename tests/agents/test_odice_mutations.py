@@ -16,6 +16,12 @@ from tests.agents.test_odice_reference import follow
 from tests.reference import ReferenceUpdates, odice_files
 
 
+def with_residuals(agent: ODICE, found: _Residuals, both: list[Tensor]) -> _Residuals:
+    """`found` with other residuals."""
+    stacked = torch.stack(both)
+    return replace(found, both=stacked, slopes=agent._slope(stacked))
+
+
 class MeanTarget(ODICE):
     """Targets take the mean of the heads instead of their minimum."""
 
@@ -30,7 +36,7 @@ class OnlineMinimum(ODICE):
     def _residuals(self, batch: Batch) -> _Residuals:
         found = super()._residuals(batch)
         excess = found.value - found.value.amin(1, keepdim=True)
-        return replace(found, forward=found.forward + excess)
+        return with_residuals(self, found, [found.both[0] + excess, *found.both[1:]])
 
     def _cotangents(self, residuals: _Residuals) -> Any:
         mean, at_value, at_next = super()._cotangents(residuals)
@@ -119,7 +125,8 @@ class OnlineBackwardResidual(ODICE):
     def _residuals(self, batch: Batch) -> _Residuals:
         found = super()._residuals(batch)
         assert found.backward is not None
-        return replace(found, backward=found.backward + self._target(batch.observations) - found.value)
+        backward = found.backward + self._target(batch.observations) - found.value
+        return with_residuals(self, found, [found.forward, backward])
 
 
 class SmallerHeadWeight(ODICE):
