@@ -130,7 +130,7 @@ class ODICEGradients:
 
 @dataclass(frozen=True)
 class _Residuals:
-    """One evaluation of V: R_f and (orthogonal rule) R_b as `[1 or 2, S, M, B]`, (f*)' at them, values `[S, M, B]`, the pullback of V on rows [s; s']."""
+    """One evaluation of V: R_f and (orthogonal rule) R_b as `[1 or 2, S, M, B]`, (f*)' at them, V(s), and the pullback of V on rows [s; s']."""
 
     both: Tensor
     slopes: Tensor
