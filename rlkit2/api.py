@@ -139,7 +139,7 @@ def train(
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
         plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
-    prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]))
+    prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]), load_dataset)
     factory = agent_factory(plan, prepared)
     factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
     with _evaluator(plan, env, shown) as evaluator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -110,8 +110,14 @@ class Agent:
                 names.update({name: new for name, value in names.items() if value is old})
 
     @classmethod
-    def prepare_dataset(cls, config: Any, dataset: Any) -> Any:
-        """The dataset an agent with `config` trains on; the trainer calls it once, before training."""
+    def prepare_dataset(cls, config: Any, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:
+        """The dataset an agent with `config` trains on; the trainer calls it once, before training.
+
+        Args:
+            config: of the agent.
+            dataset: transitions, rewards transformed.
+            load: opens another dataset by its id or path, for agents that read one beside it.
+        """
         return dataset
 
     @classmethod

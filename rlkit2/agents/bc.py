@@ -9,7 +9,7 @@ Chen et al., "Decision Transformer" (NeurIPS 2021), call %BC. A deterministic po
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class BC(Agent):
         self._register({"policy": self.actor}, {"policy": self.policy_optimizer})
 
     @classmethod
-    def prepare_dataset(cls, config: BCConfig, dataset: Any) -> Any:
+    def prepare_dataset(cls, config: BCConfig, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:
         """Keep the best `fraction` of the episodes by return."""
         if config.fraction == 1.0:
             return dataset

@@ -18,7 +18,7 @@ Source: Mao, Xu, Zhang, Zhan, "ODICE" (ICLR 2024), offline imitation, for "zero"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,7 @@ class ODICEILConfig(ODICEConfig):
         None  # id or path of the expert's dataset; None: the best episodes of the dataset itself
     )
     expert_episodes: int | None = (
-        None  # take this many of its episodes, best returns first; None: all of expert_dataset, or 5 of the dataset itself
+        None  # the first so many of expert_dataset, or the best so many of the dataset itself; None: all, or the best 5
     )
     discriminator_inputs: str = (
         "state_action"  # "state_action", or "state" or "transition" (s, s') to imitate without the expert's actions
@@ -110,14 +110,27 @@ class ODICEIL(ODICE):
     config: ODICEILConfig
 
     @classmethod
-    def prepare_dataset(cls, config: Any, dataset: TransitionDataset) -> TransitionDataset:
+    def prepare_dataset(
+        cls, config: Any, dataset: TransitionDataset, load: Callable[[str], TransitionDataset] | None = None
+    ) -> TransitionDataset:
         """Read the expert's data and relabel."""
-        expert, count = dataset, config.expert_episodes or OWN_EXPERT_EPISODES
-        if config.expert_dataset is not None:
-            expert = read_dataset(config.expert_dataset)
-            count = config.expert_episodes or expert.num_episodes
-        expert = best_episodes(expert, count)
+        if config.expert_dataset is None:
+            expert = best_episodes(dataset, config.expert_episodes or OWN_EXPERT_EPISODES)
+        else:
+            whole = (load or read_dataset)(config.expert_dataset)
+            expert = whole if config.expert_episodes is None else first_episodes(whole, config.expert_episodes)
         return imitation_dataset(dataset, expert, reward=config.reward, discriminator=config.discriminator())
+
+
+def first_episodes(dataset: TransitionDataset, count: int) -> TransitionDataset:
+    """The first `count` episodes: an expert's best ones would be those with the luckiest starts.
+
+    Raises:
+        DatasetError: there are fewer.
+    """
+    if count > dataset.num_episodes:
+        raise DatasetError(f"{dataset.spec.id} has {dataset.num_episodes} episodes, fewer than the {count} asked for")
+    return dataset.select(range(count))
 
 
 def best_episodes(dataset: TransitionDataset, count: int) -> TransitionDataset:

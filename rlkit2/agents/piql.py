@@ -9,6 +9,7 @@ Park, Shin, Lee, Abbeel, Lee, "Preference Transformer" (ICLR 2023), whose Markov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class PIQL(IQL):
     config: PIQLConfig
 
     @classmethod
-    def prepare_dataset(cls, config: PIQLConfig, dataset: Any) -> Any:
+    def prepare_dataset(cls, config: PIQLConfig, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:
         """The dataset with the learned rewards in place of its own.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ class PreferenceAgent(Agent):
     learns_from: ClassVar[str] = "preferences"
 
     @classmethod
-    def prepare_dataset(cls, config: Any, dataset: Any) -> Any:
+    def prepare_dataset(cls, config: Any, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:
         """The labelled pairs of the dataset, each beside `config.replay` of its transitions where there is such a field.
 
         Raises:

@@ -42,10 +42,18 @@ def find_agent_class(name: str) -> type[Agent]:
     return found
 
 
-def prepare_dataset(dataset: TransitionDataset, config: Any, options: DataOptions) -> TransitionDataset:
-    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection of the training episodes made."""
+def prepare_dataset(
+    dataset: TransitionDataset,
+    config: Any,
+    options: DataOptions,
+    load: Callable[[str], TransitionDataset] | None = None,
+) -> TransitionDataset:
+    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection of the training episodes made.
+
+    `load` opens further datasets by id; None: Minari's alone.
+    """
     training, _ = split_dataset(dataset, options)
-    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, training)
+    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, training, load)
     return prepared
 
 

@@ -167,6 +167,9 @@ def test_prepare_dataset_reads_the_expert(tmp_path: Any, monkeypatch: pytest.Mon
     assert len(foreign) == len(MIXED) + len(EXPERT)
     few = ODICEIL.prepare_dataset(replace(config, expert_dataset="test/expert-v0", expert_episodes=3), MIXED)
     assert len(few) == len(MIXED) + 3 * EPISODE
+    torch.testing.assert_close(few.observations[len(MIXED) :], EXPERT.observations[: 3 * EPISODE])  # the first ones
+    elsewhere = ODICEIL.prepare_dataset(replace(config, expert_dataset="elsewhere"), MIXED, lambda source: EXPERT)
+    assert torch.equal(elsewhere.rewards, foreign.rewards)
     zero = ODICEIL.prepare_dataset(make_config("odice_il_zero", expert_episodes=2), MIXED)
     assert len(zero) == 2 * EPISODE
 
