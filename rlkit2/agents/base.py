@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.nn import Adam, Normalizer, Policy, named_tensors, target_copy
+from rlkit2.nn import Adam, Normalizer, Policy, make_actor, named_tensors, target_copy
+from rlkit2.nn.actors import Actor
 
 
 class Agent:
     """Base of every agent: trains S independent seeds on batches `[S, B, ...]`.
 
-    A subclass names its config class, builds its parts in `__init__` and registers them by `_register`; `update` does one training step.
+    A subclass names its config class, makes its parts in `_build` and registers them by `_register`; `update` does one training step.
     Initial weights and any noise depend on the seed's integer and the step alone, so a seed learns the same alone or beside others.
 
     Args:
@@ -25,7 +26,7 @@ class Agent:
         observation_size, action_size: widths (number of actions if `discrete`).
         seeds: n for seeds 0 to n-1, or the integers themselves.
         dtype, device: of all floating tensors.
-        discrete: actions are int64 choices.
+        discrete: actions are int64 choices; None: whether the agent is for nothing else.
         normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1].
 
     Raises:
@@ -50,9 +51,10 @@ class Agent:
         seeds: int | Sequence[int] = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        discrete: bool = False,
+        discrete: bool | None = None,
         normalizer: Normalizer | None = None,
     ) -> None:
+        discrete = self.action_kinds == ("discrete",) if discrete is None else discrete
         kind = "discrete" if discrete else "continuous"
         if kind not in self.action_kinds:
             raise ConfigError(
@@ -69,6 +71,26 @@ class Agent:
         self._modules: dict[str, nn.Module] = {"normalizer": self.normalizer}
         self._optimizers: dict[str, Adam] = {}
         self._buffers: dict[str, Tensor] = {"step": self.step}
+        self._build()
+
+    def _build(self) -> None:
+        """Make networks, optimisers and the policy from `self.config` and register them."""
+        raise NotImplementedError
+
+    def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
+        """The head that `policy_head`, `tanh_mean`, `log_std_init` and `log_std_bounds` of the config describe; categorical for discrete actions."""
+        return make_actor(
+            "categorical" if self.discrete else self.config.policy_head,
+            self.observation_size,
+            self.action_size,
+            hidden_sizes,
+            seeds=self.seeds,
+            tanh_mean=self.config.tanh_mean,
+            log_std_init=self.config.log_std_init,
+            log_std_bounds=self.config.log_std_bounds,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def _register(
         self,

@@ -9,7 +9,7 @@ Chen et al., "Decision Transformer" (NeurIPS 2021), call %BC. A deterministic po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from rlkit2.agents.base import Agent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.nn import Adam, Normalizer, Policy, make_actor
+from rlkit2.nn import Adam, Policy
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,9 @@ class BC(Agent):
     config_class = BCConfig
     config: BCConfig
 
-    def __init__(
-        self,
-        config: BCConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
-        self.actor = make_actor(
-            "categorical" if discrete else config.policy_head,
-            observation_size,
-            action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=config.tanh_mean,
-            log_std_init=config.log_std_init,
-            log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
-        )
+    def _build(self) -> None:
+        config = self.config
+        self.actor = self._likelihood_actor(config.hidden_sizes)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.policy_optimizer = Adam(self.actor, config.learning_rate, weight_decay=config.weight_decay)
         self._register({"policy": self.actor}, {"policy": self.policy_optimizer})

@@ -15,7 +15,6 @@ authors' code: no dropout (theirs 0.25), hidden layers of 256 (theirs 512), and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.preference import cpl_loss
-from rlkit2.nn import Adam, Normalizer, Policy, make_actor, target_copy
+from rlkit2.nn import Adam, Policy, target_copy
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,9 @@ class CPL(PreferenceAgent):
     config_class = CPLConfig
     config: CPLConfig
 
-    def __init__(
-        self,
-        config: CPLConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
-        self.actor = make_actor(
-            "categorical" if discrete else config.policy_head,
-            observation_size,
-            action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=config.tanh_mean,
-            log_std_init=config.log_std_init,
-            log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
-        )
+    def _build(self) -> None:
+        config = self.config
+        self.actor = self._likelihood_actor(config.hidden_sizes)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.policy_optimizer = Adam(self.actor, config.learning_rate)
         self._register({"policy": self.actor}, {"policy": self.policy_optimizer})

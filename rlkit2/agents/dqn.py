@@ -15,7 +15,7 @@ a copy every so many steps; plain squared error instead of its clipped gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.td import td_target
-from rlkit2.nn import Adam, Critic, GreedyActor, Normalizer, Policy, lerp_, target_copy
+from rlkit2.nn import Adam, Critic, GreedyActor, Policy, lerp_, target_copy
 from rlkit2.nn.actors import VOTES
 from rlkit2.nn.critics import taken
 
@@ -71,40 +71,20 @@ class DQN(UncertainAgent):
     action_kinds = ("discrete",)
     config: DQNConfig
 
-    def __init__(
-        self,
-        config: DQNConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = True,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self._build_errors()
         self.critic = Critic(
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
             discrete=True,
             noise_outputs=self.errors.outputs,
             detach_noise=self.errors.detached,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic_target = target_copy(self.critic)
         self.actor = GreedyActor(self.critic, config.vote, self.lcb_coefficient, config.critic_form)

@@ -16,7 +16,6 @@ code. Differences: a terminated step does not bootstrap (theirs does), targets m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,7 +27,7 @@ from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.preference import bradley_terry_loss, implicit_reward
 from rlkit2.losses.td import expectile_loss
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, make_actor, target_copy
+from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, target_copy
 
 
 @dataclass(frozen=True)
@@ -73,54 +72,28 @@ class IPL(PreferenceAgent):
     config_class = IPLConfig
     config: IPLConfig
 
-    def __init__(
-        self,
-        config: IPLConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self.value_network = StackedMLP(
-            observation_size, config.hidden_sizes, seeds=self.seeds, stream="value", dtype=dtype, device=device
+            self.observation_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            stream="value",
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic = Critic(
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
-            discrete=discrete,
-            dtype=dtype,
-            device=device,
+            discrete=self.discrete,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic_target = target_copy(self.critic)
-        self.actor = make_actor(
-            "categorical" if discrete else config.policy_head,
-            observation_size,
-            action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=config.tanh_mean,
-            log_std_init=config.log_std_init,
-            log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
-        )
+        self.actor = self._likelihood_actor(config.hidden_sizes)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.value_optimizer = Adam(self.value_network, config.learning_rate)
         self.critic_optimizer = Adam(self.critic, config.learning_rate)

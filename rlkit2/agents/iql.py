@@ -15,7 +15,7 @@ a categorical policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.td import expectile_slope, td_target
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, lerp_, linearize, make_actor, target_copy
+from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, linearize, target_copy
 
 
 @dataclass(frozen=True)
@@ -75,57 +75,31 @@ class IQL(UncertainAgent):
     config_class = IQLConfig
     config: IQLConfig
 
-    def __init__(
-        self,
-        config: IQLConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self.value_network = StackedMLP(
-            observation_size, config.hidden_sizes, seeds=self.seeds, stream="value", dtype=dtype, device=device
+            self.observation_size,
+            config.hidden_sizes,
+            seeds=self.seeds,
+            stream="value",
+            dtype=self.dtype,
+            device=self.device,
         )
         self._build_errors()
         self.critic = Critic(
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
             noise_outputs=self.errors.outputs,
             detach_noise=self.errors.detached,
-            discrete=discrete,
-            dtype=dtype,
-            device=device,
+            discrete=self.discrete,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic_target = target_copy(self.critic)
-        self.actor = make_actor(
-            "categorical" if discrete else config.policy_head,
-            observation_size,
-            action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=config.tanh_mean,
-            log_std_init=config.log_std_init,
-            log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
-        )
+        self.actor = self._likelihood_actor(config.hidden_sizes)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
         self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)

@@ -32,7 +32,7 @@ from rlkit2.agents.base import Agent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.divergences import WEIGHT_KINDS, f_conjugate, f_conjugate_grad, policy_weight, resolve_divergence
-from rlkit2.nn import Adam, Normalizer, Policy, StackedMLP, lerp_, linearize, make_actor, target_copy, unflatten
+from rlkit2.nn import Adam, Policy, StackedMLP, lerp_, linearize, target_copy, unflatten
 from rlkit2.nn.mlp import Pullback
 
 GRADIENT_RULES = ("orthogonal", "semi", "true")
@@ -155,51 +155,20 @@ class ODICE(Agent):
     config_class = ODICEConfig
     config: ODICEConfig
 
-    def __init__(
-        self,
-        config: ODICEConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self.value_network = StackedMLP(
-            observation_size,
+            self.observation_size,
             config.value_hidden_sizes,
             seeds=self.seeds,
             members=config.num_values,
             layer_norm=config.value_layer_norm,
             stream="value",
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.value_target = target_copy(self.value_network)
-        self.actor = make_actor(
-            "categorical" if discrete else config.policy_head,
-            observation_size,
-            action_size,
-            config.policy_hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=config.tanh_mean,
-            log_std_init=config.log_std_init,
-            log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
-        )
+        self.actor = self._likelihood_actor(config.policy_hidden_sizes)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
         self.policy_optimizer = Adam(self.actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
@@ -209,7 +178,9 @@ class ODICE(Agent):
         )
         self.adaptive = config.target_effective_sample_share is not None
         if self.adaptive:
-            self.residual_scale = torch.full((len(self.seeds),), config.residual_scale, dtype=dtype, device=self.device)
+            self.residual_scale = torch.full(
+                (len(self.seeds),), config.residual_scale, dtype=self.dtype, device=self.device
+            )
             self._register(buffers={"residual_scale": self.residual_scale})
 
     # The terms of the objective

@@ -15,7 +15,7 @@ unless given; one sample of the policy serves its own step and the temperature's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import grouped_mean_minimum, grouped_minimum, lower_bound
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn import Adam, Critic, Policy, lerp_, make_actor, target_copy
 from rlkit2.nn.actors import SquashedGaussianActor
 from rlkit2.nn.ensembles import member_minimum
 from rlkit2.nn.random import normal
@@ -97,55 +97,35 @@ class SACN(UncertainAgent):
     action_kinds = ("continuous",)
     config: SACNConfig
 
-    def __init__(
-        self,
-        config: SACNConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self._build_errors()
         self.critic = Critic(
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
             noise_outputs=self.errors.outputs,
             detach_noise=self.errors.detached,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic_target = target_copy(self.critic)
         actor = make_actor(
             "squashed_gaussian",
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             log_std_bounds=config.log_std_bounds,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         assert isinstance(actor, SquashedGaussianActor)
         self.actor = actor
-        self.temperature = Temperature(config.initial_temperature, len(self.seeds), dtype, device)
-        self.target_entropy = -float(action_size) if config.target_entropy is None else config.target_entropy
+        self.temperature = Temperature(config.initial_temperature, len(self.seeds), self.dtype, self.device)
+        self.target_entropy = -float(self.action_size) if config.target_entropy is None else config.target_entropy
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
         self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)

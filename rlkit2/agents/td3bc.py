@@ -13,7 +13,7 @@ observations, as they do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from rlkit2.agents.uncertainty import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.td import td_target
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn import Adam, Critic, Policy, lerp_, make_actor, target_copy
 from rlkit2.nn.random import normal
 
 
@@ -65,49 +65,29 @@ class TD3BC(UncertainAgent):
     action_kinds = ("continuous",)
     config: TD3BCConfig
 
-    def __init__(
-        self,
-        config: TD3BCConfig,
-        observation_size: int,
-        action_size: int,
-        *,
-        seeds: int | Sequence[int] = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        discrete: bool = False,
-        normalizer: Normalizer | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            observation_size,
-            action_size,
-            seeds=seeds,
-            dtype=dtype,
-            device=device,
-            discrete=discrete,
-            normalizer=normalizer,
-        )
+    def _build(self) -> None:
+        config = self.config
         self._build_errors()
         self.critic = Critic(
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
             members=config.num_critics,
             noise_outputs=self.errors.outputs,
             detach_noise=self.errors.detached,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.critic_target = target_copy(self.critic)
         self.actor = make_actor(
             "deterministic",
-            observation_size,
-            action_size,
+            self.observation_size,
+            self.action_size,
             config.hidden_sizes,
             seeds=self.seeds,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.actor_target = target_copy(self.actor)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
