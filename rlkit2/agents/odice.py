@@ -236,9 +236,10 @@ class ODICE(Agent):
 
     def _slope(self, residual: Tensor) -> Tensor:
         """(f*)'(R), the optimal weight, as V's gradient uses it."""
-        if self.config.residual_clip is not None:
-            residual = residual.clamp(max=self.config.residual_clip)
-        return f_conjugate_grad(self.config.divergence, residual, alpha=self.config.alpha)
+        return f_conjugate_grad(self.config.divergence, self._clipped(residual), alpha=self.config.alpha)
+
+    def _clipped(self, residual: Tensor) -> Tensor:
+        return residual if self.config.residual_clip is None else residual.clamp(max=self.config.residual_clip)
 
     def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Policy weights before and after normalisation and clamp."""
@@ -336,7 +337,7 @@ class ODICE(Agent):
         """Statistics of the batch before the step, in few operations on small tensors."""
         config, residual, value = self.config, residuals.forward, residuals.value
         lowest, highest = value.aminmax(dim=1, keepdim=True)
-        duals = f_conjugate(config.divergence, residuals.both, alpha=config.alpha)
+        duals = f_conjugate(config.divergence, self._clipped(residuals.both), alpha=config.alpha)
         samples = {  # [S, M, B] each, averaged together
             "value/mean": value,
             "residual/mean": residual,
