@@ -22,7 +22,15 @@ from rlkit2.data.reward_file import save_rewards
 from rlkit2.preferences import RewardEnsemble, ScriptedTeacher, collect_preferences, evaluate_reward, fit_reward_model
 from rlkit2.preferences.relabelling import relabelled_rewards
 
-METHODS = ("iql, true reward", "iql, zero reward", "p-iql", "cpl", "ipl")
+METHODS = (
+    "iql, true reward",
+    "iql, zero reward",
+    "p-iql",
+    "cpl",
+    "cpl, cloning_weight 1",
+    "ipl",
+    "ipl, chi2 5 and rate 1e-4",
+)
 
 
 def main() -> None:
@@ -96,6 +104,10 @@ def trained(given: Any, dataset: Any, method: str) -> rlkit2.Run:
         "cpl": {"preferences": str(given.out / "labels"), "bc_steps": given.steps * 2 // 5},
         "ipl": {"preferences": str(given.out / "labels")},
     }.get(agent, {})
+    if method.endswith("cloning_weight 1"):
+        own["cloning_weight"] = 1.0
+    if method.endswith("rate 1e-4"):
+        own |= {"chi2": 5.0, "learning_rate": 1e-4}
     if agent.endswith("iql"):
         own["policy_cosine_steps"] = given.steps
     return rlkit2.train(

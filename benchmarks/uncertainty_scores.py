@@ -3,15 +3,14 @@
     python benchmarks/uncertainty_scores.py --out runs/uncertainty              # everything that is not there yet, then the tables
     python benchmarks/uncertainty_scores.py --out runs/uncertainty --table-only # the tables of what is there
 
-Every cell is `rlkit2.train(AGENT, DATASET, critic=...)` with the shipped recipe but for width and updates, a tenth of the episodes held out, all seeds
-in one process. AUROC: the critics' disagreement about uniformly random actions against the data's, held-out states. Calibration error, coverage and
-likelihood: TD errors of the held-out episodes. Intervals: 95 %, t over seeds. A finished run is not trained again, an interrupted one goes on.
+Every cell is `rlkit2.train(AGENT, DATASET, critic=...)` with the shipped recipe but for width and updates, a tenth of the episodes held out, all
+seeds in one process. AUROC: the critics' disagreement about uniformly random actions against the data's, at held-out states. Calibration error,
+coverage and likelihood: TD errors of the held-out episodes. Intervals: 95 %, t over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,16 @@ def trained(given: Any, dataset: str, agent: str, variant: str) -> rlkit2.Run | 
     if run is not None:
         return rlkit2.train(resume=run)
     overrides = {"hidden_sizes": (width, width), **VARIANTS[variant]}
-    evaluations = {"eval_every": steps // 2, "held_out": 0.1}
-    return rlkit2.train(agent, dataset, steps=steps, seeds=given.seeds, out=folder, overrides=overrides, **evaluations)
+    return rlkit2.train(
+        agent,
+        dataset,
+        steps=steps,
+        seeds=given.seeds,
+        eval_every=steps // 2,
+        held_out=0.1,
+        out=folder,
+        overrides=overrides,
+    )
 
 
 def measured(run: rlkit2.Run) -> dict[str, str]:
@@ -98,4 +105,4 @@ def interval(values: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,9 +4,10 @@ If people prefer the segment with less regret, and the policy is the optimum of 
 policy itself is the Bradley-Terry model of the labels. With A(seg) = sum_t alpha gamma^t log pi(a_t|s_t), y the probability that the second segment
 is preferred and lambda in (0, 1] a conservative bias towards what was shown,
 
-    L(pi) = -E[ (1 - y) log sigmoid(A_1 - lambda A_2) + y log sigmoid(A_2 - lambda A_1) ]
+    L(pi) = -E[ (1 - y) log sigmoid(A_1 - lambda A_2) + y log sigmoid(A_2 - lambda A_1) ] - c E[log pi(a|s)]
 
-after `bc_steps` updates of cloning all segments (L = -E[log pi(a|s)]), at whose end the optimiser starts anew.
+after `bc_steps` updates of cloning all segments (L = -E[log pi(a|s)]), at whose end the optimiser starts anew. c (`cloning_weight`) is 0 in the
+paper: with few labels the loss then lowers the likelihood of both segments until the policy has left the data.
 
 Source: Hejna, Rafailov, Sikchi, Finn, Niekum, Knox, Sadigh, "Contrastive Preference Learning: Learning from Human Feedback without Reinforcement
 Learning" (ICLR 2024), eqs. 5 and 6. With `reference` the log-likelihoods are relative to the cloned policy (its CPL-KL). Differences from the
@@ -36,6 +37,9 @@ class CPLConfig:
     preferences: str = ""  # folder of labels (rlkit2 prefs label)
     alpha: float = 0.1  # temperature: how much an advantage a unit of log-likelihood is
     lambda_: float = 0.5  # conservative bias in (0, 1]: the smaller, the closer to what was preferred
+    cloning_weight: float = (
+        0.0  # weight of -E[log pi(a|s)] of all segments beside the preference loss: keeps the policy near the data
+    )
     discount: float = 1.0  # gamma inside a segment
     bc_steps: int = 10_000  # updates of behaviour cloning before (authors: two fifths of all)
     reference: bool = False  # log-likelihoods relative to the cloned policy
@@ -52,6 +56,7 @@ class CPLConfig:
             ("lambda_", self.lambda_, 0.0 < self.lambda_ <= 1.0),
             ("discount", self.discount, 0.0 < self.discount <= 1.0),
             ("bc_steps", self.bc_steps, self.bc_steps >= 0),
+            ("cloning_weight", self.cloning_weight, self.cloning_weight >= 0.0),
         ):
             if not good:
                 raise ConfigError(f"{name} = {value} is out of range")
@@ -119,7 +124,8 @@ class CPL(PreferenceAgent):
         preference = self.preference_loss(log_likelihoods, label_mass)
         cloning = -log_likelihoods.mean((1, 2, 3))
         cloning_now = self.step < self.config.bc_steps
-        gradient_norm = self.policy_optimizer.minimize(torch.where(cloning_now, cloning, preference))
+        loss = preference if self.config.cloning_weight == 0.0 else preference + self.config.cloning_weight * cloning
+        gradient_norm = self.policy_optimizer.minimize(torch.where(cloning_now, cloning, loss))
         self.step += 1
         margin = log_likelihoods.detach().sum(-1).diff(dim=-1).squeeze(-1)
         return {
