@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,24 @@ def subcommand(
     function, help, example = commands[name]
     description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
     return command(function, rest, prog=f"rlkit2 {group} {name}", description=description, **options)
+
+
+def name_values(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """`["timeout_min=5", "partition=gpu"]` as a dictionary; a value is read as JSON (numbers, true, [64, 64]) where it is that, else as text.
+
+    Raises:
+        ConfigError: no equals sign.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {text!r} is no setting; write name=value")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def parse(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:

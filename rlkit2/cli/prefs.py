@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from rich.table import Table
@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.data_text import console, print_json, say
-from rlkit2.cli.parsing import subcommand
+from rlkit2.cli.parsing import name_values, subcommand
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.data.reward_file import save_rewards
@@ -32,6 +32,9 @@ from rlkit2.preferences import (
 from rlkit2.preferences.evaluation import mean_rewards
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rlkit2.studies.preferences_to_regret import StudyResult
 
 REWARDS = "rewards.safetensors"
 
@@ -272,12 +275,17 @@ def study(
     length: int = 16,
     agent: str = "iql",
     steps: int = 5000,
+    batch_size: int = 256,
+    config: tuple[str, ...] = (),
     hidden_sizes: tuple[int, ...] = (64, 64),
     reward_steps: int = 500,
     reward_learning_rate: float = 1e-3,
     offset: str = "mean",
     discount: float = 0.95,
     episodes: int = 20,
+    engine: str = "local",
+    jobs: int | None = None,
+    option: tuple[str, ...] = (),
     figure: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -285,20 +293,25 @@ def study(
 
     Args:
         dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder; it needs reference returns.
-        out: folder of the study; run the same command again to go on with one that was stopped.
+        out: folder of the study; run the same command again to go on with one that was stopped, or with more teachers or budgets.
         teachers: scripted teachers.
         budgets: labels.
         seeds: seeds of every teacher and budget, trained together.
         length: steps of a segment.
         agent: the offline agent.
         steps: its updates.
+        batch_size: transitions per update and seed.
+        config: fields of the agent's configuration, name=value: --config expectile=0.9 inverse_temperature=3.
         hidden_sizes: hidden layers of the reward models and of the agent.
         reward_steps: most updates of the reward models.
         reward_learning_rate: of their Adam.
         offset: none, mean, min or max is subtracted from a learned reward; where episodes can end early, min says that living on is
             good and max that arriving is good.
-        discount: of the STARC distance.
+        discount: of the STARC distance and of the agent.
         episodes: that measure the regret of a policy.
+        engine: local (processes on this machine), ray or slurm.
+        jobs: cells (a teacher with a budget) computed at the same time (local); default: as many as there are cores.
+        option: settings of the engine, name=value, as in rlkit2 sweep.
         figure: picture of regret against distance and against accuracy; default: OUT/study.png.
         json: print everything as JSON.
     """
@@ -315,18 +328,29 @@ def study(
         offset=offset,
         reward={"hidden_sizes": list(hidden_sizes), "steps": reward_steps, "learning_rate": reward_learning_rate},
         agent=agent,
-        agent_settings={"hidden_sizes": list(hidden_sizes)},
+        agent_settings={"hidden_sizes": list(hidden_sizes), **name_values(config, "--config")},
         steps=steps,
+        batch_size=batch_size,
         episodes=episodes,
     )
-    result = run_study(settings, out, say=say if not json else lambda text: None)
-    texts = {name: f"rank correlation with regret {result.correlation(name)}" for name in ("starc", "error")}
+    with progress_bar("cells of the study") as bar:
+        options = name_values(option, "--option")
+        result = run_study(settings, out, engine=engine, jobs=jobs, options=options, progress=bar)
+    texts = {name: f"rank correlation with regret {result.correlations[name]}" for name in ("starc", "error")}
     picture = figure or out / "study.png"
     study_figure(result.rows, texts, f"{dataset}, {agent}").savefig(picture, dpi=150)
     if json:
         print_json(result.to_dict())
         return 0
-    shown = Table(title=f"{dataset}: means of {seeds} seeds", title_justify="left")
+    _print_study(result)
+    say(f"figure: {picture}")
+    return 0
+
+
+def _print_study(result: StudyResult) -> None:
+    """The table of a study and its rank correlations."""
+    settings = result.settings
+    shown = Table(title=f"{settings.dataset}: means of {settings.seeds} seeds", title_justify="left")
     for name in ("reward", "labels", "accuracy", "STARC to true", "return", "regret"):
         shown.add_column(name, justify="left" if name == "reward" else "right")
     for row in result.table():
@@ -341,11 +365,11 @@ def study(
             f"{row['regret']:.3f}{error}",
         )
     console().print(shown)
-    say(
-        f"STARC distance: {texts['starc']}; pair error: {texts['error']} (95 % bootstrap intervals over {len(result.learned)} learned rewards)"
-    )
-    say(f"regret: 0 at the reference policy, 1 at a random one; figure: {picture}")
-    return 0
+    say("regret: 0 at the reference policy, 1 at a random one (standard error over seeds)")
+    say(f"rank correlation with regret of {len(result.learned)} learned rewards:")
+    for name, text in (("starc", "STARC distance"), ("error", "pair error"), ("difference", "|STARC| - |error|")):
+        say(f"  {text}: {result.correlations[name]}")
+    say("(95 % intervals from a bootstrap over teachers and budgets, and over seeds within them)")
 
 
 # name -> (function, one-line help, example)

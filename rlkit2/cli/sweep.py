@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from rlkit2.cli.parsing import command
-from rlkit2.errors import ConfigError
+from rlkit2.cli.parsing import command, name_values
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
 from rlkit2.training import Run
@@ -62,7 +61,13 @@ def sweep(
 
         try:
             statuses = run_sweep(
-                plan, out=out, engine=engine, jobs=jobs, device=device, options=_options(option), report=report
+                plan,
+                out=out,
+                engine=engine,
+                jobs=jobs,
+                device=device,
+                options=name_values(option, "--option"),
+                report=report,
             )
             failed = any(status != "finished" for status in statuses.values())
         except KeyboardInterrupt:
@@ -77,16 +82,6 @@ def sweep(
 
 def _over(run: Run) -> bool:
     return run.manifest["status"] in ("finished", "failed")
-
-
-def _options(texts: Sequence[str]) -> dict[str, str | int]:
-    found: dict[str, str | int] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text!r} is no setting; write name=value")
-        found[name] = int(value) if value.isdigit() else value
-    return found
 
 
 def _print(plan: Sweep, out: Path) -> None:

@@ -3,18 +3,19 @@
 For every teacher and label budget, several seeds at once: labels, a reward ensemble, its accuracy on held-out pairs and its STARC distance to the
 true reward, a policy trained offline on the learned reward, and the regret of that policy under the true one. The question is which of the two
 measures of the reward foretells the regret better.
+
+A teacher with a budget is a cell: one folder, one piece of work of the sweep engine.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from rlkit2.api import load_dataset
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics
 from rlkit2.data.preferences import PreferenceDataset
-from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.evaluation import evaluate_policy
 from rlkit2.evaluation.statistics import Estimate
 from rlkit2.preferences.collecting import collect_preferences
@@ -35,14 +36,17 @@ from rlkit2.preferences.evaluation import evaluate_reward, shuffled_labels, star
 from rlkit2.preferences.fitting import fit_reward_model
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.preferences.teachers import ScriptedTeacher
-from rlkit2.training.files import read_json, write_json
+from rlkit2.sweeps import check_engine, run_folders
+from rlkit2.training.files import read_json, write_json, writing
 from rlkit2.training.groups import BatchIndices, one_intraop_thread
 from rlkit2.training.recipe import read_fields
 
 Array = NDArray[np.float64]
 BASELINES = ("true", "zero", "constant", "random labels")
 TEST_SEED = 1_000_003  # of the pairs that judge every reward; apart from all seeds of the labels
-Say = Callable[[str], None]
+CELL, ROWS = "cell.json", "rows.json"  # of a cell's folder: what it is, and what came out
+RESAMPLES = 2000  # behind the intervals of the correlations
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class StudySettings:
     seeds: int = 5
     length: int = 16  # steps of a segment
     test_pairs: int = 1000  # that judge every reward, labelled by the oracle
-    discount: float = 0.95  # of the STARC distance
+    discount: float = 0.95  # of the STARC distance, and of the agent where `agent_settings` say nothing else
     offset: str = "mean"  # what is subtracted from a learned reward, see `relabel`
     reward: dict[str, Any] = field(default_factory=dict)  # arguments of `fit_reward_model`
     agent: str = "iql"
@@ -76,10 +80,17 @@ class StudySettings:
         read_fields(agent_class(self.agent).config_class, self.agent_settings)
 
     @property
-    def digest(self) -> str:
-        """A hash of what a cell depends on: cells of studies that differ in teachers or budgets alone are shared."""
+    def shared(self) -> dict[str, Any]:
+        """What every cell depends on, as JSON values: all but the teachers and budgets, which only say which cells there are."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("teachers", "budgets")}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return cast(dict[str, Any], json.loads(json.dumps(facts)))
+
+    @property
+    def cells(self) -> dict[str, tuple[str, int]]:
+        """Teacher and labels of every cell by the name of its folder, baselines first; random labels are as many as the largest budget."""
+        baselines = [(name, max(self.budgets) if name == "random labels" else 0) for name in BASELINES]
+        named = [*baselines, *((teacher, budget) for budget in self.budgets for teacher in self.teachers)]
+        return {f"{teacher.replace(' ', '-')}-{labels}": (teacher, labels) for teacher, labels in named}
 
 
 @dataclass(frozen=True)
@@ -98,21 +109,29 @@ class StudyResult:
         """Rows of learned rewards with a distance: what the correlations are about."""
         return [row for row in self.rows if row["teacher"] not in BASELINES and row["starc"] is not None]
 
-    def correlation(self, measure: str, *, resamples: int = 2000, seed: int = 0) -> Estimate:
-        """Spearman's rank correlation of a measure with the regret over learned rewards, with a 95 % bootstrap interval over rows.
+    @cached_property
+    def correlations(self) -> dict[str, Estimate]:
+        """Spearman's rank correlation with the regret over learned rewards, with 95 % intervals; NaN below three rewards or two cells.
 
-        Args:
-            measure: "starc", or "error" (one minus accuracy).
+        `starc` is that of the distance, `error` that of one minus the accuracy, and `difference` is |starc| - |error|: above 0 where the
+        distance foretells the regret better. The intervals come from a bootstrap of two levels, cells (teacher and budget) and then
+        seeds within each, for the rewards of one cell share teacher, budget and judging pairs: they are no independent draws. All three
+        are taken from the same resamples.
         """
-        if len(self.learned) < 3:
-            return Estimate(float("nan"), float("nan"), float("nan"))
-        values = np.array([row["starc"] if measure == "starc" else 1 - row["accuracy"] for row in self.learned])
-        regret = np.array([row["regret"] for row in self.learned])
-        generator = np.random.default_rng(seed)
-        drawn = generator.integers(len(values), size=(resamples, len(values)))
-        samples = [_spearman(values[rows], regret[rows]) for rows in drawn]
-        low, high = np.nanquantile(samples, [0.025, 0.975])
-        return Estimate(_spearman(values, regret), float(low), float(high))
+        measures = np.array([(row["starc"], 1 - row["accuracy"], row["regret"]) for row in self.learned])
+        cells = [np.flatnonzero(same) for same in self._same_cell()]
+        if len(measures) < 3 or len(cells) < 2:
+            return dict.fromkeys(("starc", "error", "difference"), Estimate(np.nan, np.nan, np.nan))
+        generator = np.random.default_rng(0)
+        samples = np.array([_rank_correlations(measures[_resample(cells, generator)]) for _ in range(RESAMPLES)])
+        low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
+        found = zip(_rank_correlations(measures), low, high, strict=True)
+        return {name: Estimate(*map(float, e)) for name, e in zip(("starc", "error", "difference"), found, strict=True)}
+
+    def _same_cell(self) -> list[NDArray[np.bool_]]:
+        """Which of the learned rewards are in each cell, `[L]` a cell."""
+        of_row = [(row["teacher"], row["budget"]) for row in self.learned]
+        return [np.array([cell == other for other in of_row]) for cell in dict.fromkeys(of_row)]
 
     def table(self) -> list[dict[str, Any]]:
         """Means over seeds of every teacher and budget, and of the baselines."""
@@ -133,9 +152,7 @@ class StudyResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         correlations = {
-            name: [e.value, e.low, e.high] if np.isfinite(e.value) else None
-            for name in ("starc", "error")
-            for e in [self.correlation(name)]
+            name: [e.value, e.low, e.high] if np.isfinite(e.value) else None for name, e in self.correlations.items()
         }
         return {
             "settings": asdict(self.settings),
@@ -145,32 +162,89 @@ class StudyResult:
         }
 
 
-def run_study(settings: StudySettings, out: str | os.PathLike[str], *, say: Say = lambda text: None) -> StudyResult:
-    """Run (or go on with) a study; every finished cell is a file in `out/cells`, so a killed study loses one cell at most.
+def run_study(
+    settings: StudySettings,
+    out: str | os.PathLike[str],
+    *,
+    engine: str = "local",
+    jobs: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> StudyResult:
+    """Run (or go on with) a study: a folder below `out/cells` for every teacher and budget, each one piece of work of the sweep engine.
+
+    A finished cell is never computed again, so a killed study loses the cells it was in, and more teachers or budgets can be added.
 
     Args:
         settings: what to do.
         out: folder of the study; `study.json` is written there at the end.
-        say: told about every cell.
+        engine: `local` (processes on this machine), `ray` or `slurm`.
+        jobs: cells computed at the same time (local); default: as many as there are cores.
+        options: of the engine, see `rlkit2.sweeps.run_sweep`.
+        progress: called with (cells done, cells in all).
 
     Raises:
-        ConfigError: a setting is out of range. DatasetError: no reference returns, so that there is no scale of regret.
+        ConfigError: a setting is out of range, or an unknown engine. DatasetError: no reference returns, so no scale of regret.
+        RunError: `out` holds a study with other settings, or a cell ended with an error; the others are done.
+        KeyboardInterrupt: the same call goes on.
     """
-    folder = Path(out)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    cells = [*((name, 0) for name in BASELINES), *((t, b) for b in settings.budgets for t in settings.teachers)]
-    world: _World | None = None
-    rows: list[dict[str, Any]] = []
-    for number, (teacher, budget) in enumerate(cells, 1):
-        path = folder / "cells" / f"{teacher.replace(' ', '-')}-{budget}-{settings.digest}.json"
-        if not path.exists():
-            say(f"{number}/{len(cells)}: {teacher}" + (f", {budget} labels" if budget else ""))
-            world = world or _World(settings)
-            write_json(path, {"rows": run_cell(world, teacher, budget)})
-        rows += read_json(path)["rows"]
-    result = StudyResult(settings, rows)
+    check_engine(engine, jobs)
+    folder = Path(out).resolve()
+    dataset = _load(settings.dataset)
+    _claim(folder, {**settings.shared, "content_hash": dataset.spec.content_hash})
+    cells = {folder / "cells" / name: cell for name, cell in settings.cells.items()}
+    waiting = [cell for cell in cells if not (cell / ROWS).exists()]
+    for cell in waiting:
+        with writing(cell):
+            cell.mkdir(parents=True, exist_ok=True)
+        teacher, labels = cells[cell]
+        write_json(cell / CELL, {"teacher": teacher, "labels": labels, "settings": settings.shared})
+    ended: dict[Path, str] = {}
+
+    def report(cell: Path, status: str) -> None:
+        ended[cell] = status
+        progress(len(cells) - len(waiting) + len(ended), len(cells))
+
+    progress(len(cells) - len(waiting), len(cells))
+    run_folders(study_cell, waiting, engine=engine, jobs=jobs, options=options, report=report)
+    if broken := {cell: status for cell, status in ended.items() if status != "finished"}:
+        cell, status = next(iter(broken.items()))
+        raise RunError(f"{len(broken)} of {len(cells)} cells of the study did not finish; {cell.name}: {status}")
+    result = StudyResult(settings, [row for cell in cells for row in read_json(cell / ROWS)["rows"]])
     write_json(folder / "study.json", result.to_dict())
     return result
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Make the folder that of a study with these settings; `RunError` where it is that of another one."""
+    path = folder / "settings.json"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    before = read_json(path) if path.exists() else facts
+    changed = [name for name, value in facts.items() if before.get(name) != value]
+    if changed:
+        raise RunError(
+            f"{folder} holds a study with another {', '.join(changed)}; give another folder, or delete that one"
+        )
+    write_json(path, facts)
+
+
+def study_cell(folder: Path) -> str:
+    """Compute the cell that `cell.json` in the folder names and write its rows beside it; what is finished is left alone."""
+    if not (folder / ROWS).exists():
+        cell = read_json(folder / CELL)
+        with one_intraop_thread(torch.device("cpu")):
+            rows = run_cell(_World(StudySettings(**cell["settings"])), cell["teacher"], cell["labels"])
+        write_json(folder / ROWS, {"rows": rows})
+    return "finished"
+
+
+def _load(source: str) -> TransitionDataset:
+    """The dataset of a study; `DatasetError` where it has no reference returns."""
+    dataset = load_dataset(source)
+    if dataset.spec.ref_min_score is None or dataset.spec.ref_max_score is None:
+        raise DatasetError(f"{dataset.spec.id} has no reference returns; a study needs them as the scale of regret")
+    return dataset
 
 
 class _World:
@@ -178,10 +252,7 @@ class _World:
 
     def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
-        self.dataset = load_dataset(settings.dataset)
-        spec = self.dataset.spec
-        if spec.ref_min_score is None or spec.ref_max_score is None:
-            raise DatasetError(f"{spec.id} has no reference returns; a study needs them as the scale of regret")
+        self.dataset = _load(settings.dataset)
         self.truth = self.dataset.rewards.double().numpy()
         self.test = collect_preferences(
             self.dataset, ScriptedTeacher(), settings.test_pairs, length=settings.length, seed=TEST_SEED
@@ -195,11 +266,11 @@ class _World:
         return np.asarray((high - returns.mean(1)) / (high - low))
 
 
-def run_cell(world: _World, teacher: str, budget: int) -> list[dict[str, Any]]:
-    """The rows of one teacher and budget (or of one baseline), all seeds together."""
+def run_cell(world: _World, teacher: str, labels: int) -> list[dict[str, Any]]:
+    """The rows of one teacher and number of labels (or of one baseline), all seeds together."""
     settings, dataset = world.settings, world.dataset
     seeds = list(range(settings.seeds))
-    accuracies, rewards = _learned(world, teacher, budget, seeds)
+    accuracies, rewards = _learned(world, teacher, labels, seeds)
     distances = _distances(world, rewards)
     agent = train_on_rewards(settings, dataset, torch.stack([torch.from_numpy(r) for r in rewards]), seeds)
     returns = evaluate_policy(agent.policy, dataset.spec, episodes=settings.episodes).returns
@@ -207,7 +278,7 @@ def run_cell(world: _World, teacher: str, budget: int) -> list[dict[str, Any]]:
     return [
         {
             "teacher": teacher,
-            "budget": budget,
+            "budget": 0 if teacher in BASELINES else labels,
             "seed": seed,
             "accuracy": accuracies[k],
             "starc": distances[k]["distance"],
@@ -220,7 +291,7 @@ def run_cell(world: _World, teacher: str, budget: int) -> list[dict[str, Any]]:
     ]
 
 
-def _learned(world: _World, teacher: str, budget: int, seeds: list[int]) -> tuple[list[float], list[Array]]:
+def _learned(world: _World, teacher: str, count: int, seeds: list[int]) -> tuple[list[float], list[Array]]:
     """Accuracy on the judging pairs and rewards `[N]` (scaled for the agent) of every seed."""
     settings, dataset = world.settings, world.dataset
     fixed = {"true": world.truth, "zero": np.zeros(len(dataset)), "constant": np.ones(len(dataset))}
@@ -228,7 +299,7 @@ def _learned(world: _World, teacher: str, budget: int, seeds: list[int]) -> tupl
         accuracy = evaluate_reward(fixed[teacher], world.test, dataset).accuracy
         reward = fixed[teacher] / (fixed[teacher].std() or 1.0)
         return [accuracy] * len(seeds), [reward] * len(seeds)
-    labels = [_labels(world, teacher, budget, seed) for seed in seeds]
+    labels = [_labels(world, teacher, count, seed) for seed in seeds]
     model = fit_reward_model(labels, dataset, seeds=seeds, **settings.reward)
     parts = [model.select_seed(k) for k in range(len(seeds))]
     accuracies = [evaluate_reward(part, world.test, dataset).accuracy for part in parts]
@@ -236,15 +307,11 @@ def _learned(world: _World, teacher: str, budget: int, seeds: list[int]) -> tupl
     return accuracies, rewards
 
 
-def _labels(world: _World, teacher: str, budget: int, seed: int) -> PreferenceDataset:
-    settings = world.settings
-    if teacher == "random labels":
-        asked, count = ScriptedTeacher(), max(settings.budgets)
-    else:
-        scale = "std" if teacher == "noisy" else "none"
-        asked, count = replace(ScriptedTeacher(teacher), beta_scale=scale), budget
-    found = collect_preferences(world.dataset, asked, count, length=settings.length, seed=seed)
-    return shuffled_labels(found, seed=seed) if teacher == "random labels" else found
+def _labels(world: _World, teacher: str, count: int, seed: int) -> PreferenceDataset:
+    random = teacher == "random labels"
+    asked = ScriptedTeacher("oracle" if random else teacher, beta_scale="std" if teacher == "noisy" else "none")
+    found = collect_preferences(world.dataset, asked, count, length=world.settings.length, seed=seed)
+    return shuffled_labels(found, seed=seed) if random else found
 
 
 def _distances(world: _World, rewards: list[Array]) -> list[dict[str, Any]]:
@@ -266,25 +333,33 @@ def train_on_rewards(
 
     Returns the agent; raises `ConfigError` where it does not fit the dataset.
     """
-    config = make_config(
-        settings.agent, **read_fields(agent_class(settings.agent).config_class, settings.agent_settings)
-    )
+    kind = agent_class(settings.agent).config_class
+    given = {"discount": settings.discount} if any(part.name == "discount" for part in fields(kind)) else {}
+    config = make_config(settings.agent, **read_fields(kind, given | settings.agent_settings))
     mean, std = observation_statistics(dataset)
     normalizer = make_normalizer(dataset.spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
     agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer)
     indices = BatchIndices(dataset, seeds, settings.batch_size)
     rewards = rewards.float()
-    with one_intraop_thread(torch.device("cpu")):
-        for _ in range(settings.steps):
-            rows = indices.next()
-            agent.update(replace(dataset.gather(rows), rewards=rewards.gather(1, rows)))
+    for _ in range(settings.steps):
+        rows = indices.next()
+        agent.update(replace(dataset.gather(rows), rewards=rewards.gather(1, rows)))
     return agent
 
 
-def _spearman(a: Array, b: Array) -> float:
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(stats.spearmanr(a, b).statistic)
+def _resample(cells: Sequence[NDArray[np.int64]], generator: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of as many cells, drawn with replacement, and within each of as many of its rows, drawn with replacement."""
+    drawn = generator.integers(len(cells), size=len(cells))
+    return np.concatenate([generator.choice(cells[cell], len(cells[cell])) for cell in drawn])
+
+
+def _rank_correlations(measures: Array) -> tuple[float, float, float]:
+    """Spearman's correlation of columns 0 and 1 of `[L, 3]` with column 2, and how much larger the first is in size."""
+    ranks = stats.rankdata(measures, axis=0) - (len(measures) + 1) / 2
+    size = np.sqrt((ranks**2).sum(0))
+    with np.errstate(invalid="ignore"):  # NaN for a constant, which has no ranks
+        first, second = (ranks[:, :2] * ranks[:, 2:]).sum(0) / (size[:2] * size[2])
+    return float(first), float(second), float(abs(first) - abs(second))
 
 
 def load_study(path: str | os.PathLike[str]) -> StudyResult:

@@ -1,7 +1,17 @@
 """Many runs from one file, on this machine, on Ray or on Slurm; the numbers are those of single runs."""
 
-from rlkit2.sweeps.engines import ENGINES, run_sweep
+from rlkit2.sweeps.engines import ENGINES, check_engine, run_folders, run_sweep
 from rlkit2.sweeps.experiment import Experiment, Sweep, load_sweep, sweep_runs
 from rlkit2.sweeps.worker import train_experiment
 
-__all__ = ["ENGINES", "Experiment", "Sweep", "load_sweep", "run_sweep", "sweep_runs", "train_experiment"]
+__all__ = [
+    "ENGINES",
+    "Experiment",
+    "Sweep",
+    "check_engine",
+    "load_sweep",
+    "run_folders",
+    "run_sweep",
+    "sweep_runs",
+    "train_experiment",
+]

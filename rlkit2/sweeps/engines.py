@@ -1,4 +1,7 @@
-"""Where the runs of a sweep are trained. Every engine calls `train_experiment` on the same folders, so the numbers are the same."""
+"""Where the runs of a sweep, or any other work that is split into folders, are carried out.
+
+Every engine calls the same function on the same folders, so the numbers are the same.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ from typing import Any
 from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
 from rlkit2.sweeps.experiment import Experiment, Sweep, find_run
-from rlkit2.sweeps.worker import SETTINGS, train_experiment
+from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
 from rlkit2.training.files import write_json, writing
 from rlkit2.training.groups import available_cores
 
-Report = Callable[[Path, str], None]  # folder of an experiment that has ended, and its status
+Work = Callable[[Path], str]  # does what a folder says and returns its status
+Report = Callable[[Path, str], None]  # folder whose work has ended, and its status
 
 
 def run_sweep(
@@ -53,10 +57,7 @@ def run_sweep(
         MissingExtraError: the engine is not installed.
         KeyboardInterrupt: the runs that were going on are saved; the same call goes on.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, not {jobs}")
+    check_engine(engine, jobs)
     root = Path(out).resolve() / sweep.name
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
     status = {folder: run.manifest["status"] for folder in folders if (run := find_run(folder)) is not None}
@@ -72,13 +73,52 @@ def run_sweep(
         status[folder] = text
         report(folders[folder], text)
 
-    if waiting:
-        width = min(max(len(folders[folder].seeds) for folder in waiting), available_cores())
-        ENGINES[engine](waiting, jobs or max(1, available_cores() // width), dict(options or {}), ended)
+    width = max((len(folders[folder].seeds) for folder in waiting), default=1)
+    run_folders(train_experiment, waiting, engine=engine, jobs=jobs, width=width, options=options, report=ended)
     return {experiment: status.get(folder, "not begun") for folder, experiment in folders.items()}
 
 
-def run_locally(folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
+def check_engine(engine: str, jobs: int | None) -> None:
+    """Raise `ConfigError` for an engine that does not exist or less than one job."""
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, not {jobs}")
+
+
+def run_folders(
+    work: Work,
+    folders: Sequence[Path],
+    *,
+    engine: str = "local",
+    jobs: int | None = None,
+    width: int = 1,
+    options: Mapping[str, Any] | None = None,
+    report: Report = lambda folder, status: None,
+) -> None:
+    """Call `work` on every folder, each in a process of its own; work that ends with an error does not stop the rest.
+
+    Args:
+        work: a function at the top level of a module of rlkit2, so that other processes and machines find it. It leaves its results
+            in the folder and returns `finished`, or another status.
+        folders: exist already; all that `work` needs to know is in them.
+        engine, jobs, options: see `run_sweep`.
+        width: cores that one call uses, for the default of `jobs`.
+        report: called with each folder whose work has ended and its status, which for an error of rlkit2 is `error: ...`.
+
+    Raises:
+        ConfigError: an unknown engine, or a function that other processes cannot find.
+        MissingExtraError: the engine is not installed.
+        KeyboardInterrupt: passed on to all that was going on, which has ended.
+    """
+    check_engine(engine, jobs)
+    name = work_name(work)
+    if folders:
+        cores = available_cores()
+        ENGINES[engine](name, folders, jobs or max(1, cores // min(width, cores)), dict(options or {}), report)
+
+
+def run_locally(work: str, folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
     """`jobs` processes at a time; Ctrl-C is passed on to each once, so that all of them save."""
     waiting, running = list(folders), dict[Path, subprocess.Popen[str]]()
 
@@ -90,7 +130,7 @@ def run_locally(folders: Sequence[Path], jobs: int, options: Mapping[str, Any], 
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder = waiting.pop(0)
-                running[folder] = _start(folder)
+                running[folder] = _start(work, folder)
             time.sleep(0.1)
             for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                 report(folder, _ended(running.pop(folder), folder))
@@ -105,10 +145,10 @@ def run_locally(folders: Sequence[Path], jobs: int, options: Mapping[str, Any], 
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(folder: Path) -> subprocess.Popen[str]:
+def _start(work: str, folder: Path) -> subprocess.Popen[str]:
     """A process of its own session: a terminal's Ctrl-C reaches it through this one alone."""
     with open(folder / "log.txt", "a") as log:
-        command = [sys.executable, "-m", "rlkit2.sweeps.worker", str(folder)]
+        command = [sys.executable, "-m", "rlkit2.sweeps.worker", work, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
 
 
@@ -121,32 +161,33 @@ def _ended(process: subprocess.Popen[str], folder: Path) -> str:
         return f"error: ended with status {process.returncode}; see {folder / 'log.txt'}"
 
 
-def run_on_ray(folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
-    """One Ray task a run, wherever the cluster has room; the folders must be on a file system that all nodes share."""
+def run_on_ray(work: str, folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
+    """One Ray task a folder, wherever the cluster has room; the folders must be on a file system that all nodes share."""
     ray = require("ray", extra="ray")
     if not ray.is_initialized():
         ray.init(**options)
-    task = ray.remote(train_experiment)
-    waiting = {task.remote(str(folder)): folder for folder in folders}
+    task = ray.remote(carry_out)
+    waiting = {task.remote(work, str(folder)): folder for folder in folders}
     while waiting:
         done, _ = ray.wait(list(waiting))
         for reference in done:
             report(waiting.pop(reference), ray.get(reference))
 
 
-def run_on_slurm(folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
+def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
     """One array of Slurm jobs, by submitit; the folders must be on a file system that all nodes share."""
     submitit = require("submitit", extra="slurm")
     executor = submitit.AutoExecutor(folder=folders[0].parent / "slurm", cluster=options.get("cluster"))
     executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
-    for job, folder in zip(executor.map_array(train_experiment, map(str, folders)), folders, strict=True):
+    jobs_of_array = executor.map_array(carry_out, [work] * len(folders), map(str, folders))
+    for job, folder in zip(jobs_of_array, folders, strict=True):
         try:
             report(folder, job.result())
         except submitit.core.utils.FailedJobError as error:
             report(folder, f"error: {str(error).partition(chr(10))[0]}")
 
 
-ENGINES: dict[str, Callable[[Sequence[Path], int, Mapping[str, Any], Report], None]] = {
+ENGINES: dict[str, Callable[[str, Sequence[Path], int, Mapping[str, Any], Report], None]] = {
     "local": run_locally,
     "ray": run_on_ray,
     "slurm": run_on_slurm,

@@ -1,52 +1,95 @@
-"""Trains one experiment of a sweep in a process of its own: `python -m rlkit2.sweeps.worker FOLDER`."""
+"""Work on one folder in a process of its own: `python -m rlkit2.sweeps.worker MODULE:FUNCTION FOLDER`."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlkit2.api import train
-from rlkit2.errors import RLKitError
+from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.files import read_json
 
 SETTINGS = "experiment.json"
 
 
-def train_experiment(folder: str | Path) -> str:
+def train_experiment(folder: Path) -> str:
     """Train what `experiment.json` in the folder says: begin it, go on with it, or leave it alone if it is finished.
 
     Returns:
-        The status of the run: `finished`, `failed` (all seeds stopped) or `interrupted`, or the error that ended it.
+        The status of the run: `finished` or `failed` (all seeds stopped).
     """
-    folder = Path(folder)
+    settings: dict[str, Any] = read_json(folder / SETTINGS)
+    run = find_run(folder)
+    if run is None:
+        run = train(
+            settings["agent"],
+            settings["dataset"],
+            seeds=settings["seeds"],
+            env=settings["env"],
+            out=folder,
+            overrides=settings["config"],
+            device=settings["device"],
+            progress=False,
+            **settings["data"],
+            **settings["training"],
+        )
+    elif run.manifest["status"] not in ("finished", "failed"):
+        run = train(resume=run, device=settings["device"], progress=False)
+    return str(run.manifest["status"])
+
+
+def work_name(work: Callable[[Path], str]) -> str:
+    """`module:function`, by which another process finds the function.
+
+    Raises:
+        ConfigError: it is no function at the top level of a module of rlkit2.
+    """
+    name = f"{work.__module__}:{work.__qualname__}"
+    if find_work(name) is not work:
+        raise ConfigError(f"{name} is not the function that other processes find by that name")
+    return name
+
+
+def find_work(name: str) -> Callable[[Path], str]:
+    """The function of `module:function`; only rlkit2's own modules are looked into.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, function = name.partition(":")
+    found = getattr(import_module(module), function, None) if module.startswith("rlkit2.") else None
+    if not callable(found):
+        raise ConfigError(f"{name} is no function of rlkit2")
+    return found  # type: ignore[no-any-return]
+
+
+def carry_out(name: str, folder: str) -> str:
+    """Call the function of that name on a folder: its status, `interrupted`, or the error that ended it."""
     try:
-        settings: dict[str, Any] = read_json(folder / SETTINGS)
-        run = find_run(folder)
-        if run is None:
-            run = train(
-                settings["agent"],
-                settings["dataset"],
-                seeds=settings["seeds"],
-                env=settings["env"],
-                out=folder,
-                overrides=settings["config"],
-                device=settings["device"],
-                progress=False,
-                **settings["data"],
-                **settings["training"],
-            )
-        elif run.manifest["status"] not in ("finished", "failed"):
-            run = train(resume=run, device=settings["device"], progress=False)
-        return str(run.manifest["status"])
+        return find_work(name)(Path(folder))
     except KeyboardInterrupt:
         return "interrupted"
     except RLKitError as error:
         return f"error: {error}"
 
 
+def _end_with(parent: int) -> None:
+    """Interrupt this process when its parent is gone: what was killed must not go on beside what is started in its place."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 if __name__ == "__main__":
-    status = train_experiment(sys.argv[1])
-    sys.stdout.write(json.dumps(status))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    sys.stdout.write(json.dumps(carry_out(*sys.argv[1:])))

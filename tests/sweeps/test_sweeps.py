@@ -15,9 +15,10 @@ import pytest
 import rlkit2
 from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError, DatasetError, MissingExtraError
-from rlkit2.sweeps import ENGINES, load_sweep, run_sweep, sweep_runs
+from rlkit2.sweeps import ENGINES, load_sweep, run_folders, run_sweep, sweep_runs, train_experiment
 from rlkit2.sweeps.engines import _ended
 from rlkit2.sweeps.experiment import find_run
+from rlkit2.sweeps.worker import find_work, work_name
 from tests.training.tiny_problem import contents, tiny_dataset
 
 FILE = """
@@ -216,3 +217,34 @@ def test_every_engine_is_named_in_the_help(capsys):
     text = capsys.readouterr().out
     assert all(engine in text for engine in ENGINES)
     assert Path("sweep.toml").name in text
+
+
+def test_work_is_a_function_that_other_processes_find():
+    assert find_work(work_name(train_experiment)) is train_experiment
+    for work in (lambda folder: "finished", written):
+        with pytest.raises(ConfigError, match="is no function of rlkit2"):
+            run_folders(work, [])
+    with pytest.raises(ConfigError, match="os:system is no function of rlkit2"):
+        find_work("os:system")
+    with pytest.raises(ConfigError, match=r"rlkit2\.sweeps\.worker:SETTINGS is no function of rlkit2"):
+        find_work("rlkit2.sweeps.worker:SETTINGS")
+
+
+def test_work_ends_with_the_process_that_began_it(tmp_path):
+    """A killed sweep leaves nothing behind that would go on beside the sweep that is started in its place."""
+    tiny_dataset().to_minari("tiny/walk-v0")
+    text = FILE.replace("steps = 30", "steps = 1000000").replace("[1e-3, 1e-2]", "[1e-3]")
+    sweep, out = load_sweep(written(tmp_path, text)), tmp_path / "runs"
+    (experiment,) = sweep.experiments
+    folder = out / "tiny" / experiment.folder
+    command = [Path(sys.executable).with_name("rlkit2"), "sweep", str(sweep.path), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(int(path.name) for path in folder.glob("*/checkpoints/0*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while find_run(folder).manifest["status"] != "interrupted":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
