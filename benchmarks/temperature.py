@@ -2,7 +2,7 @@
 
     python benchmarks/temperature.py --out runs/temperature
 
-Reverse KL, whose weights exp(scale R - 1) depend on the scale alone; everything else is the dataset's recipe. Same scales for all datasets: what
+Weights (f*)'(scale R) of reverse KL or Pearson, normalised to mean one; everything else is the dataset's recipe. Same scales for all datasets: what
 adapting must buy is that nobody has to know the size of the rewards. A finished run is not trained again.
 """
 
@@ -24,6 +24,7 @@ DATASETS = {
     "zoo/hopper/medium-replay-v0": 128,
 }
 SCALES = (0.03, 0.3, 3.0)
+LAMBDAS = {"rkl": 0.731, "pearson": 0.5}  # at these V has no cost of living where episodes terminate
 LAST = 3  # evaluations that are averaged
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--divergence", choices=list(LAMBDAS), default="rkl")
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--rate", type=float, default=5e-3, help="speed of the adaptation, see residual_scale_rate")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
@@ -45,7 +47,7 @@ def main() -> None:
     for dataset in given.datasets:
         for name, own in settings.items():
             rows.append({"dataset": dataset, "setting": name, **measured(trained(given, dataset, name, own))})
-            report("temperature", rows, steps=given.steps, seeds=given.seeds)
+            report(f"temperature_{given.divergence}", rows, steps=given.steps, seeds=given.seeds)
 
 
 def trained(given: Any, dataset: str, name: str, own: dict[str, Any]) -> rlkit2.Run:
@@ -57,10 +59,10 @@ def trained(given: Any, dataset: str, name: str, own: dict[str, Any]) -> rlkit2.
         return run if run.manifest["status"] == "finished" else rlkit2.train(resume=run)
     layers = (DATASETS[dataset],) * 2
     fixed = {
-        "divergence": "rkl",
+        "divergence": given.divergence,
         "weight": "conjugate_grad",
         "weight_normalization": "mean",
-        "lambda_": 0.731,  # e / (1 + e): a mean weight of 1 / e, and no cost of living where episodes terminate
+        "lambda_": LAMBDAS[given.divergence],
         "residual_clip": 10.0,
         "value_hidden_sizes": layers,
         "policy_hidden_sizes": layers,

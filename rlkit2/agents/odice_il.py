@@ -46,7 +46,7 @@ class DiscriminatorConfig:
     steps: int = 2000  # updates
     batch_size: int = 256  # rows of either dataset per update
     learning_rate: float = 3e-4  # Adam's step size
-    gradient_penalty: float = 0.02  # weight of the mean squared slope of the logit between the two datasets
+    gradient_penalty: float = 2e-4  # weight of the mean squared slope of the logit between the two datasets
     label_smoothing: float = 0.0  # expert labels 1 - this, others this
     reward_clip: float = 10.0  # bound of the log-ratio
     seed: int = 0  # of its weights and minibatches
@@ -82,7 +82,7 @@ class ODICEILConfig(ODICEConfig):
         "state_action"  # "state_action", or "state" or "transition" (s, s') to imitate without the expert's actions
     )
     discriminator_steps: int = 2000  # updates of the discriminator
-    gradient_penalty: float = 0.02  # weight of the mean squared slope of the discriminator's logit
+    gradient_penalty: float = 2e-4  # weight of the mean squared slope of the discriminator's logit
     label_smoothing: float = 0.0  # expert labels 1 - this, others this
 
     def __post_init__(self) -> None:
