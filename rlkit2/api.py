@@ -110,7 +110,13 @@ def train(
         RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
         KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    from rlkit2.training.building import agent_config, agent_factory, place_dataset, prepare_dataset
+    from rlkit2.training.building import (
+        agent_config,
+        agent_factory,
+        place_dataset,
+        prepare_dataset,
+        unreachable_actions,
+    )
     from rlkit2.training.loggers import check_loggers, make_loggers
     from rlkit2.training.trainer import Trainer
 
@@ -141,7 +147,9 @@ def train(
         plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
     prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]), load_dataset)
     factory = agent_factory(plan, prepared)
-    factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
+    trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
+    if warning := unreachable_actions(trial, transitions):
+        shown.message(f"warning: {warning}")
     with _evaluator(plan, env, shown) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import spaces
 
 from rlkit2.agents import Agent, agent_class, list_agents, make_agent, make_normalizer
 from rlkit2.data.dataset import TransitionDataset
@@ -104,6 +106,26 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
         return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer)
 
     return build
+
+
+def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
+    """One line where the data's actions lie beyond what the policy's head can put out: a tanh in a space without bounds, which nothing rescales."""
+    space, actor = dataset.spec.action_space, agent.policy.actor
+    bounded_head = actor.head in ("squashed_gaussian", "deterministic") or getattr(actor, "tanh_mean", False)
+    if not isinstance(space, spaces.Box) or not bounded_head:
+        return None
+    free = ~(np.isfinite(space.low) & np.isfinite(space.high)).reshape(-1)
+    if not free.any():
+        return None
+    largest = dataset.actions[:, torch.from_numpy(free)].abs().max().item()
+    if largest <= 1.0:
+        return None
+    mend = (
+        "set tanh_mean = false"
+        if getattr(actor, "tanh_mean", False)
+        else "give the space its bounds, so that actions are rescaled"
+    )
+    return f"the actions of {dataset.spec.id} have no bounds and go up to {largest:.3g}, but the policy's stay within 1: {mend}"
 
 
 def run_config(
