@@ -2,7 +2,7 @@
 
     x ~ U(-1, 1),   y = sin 3x + (0.05 + 0.6 x^2) e,   e ~ GGD(b) of unit variance,   1000 samples, an MLP of 64-64
 
-and the linear counterpart for inverse-variance weights, which help a stiff model and not a flexible one.
+with and without inverse-variance weights, and the linear counterpart for these: they help a stiff model and not a flexible one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkit2.agents.error_model import ErrorModel, ErrorOptions, Heads
-from rlkit2.losses.ggd import batch_inverse_variance, effective_sample_size
+from rlkit2.losses.ggd import batch_inverse_variance, effective_sample_size, inverse_variance_weights
 from rlkit2.nn import Adam, StackedMLP
 from rlkit2.nn.distributions import GeneralizedNormal
 
@@ -33,6 +33,8 @@ METHODS: dict[str, ErrorOptions] = {
     "GGD, coupled, scale 1": ErrorOptions(critic="ggd", coupling="ggd", critic_scale="fixed"),
     "official form": ErrorOptions(critic="ggd", coupling="ggd", critic_scale="fixed", critic_form="official"),
 }
+WEIGHTED = {f"squared error, weighted, ESS {share:.0%}": share for share in (0.8, 0.5, 0.25)}
+"""Squared error with weights 1 / (true variance + xi), xi such that the effective sample size is at least this share of the batch."""
 LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 
 
@@ -75,7 +77,7 @@ def _draw(shape: float, seeds: int, count: int, seed: int) -> tuple[Tensor, Tens
 
 
 def run_regression(
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = (*METHODS, *WEIGHTED),
     shapes: Sequence[float] = SHAPES,
     *,
     seeds: int = 4,
@@ -86,7 +88,7 @@ def run_regression(
     """Every method under every noise, `seeds` fits each; noises and seeds train side by side.
 
     Args:
-        methods: names in `METHODS`.
+        methods: names in `METHODS` and `WEIGHTED`.
         shapes: of the noise.
         steps, batch: of Adam at 1e-3, falling to 0 along half a cosine.
         progress: called with (done, all).
@@ -96,7 +98,7 @@ def run_regression(
     x, y, new_x, new_y = (torch.cat([pair[i] for pair in pairs]) for pairs in (data, fresh) for i in (0, 1))
     results = []
     for done, method in enumerate(methods):
-        heads, grid, new = _fit(x, y, new_x, METHODS[method], steps, batch)
+        heads, grid, new = _fit(x, y, new_x, METHODS.get(method, ErrorOptions()), steps, batch, WEIGHTED.get(method))
         for i, shape in enumerate(shapes):
             rows = slice(i * seeds, (i + 1) * seeds)
             results.append(_judge(shape, method, _rows(heads, rows), grid, _rows(new, rows), new_y[rows]))
@@ -110,7 +112,7 @@ def _rows(heads: Heads, rows: slice) -> Heads:
 
 
 def _fit(
-    x: Tensor, y: Tensor, new_x: Tensor, options: ErrorOptions, steps: int, batch: int
+    x: Tensor, y: Tensor, new_x: Tensor, options: ErrorOptions, steps: int, batch: int, share: float | None = None
 ) -> tuple[Heads, Tensor, Heads]:
     count = len(x)
     model = ErrorModel(options, count, torch.float32, torch.device("cpu"))
@@ -127,7 +129,12 @@ def _fit(
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         index = torch.randint(x.shape[1], (batch,), generator=generator)
-        loss, _ = model.loss(network(inputs[:, index]), targets[:, index], 0.0)
+        outputs = network(inputs[:, index])
+        if share is None:
+            loss, _ = model.loss(outputs, targets[:, index], 0.0)
+        else:
+            weights = inverse_variance_weights(true_sd(x[:, index]).square(), share * batch).float()
+            loss = ((outputs[:, 0, :, 0] - targets[:, index]).square() * weights).mean(1)
         optimizer.minimize(loss)
 
     def heads(at: Tensor) -> Heads:
@@ -146,7 +153,7 @@ def _judge(shape: float, method: str, found: Heads, grid: Tensor, new: Heads, ne
     truth = true_sd(grid)
     rmse = (found.q - torch.sin(3.0 * grid)).square().mean(1).sqrt()
     nothing = np.full(len(rmse), np.nan)
-    if method == "squared error":
+    if method.startswith("squared error"):
         return RegressionResult(shape, method, rmse.numpy(), *([nothing] * 5))
     law = GeneralizedNormal(new.q, new.log_scale.exp(), new.shape, validate_args=False)
     central = (2.0 * law.cdf(new_y) - 1.0).abs()
@@ -172,7 +179,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
 def regression_figure(results: Sequence[RegressionResult]) -> Figure:
     """Negative log-likelihood, calibration error and ratio of deviations, by shape of the noise."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    rows = [result.row() for result in results if result.method != "squared error"]
+    rows = [result.row() for result in results if not result.method.startswith("squared error")]
     panels = figure.subplots(1, 3)
     for axes, name in zip(panels, ("nll", "calibration_error", "sd_ratio"), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):

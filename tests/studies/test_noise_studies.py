@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlkit2.studies.heteroscedastic import regression_figure, run_regression, run_weighting
+from rlkit2.studies.heteroscedastic import WEIGHTED, regression_figure, run_regression, run_weighting
 from rlkit2.studies.noisy_mdp import noisy_mdp_figure, run_noisy_mdp
 
 
@@ -43,3 +43,5 @@ def test_regression_recovers_the_noise() -> None:
         assert by[shape, "official form"]["sd_ratio"] > 2.0
         assert np.isfinite(by[shape, "squared error"]["rmse"])
     assert by[2.0, "official form"]["sd_rank"] > 0.9
+    plain, *weighted = (by[0.7, name]["rmse"] for name in ("squared error", *WEIGHTED))
+    assert min(weighted) > 0.9 * plain  # weights do not help a flexible model, though they are the true ones
