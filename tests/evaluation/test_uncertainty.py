@@ -180,3 +180,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     )
     assert main(["uncertainty", str(plain.path)]) == 2
     assert "critic = 'ggd'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["iql", "td3bc", "sacn", "edac"])
+def test_agents_know_which_actions_they_have_not_seen(agent: str, tmp_path: Path) -> None:
+    """An expert's data leave most actions out: after 2000 updates the critics disagree more about random ones, and nothing overflowed."""
+    training, held_out = rlkit2.load_dataset("builtin/pendulum/expert-v0").split(0.2, seed=0)
+    run = rlkit2.train(
+        agent,
+        training,
+        steps=2000,
+        eval_every=0,
+        normalize_observations=True,
+        reward_scale=0.1,
+        out=tmp_path,
+        progress=False,
+        overrides={"critic": "ggd", "hidden_sizes": (32, 32), "num_critics": 5},
+    )
+    assert run.manifest["status"] == "finished"
+    last = run.metrics()[-1]
+    assert last["noise/non_finite"] == 0.0
+    assert 0.0 <= last["noise/cap_share"] + last["noise/floor_share"] <= 1.0
+    found = td_diagnostics(run.agent, held_out)
+    assert np.isfinite(found.nll).all()
+    assert (found.auroc > 0.6).all()
