@@ -56,7 +56,7 @@ def trained(given: Any, dataset: str, name: str, own: dict[str, Any]) -> rlkit2.
     runs = sorted(folder.glob("*/config.json"))
     if runs:
         run = rlkit2.load_run(runs[-1].parent)
-        return run if run.manifest["status"] == "finished" else rlkit2.train(resume=run)
+        return run if run.manifest["status"] in ("finished", "failed") else rlkit2.train(resume=run)
     layers = (DATASETS[dataset],) * 2
     fixed = {
         "divergence": given.divergence,
