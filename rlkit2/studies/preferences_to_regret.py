@@ -55,11 +55,11 @@ class StudySettings:
 
     dataset: str
     teachers: tuple[str, ...] = ("oracle", "mistake", "noisy")
-    budgets: tuple[int, ...] = (10, 30, 100, 300, 1000)
+    budgets: tuple[int, ...] = (5, 15, 50, 150, 500)
     seeds: int = 5
     length: int = 16  # steps of a segment
     test_pairs: int = 1000  # that judge every reward, labelled by the oracle
-    discount: float = 0.95  # of the STARC distance, and of the agent where `agent_settings` say nothing else
+    discount: float = 0.97  # of the STARC distance, and of the agent where `agent_settings` say nothing else
     offset: str = "mean"  # what is subtracted from a learned reward, see `relabel`
     reward: dict[str, Any] = field(default_factory=dict)  # arguments of `fit_reward_model`
     agent: str = "iql"

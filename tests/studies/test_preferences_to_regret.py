@@ -15,6 +15,7 @@ from scipy import stats
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.main import main
+from rlkit2.cli.prefs import _print_study
 from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.reporting.preferences import study_figure
 from rlkit2.studies import preferences_to_regret as study
@@ -215,3 +216,13 @@ def test_a_dataset_without_reference_returns_has_no_regret(tmp_path, monkeypatch
     monkeypatch.setattr(study, "load_dataset", lambda source: bare)
     with pytest.raises(DatasetError, match="no reference returns"):
         run_study(TINY, tmp_path)
+
+
+@pytest.mark.parametrize(("true", "zero", "said"), [(0.1, 0.4, False), (0.5, 0.2, True)])
+def test_a_study_whose_true_reward_trains_nothing_says_so(true, zero, said, capsys):
+    rows = table(2, 2, np.random.default_rng(0))
+    rows += [
+        {**rows[0], "teacher": name, "budget": 0, "regret": regret} for name, regret in (("true", true), ("zero", zero))
+    ]
+    _print_study(StudyResult(TINY, rows))
+    assert ("the true reward trains no better than none (regret 0.500, 0.200)" in capsys.readouterr().out) == said
