@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, default=5)
     parser.add_argument("--others", type=int, default=50, help="episodes of random actions")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

@@ -45,7 +45,7 @@ class DiscriminatorConfig:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of its hidden layers
     steps: int = 2000  # updates
     batch_size: int = 256  # rows of either dataset per update
-    learning_rate: float = 3e-4  # Adam's step size
+    learning_rate: float = 1e-3  # Adam's step size
     gradient_penalty: float = 2e-4  # weight of the mean squared slope of the logit between the two datasets
     label_smoothing: float = 0.0  # expert labels 1 - this, others this
     reward_clip: float = 10.0  # bound of the log-ratio
