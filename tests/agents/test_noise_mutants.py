@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import rlkit2.agents.error_model as error_model
+import rlkit2.evaluation.uncertainty as diagnostics
 import rlkit2.losses.ggd as losses
 from rlkit2.agents.error_model import ErrorModel, Heads
 from rlkit2.agents.sacn import SACN
 from rlkit2.data import Batch
 from tests.agents import test_contract as contract
 from tests.agents import test_uncertainty as agents
+from tests.evaluation import test_uncertainty as evaluation
 from tests.losses import test_ggd as guards
 
 Patch = Callable[[pytest.MonkeyPatch], Any]
@@ -59,6 +61,17 @@ def moving_values(model: ErrorModel, heads: Heads, targets: Tensor) -> Tensor:
     return member_loss(model_of, heads, targets)
 
 
+def mean_over_members(model: ErrorModel, heads: Heads, targets: Tensor) -> Tensor:
+    """The loss becomes a mean over members and a sum over the batch."""
+    member = member_loss(model, heads, targets)
+    return member * (member.shape[2] / member.shape[1])
+
+
+def spread_over_the_batch(q: Tensor) -> Tensor:
+    """Ignorance as the deviation between states instead of members."""
+    return q.std(2, keepdim=True).mean(1).expand_as(q[:, 0])
+
+
 def bootstrap_always(agent: SACN, batch: Batch) -> Any:
     return regression(agent, replace(batch, terminations=torch.zeros_like(batch.terminations)))
 
@@ -80,6 +93,14 @@ MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
     "member weights over the batch, in the model": (
         lambda m: m.setattr(error_model, "shape_weights", over_the_batch),
         lambda: agents.test_released_options_agree_with_the_released_code("a05"),
+    ),
+    "a mean over members, not the batch": (
+        lambda m: m.setattr(ErrorModel, "member_loss", mean_over_members),
+        lambda: agents.test_released_options_agree_with_the_released_code("a05"),
+    ),
+    "ignorance between states": (
+        lambda m: m.setattr(diagnostics, "_spread", spread_over_the_batch),
+        evaluation.test_a_true_law_is_found_true,
     ),
     "the noise moves the values": (
         lambda m: m.setattr(ErrorModel, "member_loss", moving_values),
