@@ -4,9 +4,9 @@
     python benchmarks/uncertainty_scores.py --out runs/uncertainty --table-only # the tables of what is there
 
 Every cell is `rlkit2.train(AGENT, DATASET, critic=...)` with the shipped recipe but for width and updates, a tenth of the episodes held out, all
-seeds in one process. AUROC: the critics' disagreement about uniformly random actions against the data's, at held-out states; "same state": how often
-it is larger for the random action of the same state. What could be had: the same two for a classifier that is trained to tell the data's actions from
-random ones. Calibration error, coverage and likelihood: TD errors of the held-out episodes. Intervals: 95 %, t over seeds.
+seeds in one process. AUROC: the critics' disagreement about uniformly random actions against the data's, at held-out states (see also
+`disagreement`). What could be had: the same for a classifier that is trained to tell the data's actions from random ones. Calibration error, coverage
+and likelihood: TD errors of the held-out episodes. Intervals: 95 %, t over seeds.
 """
 
 from __future__ import annotations
@@ -109,19 +109,35 @@ def measured(run: rlkit2.Run) -> dict[str, str]:
         told = td_diagnostics(run.agent, held_out)
     except ConfigError:  # no noise model: nothing to calibrate
         return found
-    values = {"AUROC": told.auroc, "same state": same_state(run.agent, held_out)}
+    values = {"AUROC": told.auroc, **disagreement(run.agent, held_out)}
     values |= {"calibration error": told.calibration_error, "coverage of 90 %": told.coverage[0.9]}
     values |= {"NLL": told.nll, "NLL, best constant GGD": told.nll_ggd, "excess kurtosis": told.conditional_kurtosis}
     return found | {name: interval(array) for name, array in values.items()}
 
 
 @torch.no_grad()
-def same_state(agent: Any, episodes: TransitionDataset) -> np.ndarray:
-    """How often the critics disagree more about a random action than about the data's at the same state, per seed."""
-    unknown = random_actions(episodes, len(episodes), np.random.default_rng(0))
-    known, random = (agent.heads_at(episodes.observations, a).q.std(1) for a in (episodes.actions, unknown))
-    share: np.ndarray = (random > known).double().mean(1).cpu().numpy()
-    return share
+def disagreement(agent: Any, episodes: TransitionDataset, draws: int = 12) -> dict[str, np.ndarray]:
+    """Deviation of the critics about random actions and about the data's at the same states, per seed.
+
+    "same state": how often it is larger for the random one. "over states": correlation of the two. "action part": mean deviation of what is left of a
+    critic once its own mean over random actions is taken out, for the data's action and for a random one.
+    """
+    generator = np.random.default_rng(0)
+    known = agent.heads_at(episodes.observations, episodes.actions).q
+    random, *others = (
+        agent.heads_at(episodes.observations, random_actions(episodes, len(episodes), generator)).q
+        for _ in range(draws)
+    )
+    centre = torch.stack(others).mean(0)
+    deviations = torch.stack([known.std(1), random.std(1)], 1).double()
+    correlation = torch.stack([torch.corrcoef(pair)[0, 1] for pair in deviations])
+    found = {
+        "same state": (deviations[:, 1] > deviations[:, 0]).double().mean(1),
+        "over states": correlation,
+        "action part, data": (known - centre).std(1).mean(1),
+        "action part, random": (random - centre).std(1).mean(1),
+    }
+    return {name: values.double().cpu().numpy() for name, values in found.items()}
 
 
 def ceiling(training: TransitionDataset, held_out: TransitionDataset, steps: int = 3000) -> tuple[float, float]:
