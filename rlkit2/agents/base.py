@@ -150,7 +150,7 @@ class Agent:
         """
         return {}
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> Mapping[str, Tensor]:
         """One training step on a batch in raw units; returns metrics `group/name` as tensors `[S]` on the device."""
         raise NotImplementedError
 

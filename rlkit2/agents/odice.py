@@ -22,13 +22,14 @@ released code, which this agent reproduces number for number at the default opti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlkit2.agents.base import Agent
+from rlkit2.agents.metrics import Derived, Metrics
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.divergences import WEIGHT_KINDS, f_conjugate, f_conjugate_grad, policy_weight, resolve_divergence
@@ -176,6 +177,7 @@ class ODICE(Agent):
             {"value": self.value_network, "value_target": self.value_target, "policy": self.actor},
             {"value": self.value_optimizer, "policy": self.policy_optimizer},
         )
+        self._derived = derived_metrics(config)
         self.adaptive = config.target_effective_sample_share is not None
         if self.adaptive:
             self.residual_scale = torch.full(
@@ -228,12 +230,6 @@ class ODICE(Agent):
             at_next = residuals.bootstrap * residuals.slopes[1] * (config.lambda_ * config.eta * share)
         return (1.0 - config.lambda_) * share, at_value, at_next
 
-    def _unscaled(self, term: Tensor) -> Tensor:
-        """A term `[S]` of the scaled objective, (1/scale) f*(scale R), in units of V."""
-        if self.adaptive:
-            return term / self.residual_scale
-        return term if self.config.residual_scale == 1.0 else term / self.config.residual_scale
-
     def _slope(self, residual: Tensor) -> Tensor:
         """(f*)'(R), the optimal weight, as V's gradient uses it."""
         return f_conjugate_grad(self.config.divergence, self._clipped(residual), alpha=self.config.alpha)
@@ -274,24 +270,18 @@ class ODICE(Agent):
         coefficient = (dot / square.clamp(min=guard)).nan_to_num(0.0, 0.0, 0.0)
         perpendicular = torch.addcmul(backward, forward, coefficient.unsqueeze(1), value=-1.0)
         perpendicular_norm = torch.linalg.vector_norm(perpendicular, dim=1)
-        cosine = _ratio(dot, forward_norm * backward_norm)
-        dot_after = torch.linalg.vecdot(forward, perpendicular)
         return perpendicular, {
             "projection/forward_norm": forward_norm,
             "projection/backward_norm": backward_norm,
             "projection/dot": dot,
             "projection/perpendicular_norm": perpendicular_norm,
+            "value/dot_after_projection": torch.linalg.vecdot(forward, perpendicular),
             "projection/coefficient": coefficient,
-            "projection/cosine": cosine,
-            "projection/cosine_after": _ratio(dot_after, forward_norm * perpendicular_norm),
-            "projection/removed_share": cosine * cosine,
-            "projection/flow_discount": (self.config.discount * self.config.eta) / (1.0 - coefficient),
-            "projection/guard_active": square < guard,
         }
 
     # One update
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> Metrics:
         """Value step, target step, then the policy step on weights of the residual before the value step."""
         batch = self.normalize(batch)
         residuals = self._residuals(batch)
@@ -311,13 +301,14 @@ class ODICE(Agent):
             metrics["temperature/residual_scale"] = self.residual_scale.clone()
             self._adapt_scale(raw)
         self.step += 1
-        return {
+        made = {
             "value/grad_norm": value_gradient_norm,
             "policy/loss": policy_loss.detach(),
             "policy/grad_norm": policy_gradient_norm,
             **metrics,
             **self._metrics(batch, residuals, weight),
         }
+        return Metrics(made, self._derived)
 
     def _adapt_scale(self, raw: Tensor) -> None:
         """Move log residual_scale towards the target share of the unclamped weights, at most `residual_scale_rate` per update.
@@ -342,33 +333,24 @@ class ODICE(Agent):
             "value/mean": value,
             "residual/mean": residual,
             "weight/mean": weight,
-            "bound": (batch.rewards / (1.0 - config.discount or 1.0)).unsqueeze(1).expand_as(value),
+            "reward/mean": batch.rewards.unsqueeze(1).expand_as(value),
             "value/head_gap": (highest - lowest).expand_as(value),
-            "value/dual_forward": duals[0],
+            "residual/conjugate_forward": duals[0],
             "weight/conjugate_mean": residuals.slopes[0],
             "weight/zero_share": weight == 0.0,
-            "square": weight * weight,
+            "weight/mean_square": weight * weight,
         }
         if residuals.backward is not None:
-            samples["value/dual_backward"] = duals[1]
+            samples["residual/conjugate_backward"] = duals[1]
         if config.weight_clamp is not None:
             samples["weight/clamp_share"] = weight == config.weight_clamp
         if config.residual_clip is not None:
             samples["residual/clip_share"] = residual > config.residual_clip
         stacked = torch.stack(list(samples.values())).flatten(2)
         metrics = dict(zip(samples, stacked.mean(2), strict=True))
-        metrics["weight/effective_sample_share"] = _share(metrics["weight/mean"], metrics.pop("square"))
-        metrics["value/mean_term"] = (1.0 - config.lambda_) * metrics["value/mean"]
-        metrics["value/dual_forward"] = self._unscaled(config.lambda_ * metrics["value/dual_forward"])
-        if residuals.backward is not None:
-            factor = config.lambda_ * config.eta
-            metrics["value/dual_backward"] = self._unscaled(factor * metrics["value/dual_backward"])
         smallest, largest = stacked[:4].aminmax(dim=2)
-        metrics["value/min"], metrics["residual/min"], _, lowest_bound = smallest
-        metrics["value/max"], metrics["residual/max"], metrics["weight/max"], highest_bound = largest
-        del metrics["bound"]
-        if config.discount < 1.0:  # what a return can be at least and at most by the rewards of the batch
-            metrics["value/bound_min"], metrics["value/bound_max"] = lowest_bound, highest_bound
+        metrics["value/min"], metrics["residual/min"], _, metrics["reward/min"] = smallest
+        metrics["value/max"], metrics["residual/max"], metrics["weight/max"], metrics["reward/max"] = largest
         return metrics
 
     # What it offers to others
@@ -450,6 +432,41 @@ class ODICE(Agent):
                 "the projection coefficient is below -2 (about -1 once V settles): V runs ahead of its target; raise target_update_rate"
             )
         return found
+
+
+def derived_metrics(config: ODICEConfig) -> Derived:
+    """Metrics that follow from those which an update makes."""
+
+    def dual(m: Mapping[str, Tensor], name: str, factor: float) -> Tensor:
+        """A term of the scaled objective, (1/scale) f*(scale R), in units of V."""
+        scale = m.get("temperature/residual_scale", config.residual_scale)
+        return factor * m[name] / scale
+
+    found: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
+        "weight/effective_sample_share": lambda m: _share(m["weight/mean"], m["weight/mean_square"]),
+        "value/mean_term": lambda m: (1.0 - config.lambda_) * m["value/mean"],
+        "value/dual_forward": lambda m: dual(m, "residual/conjugate_forward", config.lambda_),
+    }
+    if config.discount < 1.0:  # what a return can be at least and at most by the rewards of the batch
+        found["value/bound_min"] = lambda m: m["reward/min"] / (1.0 - config.discount)
+        found["value/bound_max"] = lambda m: m["reward/max"] / (1.0 - config.discount)
+    if config.gradient_rule != "orthogonal":
+        return found
+
+    def cosine(m: Mapping[str, Tensor]) -> Tensor:
+        return _ratio(m["projection/dot"], m["projection/forward_norm"] * m["projection/backward_norm"])
+
+    def cosine_after(m: Mapping[str, Tensor]) -> Tensor:
+        return _ratio(m["value/dot_after_projection"], m["projection/forward_norm"] * m["projection/perpendicular_norm"])
+
+    return found | {
+        "value/dual_backward": lambda m: dual(m, "residual/conjugate_backward", config.lambda_ * config.eta),
+        "projection/cosine": cosine,
+        "projection/cosine_after": cosine_after,
+        "projection/removed_share": lambda m: cosine(m).square(),
+        "projection/flow_discount": lambda m: config.discount * config.eta / (1.0 - m["projection/coefficient"]),
+        "projection/guard_active": lambda m: m["projection/forward_norm"].square() < config.projection_guard,
+    }
 
 
 def _share(mean: Tensor, mean_square: Tensor) -> Tensor:

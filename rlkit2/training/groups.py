@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.agents.metrics import Derived, Metrics
 from rlkit2.training.memory import keep_freed_memory
 from rlkit2.training.updates import choose_update
 
@@ -117,17 +118,24 @@ class BatchIndices:
 
 
 class MetricRows:
-    """The metrics of every update since the last log line, kept on the device: one row a step, no transfer until asked for."""
+    """The metrics of every update since the last log line, kept on the device: one row a step, no transfer until asked for.
+
+    Kept are those that an update has made; `derived` says what follows from them.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.derived: Derived = {}
         self.length = 0
         self._rows = torch.empty(0)
         self._absent = torch.empty(0)
         self._missing: list[tuple[int, str]] = []
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Keep one update's metrics, each `[S]`; a metric may be missing from some updates."""
+        if isinstance(metrics, Metrics):
+            self.derived = metrics.derived
+            metrics = metrics.made
         if self.length == len(self._rows) or not metrics.keys() <= set(self.names):
             self._grow(metrics)
         if len(metrics) < len(self.names):
@@ -135,7 +143,7 @@ class MetricRows:
         torch.stack([metrics.get(name, self._absent) for name in self.names], out=self._rows[self.length])
         self.length += 1
 
-    def _grow(self, metrics: dict[str, Tensor]) -> None:
+    def _grow(self, metrics: Mapping[str, Tensor]) -> None:
         names = [*self.names, *(name for name in metrics if name not in self.names)]
         values = torch.stack(list(metrics.values()))
         capacity = max(64, 2 * self.length)
@@ -154,6 +162,17 @@ class MetricRows:
         if clear:
             self.length, self._missing = 0, []
         return list(self.names), values, present
+
+    def take_all(self) -> tuple[list[str], Tensor, NDArray[np.bool_]]:
+        """`take()` with the derived metrics behind the others."""
+        names, values, present = self.take()
+        made = {name: values[:, k] for k, name in enumerate(names)}
+        if not self.derived or not len(values):
+            return names, values, present
+        columns = [function(made).to(values.dtype) for function in self.derived.values()]
+        everywhere = np.ones((len(values), len(columns)), dtype=bool)
+        values = torch.cat([values, torch.stack(columns, 1)], 1)
+        return [*names, *self.derived], values, np.concatenate([present, everywhere], 1)
 
     def restore(self, names: Sequence[str], values: Tensor, present: NDArray[np.bool_]) -> None:
         """Continue from `take(clear=False)`."""

@@ -149,7 +149,7 @@ class Trainer:
             self._save()
 
     def _log(self) -> None:
-        taken = [group.metrics.take() for group in self.groups]
+        taken = [group.metrics.take_all() for group in self.groups]
         names, _, present = taken[0]
         seeds = self.active
         values = torch.cat([values for _, values, _ in taken], dim=2).double().numpy()  # [n, K, S]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rlkit2.agents.base import Agent
     from rlkit2.data.dataset import TransitionDataset
 
-Update = Callable[[Tensor], dict[str, Tensor]]  # rows [S, B] -> metrics [S]
+Update = Callable[[Tensor], Mapping[str, Tensor]]  # rows [S, B] -> metrics [S]
 TRIAL_STEPS = 4  # enough to meet both branches of an update that delays a part of itself
 TOLERANCE = 1e-3  # of the distance the parameters move in the trial
 
@@ -34,7 +34,7 @@ def choose_update(
         The update and, when a faster one was tried in vain, the reason.
     """
 
-    def plain(rows: Tensor) -> dict[str, Tensor]:
+    def plain(rows: Tensor) -> Mapping[str, Tensor]:
         return agent.update(dataset.gather(rows).to(device, non_blocking=True))
 
     if compile == "off" or (compile == "auto" and device.type != "cuda"):
@@ -74,7 +74,7 @@ def _captured(agent: Agent, plain: Update, rows: Tensor, device: torch.device) -
     with torch.cuda.graph(graph):
         metrics = plain(static)
 
-    def replay(rows: Tensor) -> dict[str, Tensor]:
+    def replay(rows: Tensor) -> Mapping[str, Tensor]:
         static.copy_(rows)
         graph.replay()
         return metrics

@@ -30,10 +30,10 @@ def hopper_sized(**overrides: Any) -> ODICE:
 
 
 @pytest.mark.parametrize(
-    ("rule", "operations", "megaflops"), [("orthogonal", 145, 735), ("semi", 105, 385), ("true", 105, 525)]
+    ("rule", "operations", "megaflops"), [("orthogonal", 130, 735), ("semi", 95, 385), ("true", 95, 525)]
 )
 def test_operations_and_work_of_an_update(rule: str, operations: int, megaflops: float) -> None:
-    """Of these, the metrics are 37 (orthogonal) and 20."""
+    """What follows from other metrics is computed when it is read, not in the update."""
     found = measure(hopper_sized(gradient_rule=rule))
     assert found[0] <= operations
     assert found[1] <= megaflops

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import rlkit2
 from rlkit2.agents.bc import BC, BCConfig
+from rlkit2.agents.metrics import Metrics
 from rlkit2.data import dataset_from_arrays
 from rlkit2.errors import RunError
 from rlkit2.training import Run, Trainer
@@ -109,6 +110,24 @@ def test_metrics_that_appear_late_or_rarely_are_averaged_over_the_updates_that_h
     assert values[present[:, 1], 1, 1].tolist() == [70, 80, 90]
     assert values[:, 0, 0].tolist() == list(range(100))
     assert rows.length == 0
+
+
+def test_derived_metrics_are_those_of_every_update():
+    """Computed for all updates of an interval at once, and not kept: a restored interval derives them anew."""
+    derived = {"ratio": lambda m: m["a"] / m["b"]}
+    rows, restored = MetricRows(), MetricRows()
+    made = [{"a": torch.tensor([float(k), 1.0]), "b": torch.tensor([2.0, float(k + 1)])} for k in range(5)]
+    for metrics in made[:3]:
+        rows.add(Metrics(metrics, derived))
+    restored.restore(*rows.take(clear=False))
+    for metrics in made[3:]:
+        rows.add(Metrics(metrics, derived))
+        restored.add(Metrics(metrics, derived))
+    for taken in (rows.take_all(), restored.take_all()):
+        names, values, present = taken
+        assert names == ["a", "b", "ratio"]
+        assert present.all()
+        assert values[:, 2].tolist() == [(m["a"] / m["b"]).tolist() for m in made]
 
 
 # a seed whose loss is no number
