@@ -29,6 +29,7 @@ def test_weighting_helps_a_stiff_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 100 s of processor time
 def test_regression_recovers_the_noise() -> None:
     results = run_regression()
     assert regression_figure(results).axes
