@@ -43,14 +43,15 @@ def say(line: str) -> None:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Print JSON; numbers that are not finite become null."""
-    console().print_json(json.dumps(_finite(values), allow_nan=False))
+    console().print_json(json.dumps(finite(values), allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

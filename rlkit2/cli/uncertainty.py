@@ -17,6 +17,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import load_dataset, load_run
+from rlkit2.cli.data_text import finite
 from rlkit2.cli.parsing import command
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
@@ -185,13 +186,15 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("noise", "method") else "right")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(
+            *(f"{value:.3f}".replace("nan", "") if isinstance(value, float) else str(value) for value in row.values())
+        )
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     if out is not None:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / f"{name}.json", json_format.dumps(rows, indent=1) + "\n")
+        write_atomically(out / f"{name}.json", json_format.dumps(finite(rows), indent=1, allow_nan=False) + "\n")
         if figure is not None:
             _write_figure(out / f"{name}.png", figure)
         console.print(f"table and figure: {out}")

@@ -183,6 +183,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "critic = 'ggd'" in capsys.readouterr().err
 
 
+def test_a_study_writes_plain_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["uncertainty", "study", "weighting", "--out", str(tmp_path / "study")]) == 0
+    assert "0.82" in capsys.readouterr().out
+    text = (tmp_path / "study" / "weighting.json").read_text()
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [row["xi"] for row in rows] == [None, 0.0, 1.0, 5.0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", ["iql", "td3bc", "sacn", "edac"])
 def test_agents_know_which_actions_they_have_not_seen(agent: str, tmp_path: Path) -> None:
