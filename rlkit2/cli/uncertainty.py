@@ -75,7 +75,7 @@ def uncertainty(
     with progress_bar("TD errors") as progress:
         found = td_diagnostics(agent, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
     known = noise_map(agent, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
-    report = {
+    values = {
         "run": str(run),
         "step": checkpoint or max(opened.checkpoints),
         "episodes": episodes.what,
@@ -84,6 +84,7 @@ def uncertainty(
         **found.to_dict(),
         **({"noise_map": known.to_dict()} if known else {}),
     }
+    report: dict[str, Any] = finite(values)
     folder = _write(out or opened.path / "uncertainty", report, found, known, opened.config["seeds"])
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if json:
