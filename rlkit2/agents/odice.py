@@ -457,7 +457,9 @@ def derived_metrics(config: ODICEConfig) -> Derived:
         return _ratio(m["projection/dot"], m["projection/forward_norm"] * m["projection/backward_norm"])
 
     def cosine_after(m: Mapping[str, Tensor]) -> Tensor:
-        return _ratio(m["value/dot_after_projection"], m["projection/forward_norm"] * m["projection/perpendicular_norm"])
+        return _ratio(
+            m["value/dot_after_projection"], m["projection/forward_norm"] * m["projection/perpendicular_norm"]
+        )
 
     return found | {
         "value/dual_backward": lambda m: dual(m, "residual/conjugate_backward", config.lambda_ * config.eta),
