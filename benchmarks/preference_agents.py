@@ -27,7 +27,7 @@ METHODS = (
     "iql, zero reward",
     "p-iql",
     "cpl",
-    "cpl, cloning_weight 1",
+    "cpl, cloning_weight 10",
     "ipl",
     "ipl, chi2 5 and rate 1e-4",
 )
@@ -104,8 +104,8 @@ def trained(given: Any, dataset: Any, method: str) -> rlkit2.Run:
         "cpl": {"preferences": str(given.out / "labels"), "bc_steps": given.steps * 2 // 5},
         "ipl": {"preferences": str(given.out / "labels")},
     }.get(agent, {})
-    if method.endswith("cloning_weight 1"):
-        own["cloning_weight"] = 1.0
+    if method.endswith("cloning_weight 10"):
+        own["cloning_weight"] = 10.0
     if method.endswith("rate 1e-4"):
         own |= {"chi2": 5.0, "learning_rate": 1e-4}
     if agent.endswith("iql"):
