@@ -22,15 +22,15 @@ from rlkit2.data.reward_file import save_rewards
 from rlkit2.preferences import RewardEnsemble, ScriptedTeacher, collect_preferences, evaluate_reward, fit_reward_model
 from rlkit2.preferences.relabelling import relabelled_rewards
 
-METHODS = (
-    "iql, true reward",
-    "iql, zero reward",
-    "p-iql",
-    "cpl",
-    "cpl, cloning_weight 10",
-    "ipl",
-    "ipl, chi2 5 and rate 1e-4",
-)
+METHODS: dict[str, dict[str, Any]] = {  # the part before the comma is the agent
+    "iql, true reward": {},
+    "iql, zero reward": {},
+    "p-iql": {},
+    "cpl": {},
+    "cpl, cloning_weight 10": {"cloning_weight": 10.0},
+    "ipl": {},
+    "ipl, chi2 5 and rate 1e-4": {"chi2": 5.0, "learning_rate": 1e-4},
+}
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--offset", default="min", help="of the learned reward: min, max, mean or none")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dataset = rlkit2.load_dataset(given.dataset)
@@ -104,10 +104,7 @@ def trained(given: Any, dataset: Any, method: str) -> rlkit2.Run:
         "cpl": {"preferences": str(given.out / "labels"), "bc_steps": given.steps * 2 // 5},
         "ipl": {"preferences": str(given.out / "labels")},
     }.get(agent, {})
-    if method.endswith("cloning_weight 10"):
-        own["cloning_weight"] = 10.0
-    if method.endswith("rate 1e-4"):
-        own |= {"chi2": 5.0, "learning_rate": 1e-4}
+    own |= METHODS[method]
     if agent.endswith("iql"):
         own["policy_cosine_steps"] = given.steps
     return rlkit2.train(

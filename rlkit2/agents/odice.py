@@ -177,7 +177,7 @@ class ODICE(Agent):
             {"value": self.value_network, "value_target": self.value_target, "policy": self.actor},
             {"value": self.value_optimizer, "policy": self.policy_optimizer},
         )
-        self._derived = derived_metrics(config)
+        self._derived = _derived_metrics(config)
         self.adaptive = config.target_effective_sample_share is not None
         if self.adaptive:
             self.residual_scale = torch.full(
@@ -434,7 +434,7 @@ class ODICE(Agent):
         return found
 
 
-def derived_metrics(config: ODICEConfig) -> Derived:
+def _derived_metrics(config: ODICEConfig) -> Derived:
     """Metrics that follow from those which an update makes."""
 
     def dual(m: Mapping[str, Tensor], name: str, factor: float) -> Tensor:

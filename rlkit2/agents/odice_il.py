@@ -128,8 +128,7 @@ def first_episodes(dataset: TransitionDataset, count: int) -> TransitionDataset:
     Raises:
         DatasetError: there are fewer.
     """
-    if count > dataset.num_episodes:
-        raise DatasetError(f"{dataset.spec.id} has {dataset.num_episodes} episodes, fewer than the {count} asked for")
+    _require_episodes(dataset, count)
     return dataset.select(range(count))
 
 
@@ -139,10 +138,14 @@ def best_episodes(dataset: TransitionDataset, count: int) -> TransitionDataset:
     Raises:
         DatasetError: there are fewer.
     """
-    if count > dataset.num_episodes:
-        raise DatasetError(f"{dataset.spec.id} has {dataset.num_episodes} episodes, fewer than the {count} asked for")
+    _require_episodes(dataset, count)
     best = dataset.episode_returns.argsort(descending=True, stable=True)[:count]
     return dataset.select(best.sort().values)
+
+
+def _require_episodes(dataset: TransitionDataset, count: int) -> None:
+    if count > dataset.num_episodes:
+        raise DatasetError(f"{dataset.spec.id} has {dataset.num_episodes} episodes, fewer than the {count} asked for")
 
 
 def imitation_dataset(

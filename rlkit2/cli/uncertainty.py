@@ -173,6 +173,9 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
     """
     from rlkit2.studies import heteroscedastic, noisy_mdp
 
+    if out is not None:  # before the work, not after it
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
     figure = None
     with progress_bar(name) as progress:
         if name == "noisy-mdp":
@@ -193,8 +196,6 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     if out is not None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / f"{name}.json", json_format.dumps(finite(rows), indent=1, allow_nan=False) + "\n")
         if figure is not None:
             _write_figure(out / f"{name}.png", figure)
