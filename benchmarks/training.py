@@ -5,7 +5,7 @@
 Hopper's sizes (observations 11, actions 3), batch 256, two hidden layers of 256, sampling included, one thread. d3rlpy runs in an environment of its
 own (`requirements-peers.txt` says how to make it); without one its rows say "not measured". One-thread rows compare the CPU time of an update, the
 lowest tenth of each round: what the update takes when no other process of the machine has just emptied the caches. The row on two cores compares wall
-time.
+time. On AMD processors with AVX-512 the trainer lets oneDNN multiply (rlkit2.nn.products.py); the rows "default products" leave that to MKL.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 ROWS, OBSERVATIONS, ACTIONS, BATCH = 100_000, 11, 3, 256
 SEEDS, GROUP = 16, 4
+FOR_GOOD = ExitStack()  # what holds until the process ends
 CONFIGS: dict[str, dict[str, Any]] = {
     "odice": {"value_layer_norm": False, "policy_hidden_sizes": (256, 256)},
     "iql": {},
@@ -44,14 +46,23 @@ def data() -> tuple[torch.Tensor, ...]:
     return s, actions, torch.randn(ROWS, generator=generator), following, torch.arange(ROWS) % 1000 == 999
 
 
-def ours(name: str, seeds: list[int]) -> Callable[[int], None]:
-    """rlkit2's update as its trainer runs it, for these seeds in one agent."""
+def choose_products() -> None:
+    """Multiply by the library that the trainer chooses on this machine, for the rest of the process."""
+    from rlkit2.nn.products import SMALLEST_WORK, fast_products
+
+    FOR_GOOD.enter_context(fast_products(torch.device("cpu"), SMALLEST_WORK))
+
+
+def ours(name: str, seeds: list[int], *, products: bool = True) -> Callable[[int], None]:
+    """rlkit2's update as its trainer runs it, for these seeds in one agent; without `products` by torch's default library."""
     from rlkit2.agents import agent_class, make_config
     from rlkit2.data import dataset_from_arrays
     from rlkit2.training.groups import BatchIndices
     from rlkit2.training.memory import keep_freed_memory
 
     keep_freed_memory()
+    if products:
+        choose_products()
     s, a, r, following, ends = data()
     dataset = dataset_from_arrays(s, a, r, following, ends, torch.zeros_like(ends))
     agent = agent_class(name)(make_config(name, **CONFIGS[name]), OBSERVATIONS, ACTIONS, seeds=seeds)
@@ -79,10 +90,12 @@ def two_threads() -> Callable[[int], None]:
     return run
 
 
-def plain() -> Callable[[int], None]:
+def plain(*, products: bool = False) -> Callable[[int], None]:
     """The plain O-DICE with the sampling that goes with it: one indexing a field."""
     from plain.odice import PlainODICE
 
+    if products:
+        choose_products()
     s, a, r, following, ends = data()
     done = ends.float()
     agent = PlainODICE(OBSERVATIONS, ACTIONS)
@@ -100,23 +113,28 @@ CASES: dict[str, Callable[[], Callable[[int], None]]] = {
     "odice x 4": lambda: ours("odice", list(range(GROUP))),
     "odice x 16": lambda: ours("odice", list(range(SEEDS))),
     "odice x 16, two threads": two_threads,
+    "odice, default products": lambda: ours("odice", [0], products=False),
     "plain odice": plain,
+    "plain odice, fast products": lambda: plain(products=True),
     "iql": lambda: ours("iql", [0]),
+    "iql, default products": lambda: ours("iql", [0], products=False),
     "td3bc": lambda: ours("td3bc", [0]),
+    "td3bc, default products": lambda: ours("td3bc", [0], products=False),
 }
 
 
 def work(name: str) -> None:
     """A case's process: read a number of updates, answer with the wall seconds of all and the CPU seconds of one (lowest tenth)."""
     torch.set_num_threads(1)
-    run = CASES[name]()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        marks, wall = [time.process_time()], time.perf_counter()
-        for _ in range(int(line)):
-            run(1)
-            marks.append(time.process_time())
-        print(time.perf_counter() - wall, lowest_tenth(marks), flush=True)
+    with FOR_GOOD:
+        run = CASES[name]()
+        print("ready", flush=True)
+        for line in sys.stdin:
+            marks, wall = [time.process_time()], time.perf_counter()
+            for _ in range(int(line)):
+                run(1)
+                marks.append(time.process_time())
+            print(time.perf_counter() - wall, lowest_tenth(marks), flush=True)
 
 
 def lowest_tenth(marks: list[float]) -> float:
@@ -219,23 +237,30 @@ def main() -> None:
     for case in cases.values():
         case.close()
 
-    def row(what: str, slow: str, fast: str, times: dict[str, list[float]], gate: float, aim: float) -> dict[str, Any]:
+    def row(
+        what: str, slow: str, fast: str, times: dict[str, list[float]], gate: float | None, aim: float | None
+    ) -> dict[str, Any]:
+        facts = {"what": what, "ratio": "not measured: see requirements-peers.txt"}
+        limits = {} if gate is None else {"gate": gate, "aim": aim}
         if slow not in times:
-            return {"what": what, "ratio": "not measured: see requirements-peers.txt", "gate": gate, "aim": aim}
+            return facts | limits
         found = median_ratio(times[slow], times[fast])
         return {
             "what": what,
             "ratio": found,
-            "gate": gate,
-            "aim": aim,
-            "holds": found >= gate,
+            **limits,
+            **({} if gate is None else {"holds": found >= gate}),
             f"ms ({'CPU' if times is cpu else 'wall'})": f"{statistics.median(times[slow]):.2f} / {statistics.median(times[fast]):.2f}",
         }
 
     rows = [
         row("O-DICE, orthogonal, against plain autograd", "plain odice", "odice", cpu, 1.35, 1.55),
+        row("the same, both by torch's default products", "plain odice", "odice, default products", cpu, None, None),
+        row("the same, both by oneDNN's", "plain odice, fast products", "odice", cpu, None, None),
         row("IQL against d3rlpy 2.8.1", "d3rlpy iql", "iql", cpu, 1.7, 2.0),
+        row("the same by torch's default products", "d3rlpy iql", "iql, default products", cpu, None, None),
         row("TD3+BC against d3rlpy 2.8.1", "d3rlpy td3bc", "td3bc", cpu, 1.6, 1.9),
+        row("the same by torch's default products", "d3rlpy td3bc", "td3bc, default products", cpu, None, None),
         row(
             "16 seeds on two cores against 16 plain runs in turn",
             "plain odice",

@@ -19,6 +19,7 @@ from rlkit2.agents.edac import EDAC, EDACConfig
 from rlkit2.agents.iql import IQL, IQLConfig
 from rlkit2.agents.sacn import SACN, SACNConfig
 from rlkit2.data import Batch
+from rlkit2.nn.products import SMALLEST_WORK, fast_products
 
 OBS, ACT, ROWS = 11, 3, 256
 
@@ -36,13 +37,14 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def ours(agent: Any, updates: int) -> Callable[[], None]:
-    """A case that runs updates of an agent."""
+    """A case that runs updates of an agent, with the products that the trainer chooses on this machine."""
     fields = {name: value.unsqueeze(0) for name, value in batch().items()}
     data = Batch(**fields, truncations=torch.zeros(1, ROWS))
 
     def case() -> None:
-        for _ in range(updates):
-            agent.update(data)
+        with fast_products(torch.device("cpu"), SMALLEST_WORK):
+            for _ in range(updates):
+                agent.update(data)
 
     return case
 
@@ -66,8 +68,9 @@ def critic_step(critic: str, updates: int, members: int = 10) -> Callable[[], No
     targets = torch.randn(1, ROWS)
 
     def case() -> None:
-        for _ in range(updates):
-            agent.fit_critic(data, targets)
+        with fast_products(torch.device("cpu"), SMALLEST_WORK):
+            for _ in range(updates):
+                agent.fit_critic(data, targets)
 
     return case
 

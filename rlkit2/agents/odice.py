@@ -260,7 +260,7 @@ class ODICE(Agent):
         here, there = slice(0, rows), slice(rows, 2 * rows)
         forward = pullback(at_value, here)
         perpendicular, projection = self._project(forward, pullback(at_next, there))
-        return torch.add(forward + perpendicular, pullback(None, here), alpha=mean_term), projection
+        return forward.add_(perpendicular).add_(pullback(None, here), alpha=mean_term), projection
 
     def _project(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_b - c g_f for vectors `[S, P]`, c per seed; with the metrics of the projection."""

@@ -24,6 +24,7 @@ from rlkit2.data.cache import cache_folder
 from rlkit2.data.load import local_datasets, minari_root
 from rlkit2.envs.builtin import builtin_recipes, data_root
 from rlkit2.errors import first_line
+from rlkit2.nn.products import onednn_is_better
 
 DESCRIPTION = """Show versions, optional parts, devices, dataset roots and write access; exit status 1 where something needed is missing.
 
@@ -139,7 +140,9 @@ def _devices() -> list[dict[str, Any]]:
         "device": "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-    devices: list[dict[str, Any]] = [{**cpu, "torch_threads": torch.get_num_threads(), "OMP_NUM_THREADS": threads}]
+    library = "oneDNN (large ones)" if onednn_is_better() else "torch's default"
+    facts = {"torch_threads": torch.get_num_threads(), "OMP_NUM_THREADS": threads, "products": library}
+    devices: list[dict[str, Any]] = [cpu | facts]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(

@@ -6,6 +6,7 @@ from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_co
 from rlkit2.nn.normalizer import Normalizer
 from rlkit2.nn.optim import Adam
 from rlkit2.nn.policy import Policy, load_policy
+from rlkit2.nn.products import fast_products
 
 __all__ = [
     "Actor",
@@ -15,6 +16,7 @@ __all__ = [
     "Normalizer",
     "Policy",
     "StackedMLP",
+    "fast_products",
     "lerp_",
     "linearize",
     "load_policy",

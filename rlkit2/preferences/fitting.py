@@ -14,7 +14,7 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError
 from rlkit2.losses.preference import bradley_terry_loss
-from rlkit2.nn import Adam
+from rlkit2.nn import Adam, fast_products, named_tensors
 from rlkit2.rewards.models import RewardEnsemble
 
 Progress = Callable[[int, int, float], None]
@@ -114,20 +114,29 @@ def fit_reward_model(
     best = _Best(model, test, patience)
     loss = torch.zeros(len(model.seeds))
     step = 0
-    for step in range(1, steps + 1):
-        places = torch.stack([torch.randint(drawn.shape[-1], (members, batch_size), generator=g) for g in generators])
-        batch = train.gather(drawn.gather(-1, places.to(device)))
-        loss = _loss(model, batch, assumed_noise, centering)
-        optimizer.minimize(loss)
-        if step % check_every == 0 or step == steps:
-            if best.check(step):
-                break
-            if progress is not None:
-                progress(step, steps, best.mean_loss if test is not None else float(loss.detach().mean()) / members)
+    rows = 2 * each[0].length * batch_size  # of a minibatch, two segments a pair
+    with fast_products(torch.device(device), rows * _largest_layer(model)):
+        for step in range(1, steps + 1):
+            places = torch.stack(
+                [torch.randint(drawn.shape[-1], (members, batch_size), generator=g) for g in generators]
+            )
+            batch = train.gather(drawn.gather(-1, places.to(device)))
+            loss = _loss(model, batch, assumed_noise, centering)
+            optimizer.minimize(loss)
+            if step % check_every == 0 or step == steps:
+                if best.check(step):
+                    break
+                if progress is not None:
+                    progress(step, steps, best.mean_loss if test is not None else float(loss.detach().mean()) / members)
     best.restore()
     model.requires_grad_(False)
     model.description = _describe(each, dataset, best, step, test)
     return model
+
+
+def _largest_layer(model: RewardEnsemble) -> int:
+    """Weights of the largest layer, all seeds and members together."""
+    return max(tensor.numel() for tensor in named_tensors(model.network).values())
 
 
 class _Trained(torch.nn.Module):

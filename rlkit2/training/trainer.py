@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import RunError
+from rlkit2.nn import fast_products
 from rlkit2.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
 from rlkit2.training.files import JsonLines, WriteError, writing
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
@@ -109,7 +110,8 @@ class Trainer:
                 )
                 while self.step < self.options.steps and self.active:
                     target = self._next_stop()
-                    advance_groups(self.groups, target, self._stop)
+                    with fast_products(self.device, self._work()):
+                        advance_groups(self.groups, target, self._stop)
                     self.step = self.groups[0].step
                     if self.step == target:
                         self._synchronise()
@@ -134,6 +136,12 @@ class Trainer:
     def _next_stop(self) -> int:
         intervals = [self.options.interval(name) for name in ("log_every", "eval_every", "checkpoint_every")]
         return min([self.options.steps, *((self.step // every + 1) * every for every in intervals if every)])
+
+    def _work(self) -> int:
+        """Multiplications of an update's largest product, in the largest group as it began, whatever seeds have stopped since."""
+        agent = self.groups[0].agent
+        weights = max(tensor[0].numel() for tensor in agent.state_dict().values() if tensor.ndim)
+        return weights * max(map(len, self.parts)) * self.options.batch_size
 
     def _due(self, name: str, step: int) -> bool:
         every = self.options.interval(name)
@@ -269,7 +277,9 @@ class Trainer:
         else:
             self._build()
             self._save()
-        start = {**describe_start(str(self.device)), "step": self.step}
+        with fast_products(self.device, self._work()) as onednn:
+            library = "oneDNN" if onednn else "torch's default"
+        start = {**describe_start(str(self.device)), "products": library, "step": self.step}
         self.run.update_manifest(
             status="running",
             dataset=self.run.config["dataset"],

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import rlkit2
 from rlkit2.agents.bc import BCConfig
@@ -211,3 +212,26 @@ def test_ctrl_c_prints_the_resume_command_and_keeps_the_policy(tmp_path, capsys,
     assert main([*command[:-1], str(other), "--hidden-sizes", "8"]) == 0
     (uninterrupted,) = other.glob("bc-*")
     assert contents(Run(path)) == contents(Run(uninterrupted))
+
+
+def test_an_interruption_leaves_no_trace_where_onednn_multiplies(tmp_path, monkeypatch):
+    """A fixed library for the updates, the default one for evaluations and afterwards."""
+    monkeypatch.setattr("rlkit2.nn.products.SMALLEST_WORK", 0)
+    monkeypatch.setattr("rlkit2.nn.products.onednn_is_better", lambda: True)
+    seen = set()
+
+    def watch(agent):
+        update = agent.update
+        agent.update = lambda batch: (seen.add(("update", torch.get_float32_matmul_precision())), update(batch))[1]
+        agent.policy.register_forward_hook(lambda *_: seen.add(("act", torch.get_float32_matmul_precision())))
+
+    options = {**SCHEDULE, "batch_size": 64}
+    config = BCConfig(hidden_sizes=(64, 64))
+    whole = contents(fit(tiny_run(tmp_path / "a", config, DATASET, [0], **options), DATASET, wrap=watch))
+    assert seen == {("update", "medium"), ("act", "highest")}
+    run = tiny_run(tmp_path / "b", config, DATASET, [0], **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, DATASET, wrap=interrupting(23))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert contents(fit(run, DATASET)) == whole
+    assert [start["products"] for start in run.manifest["starts"]] == ["oneDNN", "oneDNN"]
