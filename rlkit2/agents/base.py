@@ -34,6 +34,7 @@ class Agent:
 
     Attributes:
         config, seeds, policy.
+        phases, phase: how many kinds of update take turns, and which is next; kept on the host.
         step: `[S]` int64, updates done (the same number for every seed, kept on the device).
     """
 
@@ -41,6 +42,8 @@ class Agent:
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     seeds: tuple[int, ...]
     policy: Policy
+    phases: int = 1
+    phase: int = 0
 
     def __init__(
         self,
@@ -217,6 +220,7 @@ class Agent:
                 raise ConfigError(
                     f"{name} has shape {list(source.shape)} in the state but {list(target.shape)} here; was it written by another configuration?"
                 ) from error
+        self.phase = int(self.step[0]) % self.phases
 
 
 def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

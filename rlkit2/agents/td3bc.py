@@ -93,7 +93,7 @@ class TD3BC(UncertainAgent):
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
         self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
         self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)
-        self._phase = 0  # step modulo policy_delay, on the host: the delay must not ask the device
+        self.phases = config.policy_delay  # on the host: the delay must not ask the device
         self._register(
             {
                 "critic": self.critic,
@@ -132,8 +132,8 @@ class TD3BC(UncertainAgent):
         batch = self.normalize(batch)
         metrics = self.fit_critic(batch, self.critic_targets(batch))
         self.step += 1
-        self._phase = (self._phase + 1) % self.config.policy_delay
-        if self._phase == 0:
+        self.phase = (self.phase + 1) % self.phases
+        if self.phase == 0:
             policy_loss, policy_metrics = self.policy_loss(batch)
             metrics["policy/grad_norm"] = self.policy_optimizer.minimize(policy_loss)
             metrics["policy/loss"] = policy_loss.detach()
@@ -141,11 +141,6 @@ class TD3BC(UncertainAgent):
             lerp_(self.critic_target, self.critic, self.config.target_update_rate)
             lerp_(self.actor_target, self.actor, self.config.target_update_rate)
         return metrics
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` in, and go on in the same phase of the delay."""
-        super().load_state_dict(state)
-        self._phase = int(self.step[0]) % self.config.policy_delay
 
     @classmethod
     def warnings(cls, config: TD3BCConfig, metrics: Mapping[str, float]) -> dict[str, str]:

@@ -80,6 +80,7 @@ class Trainer:
         self.progress = progress or Progress(None)
         self.layout = groups
         self.step = 0
+        self.work = 0  # multiplications of an update's largest product, in the largest group as it began
         self.parts: list[tuple[int, ...]] = []  # the groups the run began with
         self.groups: list[SeedGroup] = []
         self.stopped: dict[int, dict[str, Any]] = {}  # seed -> step, metric, rows of its batch, last finite checkpoint
@@ -110,7 +111,7 @@ class Trainer:
                 )
                 while self.step < self.options.steps and self.active:
                     target = self._next_stop()
-                    with fast_products(self.device, self._work()):
+                    with fast_products(self.device, self.work):
                         advance_groups(self.groups, target, self._stop)
                     self.step = self.groups[0].step
                     if self.step == target:
@@ -136,12 +137,6 @@ class Trainer:
     def _next_stop(self) -> int:
         intervals = [self.options.interval(name) for name in ("log_every", "eval_every", "checkpoint_every")]
         return min([self.options.steps, *((self.step // every + 1) * every for every in intervals if every)])
-
-    def _work(self) -> int:
-        """Multiplications of an update's largest product, in the largest group as it began, whatever seeds have stopped since."""
-        agent = self.groups[0].agent
-        weights = max(tensor[0].numel() for tensor in agent.state_dict().values() if tensor.ndim)
-        return weights * max(map(len, self.parts)) * self.options.batch_size
 
     def _due(self, name: str, step: int) -> bool:
         every = self.options.interval(name)
@@ -277,7 +272,10 @@ class Trainer:
         else:
             self._build()
             self._save()
-        with fast_products(self.device, self._work()) as onednn:
+        agent = self.groups[0].agent
+        weights = max(tensor[0].numel() for tensor in agent.state_dict().values())
+        self.work = weights * max(map(len, self.parts)) * self.options.batch_size
+        with fast_products(self.device, self.work) as onednn:
             library = "oneDNN" if onednn else "torch's default"
         start = {**describe_start(str(self.device)), "products": library, "step": self.step}
         self.run.update_manifest(

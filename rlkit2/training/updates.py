@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rlkit2.data.dataset import TransitionDataset
 
 Update = Callable[[Tensor], Mapping[str, Tensor]]  # rows [S, B] -> metrics [S]
-TRIAL_STEPS = 4  # enough to meet both branches of an update that delays a part of itself
+Recording = tuple[Callable[[], None], Mapping[str, Tensor]]  # what plays an update, and where its metrics lie then
+TRIAL_STEPS = 4  # at least, and twice through all phases of an update
 TOLERANCE = 1e-3  # of the distance the parameters move in the trial
 
 
@@ -60,26 +61,47 @@ def _compiled(agent: Agent, dataset: TransitionDataset, device: torch.device) ->
 
 
 def _captured(agent: Agent, plain: Update, rows: Tensor, device: torch.device) -> Update:
-    """Capture one update over static rows; what runs outside the graph is one copy of `[S, B]` indices."""
+    """Capture the update over static rows, once for each phase it may be in; what runs outside a graph is one copy of `[S, B]` indices."""
     if rows.device != device:
         raise RuntimeError("the dataset does not fit on the device")
     static = rows.clone()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # allocations and lazy initialisation must lie behind a capture
-        for _ in range(3):
+        for _ in range(3 * agent.phases):
             plain(static)
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        metrics = plain(static)
 
-    def replay(rows: Tensor) -> Mapping[str, Tensor]:
+    def record() -> Recording:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = plain(static)
+        return graph.replay, metrics
+
+    return replayed(agent, record, static)
+
+
+def replayed(agent: Agent, record: Callable[[], Recording], static: Tensor) -> Update:
+    """The update that plays, for the phase the agent is in, what `record` recorded in that phase.
+
+    Args:
+        agent: recording runs its code, so it goes through its phases; playing does not, so its phase is moved on here.
+        record: records one update of the rows in `static`, and returns what plays it and the tensors that its metrics lie in afterwards.
+        static: `[S, B]`, the rows that the recordings read.
+    """
+    recordings = {}
+    for _ in range(agent.phases):
+        phase = agent.phase
+        recordings[phase] = record()
+
+    def update(rows: Tensor) -> Mapping[str, Tensor]:
+        play, metrics = recordings[agent.phase]
         static.copy_(rows)
-        graph.replay()
+        play()
+        agent.phase = (agent.phase + 1) % agent.phases
         return metrics
 
-    return replay
+    return update
 
 
 def _agree(agent: Agent, plain: Update, fast: Update, rows: Tensor) -> bool:
@@ -88,7 +110,7 @@ def _agree(agent: Agent, plain: Update, fast: Update, rows: Tensor) -> bool:
     ends = []
     for update in (plain, fast):
         agent.load_state_dict(start)
-        for shift in range(TRIAL_STEPS):
+        for shift in range(max(TRIAL_STEPS, 2 * agent.phases)):
             update(rows.roll(shift, dims=-1))
         ends.append(_copy(agent.state_dict()))
     return all(

@@ -20,12 +20,14 @@ from rich.console import Console
 import rlkit2
 from rlkit2.agents.bc import BC, BCConfig
 from rlkit2.agents.metrics import Metrics
+from rlkit2.agents.td3bc import TD3BC, TD3BCConfig
 from rlkit2.data import dataset_from_arrays
 from rlkit2.errors import RunError
 from rlkit2.training import Run, Trainer
 from rlkit2.training.building import agent_factory
 from rlkit2.training.groups import BatchIndices, MetricRows, seed_groups
 from rlkit2.training.progress import Progress
+from rlkit2.training.updates import replayed
 from tests.training.tiny_problem import FaultyConfig, Walk, contents, fit, interrupting, tiny_dataset, tiny_run
 
 DATASET = tiny_dataset()
@@ -395,3 +397,49 @@ def test_actions_beyond_a_tanh_are_told(tmp_path, capsys, largest, bound, settin
     )
     told = "go up to 3, but the policy's stay within 1: set tanh_mean = false" in capsys.readouterr().err
     assert told == (largest > 1.0 and bound == np.inf and not settings)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_update_with_phases_is_recorded_once_for_each(first):
+    """Recording executes nothing, playing repeats one phase whatever the host's state: as CUDA graphs do, imitated here on a CPU."""
+
+    def fresh():
+        agent = TD3BC(TD3BCConfig(hidden_sizes=(8,), policy_delay=3), 3, 2, seeds=2)
+        for _ in range(first):
+            agent.update(DATASET.gather(draw()))
+        return agent
+
+    def draw():
+        return torch.randint(len(DATASET), (2, 16), generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    plain = fresh()
+    generator.manual_seed(0)
+    recorded = fresh()
+    static = torch.zeros((2, 16), dtype=torch.int64)
+
+    def record():
+        phase, state = recorded.phase, recorded.state_dict()
+        metrics = dict(recorded.update(DATASET.gather(static)))
+        following = recorded.phase
+        recorded.load_state_dict(state)
+        recorded.phase = following
+
+        def play():
+            now, recorded.phase = recorded.phase, phase
+            for name, value in recorded.update(DATASET.gather(static)).items():
+                metrics[name].copy_(value)
+            recorded.phase = now
+
+        return play, metrics
+
+    update = replayed(recorded, record, static)
+    assert recorded.phase == first
+    for _ in range(7):
+        rows = draw()
+        expected = plain.update(DATASET.gather(rows))
+        found = update(rows)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert plain.phase == recorded.phase
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in recorded.state_dict().items())
