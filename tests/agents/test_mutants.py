@@ -103,7 +103,9 @@ TD3BC_MUTANTS: dict[str, Patch] = {
     "truncated steps do not bootstrap": lambda m: m.setattr(TD3BC, "critic_targets", stopped_by_truncation),
     "the target action has no noise": without(target_noise=0.0),
     "the noise is not clipped": without(target_noise_clip=1e6),
-    "the policy is not delayed": without(policy_delay=1),
+    "the policy is not delayed": lambda m: m.setattr(
+        TD3BC, "phases", property(lambda agent: 1, lambda agent, number: None)
+    ),
     "targets follow at once": lambda m: m.setattr(td3bc_module, "lerp_", undamped),
     "the target policy is the online one": lambda m: m.setattr(TD3BC, "critic_targets", with_online_actor),
     "noise from the global generator": lambda m: m.setattr(
@@ -170,9 +172,14 @@ def global_noise(agent: BC, batch: Batch) -> dict[str, Tensor]:
     return ORIGINAL_UPDATE(agent, replace(batch, observations=batch.observations + 1e-3 * torch.randn(contract.OBS)))
 
 
+def forgetful_load(agent: TD3BC, state: dict[str, Tensor]) -> None:
+    ORIGINAL_LOAD(agent, state)
+    agent.phase = 0
+
+
 CONTRACT_MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
     "the delay's phase is forgotten by a checkpoint": (
-        lambda m: m.setattr(TD3BC, "load_state_dict", lambda agent, state: super(TD3BC, agent).load_state_dict(state)),
+        lambda m: m.setattr(TD3BC, "load_state_dict", forgetful_load),
         lambda: contract.test_resumed_training_ends_bit_for_bit_the_same("td3bc", "continuous"),
     ),
     "a metric is read on the host": (
