@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the part before the comma is the agent
     "cpl": {},
     "cpl, cloning_weight 10": {"cloning_weight": 10.0},
     "ipl": {},
+    "ipl, terminal_value -50": {"terminal_value": -50.0},
     "ipl, chi2 5 and rate 1e-4": {"chi2": 5.0, "learning_rate": 1e-4},
 }
 

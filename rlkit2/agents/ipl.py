@@ -2,7 +2,7 @@
 
 Instead of learning a reward first, the reward is read off the values, and the Bradley-Terry likelihood of the labels trains Q:
 
-    r(s, a) = Q(s, a) - gamma (1 - terminated) V(s'),   R(seg) = sum_t r(s_t, a_t)
+    r(s, a) = Q(s, a) - gamma V(s'),   R(seg) = sum_t r(s_t, a_t)
     L(Q)  = E_pairs[ -(1 - y) log sigmoid(R_1 - R_2) - y log sigmoid(R_2 - R_1) ] + chi2 (E_pairs[r^2] + E_D[r^2]) / 2
     L(V)  = E[ |tau - 1(A < 0)| A^2 ],   A(s, a) = min_i Q_target_i(s, a) - V(s)
     L(pi) = -E[ min(exp(beta A), 100) log pi(a|s) ]
@@ -10,8 +10,11 @@ Instead of learning a reward first, the reward is read off the values, and the B
 Both expectations without a subscript give the segments and the dataset's transitions D equal weight. The chi2 penalty keeps rewards small and thereby
 bounds values; V(s') is clipped to +-1 / (chi2 (1 - gamma)).
 
+Labels of segments of one length say nothing about a constant in the reward, and the penalty puts it where rewards are zero on average. Once episodes can
+end, that constant decides whether ending is good or bad: `terminal_value` is V(s') of a terminated step.
+
 Source: Hejna, Sadigh, "Inverse Preference Learning: Preference-based RL without a Reward Function" (NeurIPS 2023), eqs. 4 to 6, and its released
-code. Differences: a terminated step does not bootstrap (theirs does), targets move every step, and segments are not cropped.
+code. Differences: what follows a termination is a choice (theirs always bootstraps), targets move every step, and segments are not cropped.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class IPLConfig:
     chi2: float = 0.5  # weight of the penalty on squared rewards
     replay: int = 32  # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
     clip_values: bool = True  # clip V(s') to the largest value the penalty allows
+    terminal_value: float | None = (
+        0.0  # V after a termination: 0 is as good as average, below all values a failure, above a success; None bootstraps
+    )
     expectile: float = 0.7  # tau in (0, 1)
     inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage
     weight_clamp: float = 100.0  # upper bound of the policy weight exp(beta A)
@@ -132,6 +138,8 @@ class IPL(PreferenceAgent):
         with torch.no_grad():
             next_value = self.value_network(rows.next_observations)
         config = self.config
+        if config.terminal_value is not None:
+            next_value = torch.lerp(next_value, torch.full_like(next_value, config.terminal_value), rows.terminations)
         q = self.critic(rows.observations, rows.actions)
         known: Tensor = implicit_reward(
             torch.zeros_like(next_value),
@@ -140,7 +148,7 @@ class IPL(PreferenceAgent):
             chi2=config.chi2,
             clip=config.clip_values,
         )
-        reward: Tensor = q + ((1.0 - rows.terminations) * known).unsqueeze(1)
+        reward: Tensor = q + known.unsqueeze(1)
         return reward
 
     def preference_loss(self, returns: Tensor, label_mass: Tensor) -> Tensor:

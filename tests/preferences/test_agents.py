@@ -202,6 +202,21 @@ def test_ipl_clips_values_at_what_its_penalty_allows(datasets):
     assert float(difference.detach().max()) == pytest.approx(0.9 * 20)  # gamma / (chi2 (1 - gamma))
 
 
+@pytest.mark.parametrize(("value", "taken"), [(0.0, 0.0), (-7.0, -7.0), (-1e3, -20.0), (None, None)])
+def test_ipl_takes_what_it_is_told_after_a_termination(datasets, value, taken):
+    """Also clipped at 1 / (chi2 (1 - gamma)); other steps bootstrap whatever is chosen."""
+    agent = build("ipl", datasets, chi2=0.5, discount=0.9, terminal_value=value)
+    rows, _ = agent.rows(batches("ipl", datasets, "continuous", 1)[0])
+    ended = rows.terminations.bool()
+    assert bool(ended.any())
+    with torch.no_grad():
+        following = agent.value_network(rows.next_observations)
+        if taken is not None:
+            following[ended] = taken
+        expected = agent.critic(rows.observations, rows.actions) - 0.9 * following.unsqueeze(1)
+        torch.testing.assert_close(agent.rewards(rows), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["cpl", "ipl", "p-iql"])
 def test_labels_alone_teach_a_policy(tmp_path, name):
     """A one-step task with reward -|a - target(s)|: behaviour is uniform, so a policy near the target can only come from the labels."""
