@@ -10,8 +10,8 @@ Instead of learning a reward first, the reward is read off the values, and the B
 Both expectations without a subscript give the segments and the dataset's transitions D equal weight. The chi2 penalty keeps rewards small and thereby
 bounds values; V(s') is clipped to +-1 / (chi2 (1 - gamma)).
 
-Labels of segments of one length say nothing about a constant in the reward, and the penalty puts it where rewards are zero on average. Once episodes can
-end, that constant decides whether ending is good or bad: `terminal_value` is V(s') of a terminated step.
+Labels of segments of one length say nothing about a constant in the reward, and the penalty puts it where rewards are zero on average. Once
+episodes can end, that constant decides whether ending is good or bad: `terminal_value` is V(s') of a terminated step.
 
 Source: Hejna, Sadigh, "Inverse Preference Learning: Preference-based RL without a Reward Function" (NeurIPS 2023), eqs. 4 to 6, and its released
 code. Differences: what follows a termination is a choice (theirs always bootstraps), targets move every step, and segments are not cropped.
