@@ -30,6 +30,11 @@ METHODS: dict[str, dict[str, Any]] = {  # the part before the comma is the agent
     "cpl, cloning_weight 10": {"cloning_weight": 10.0},
     "ipl": {},
     "ipl, terminal_value -50": {"terminal_value": -50.0},
+    "ipl, discount .97 and terminal_value -20": {
+        "discount": 0.97,
+        "terminal_value": -20.0,
+        "inverse_temperature": 1.0,
+    },
     "ipl, chi2 5 and rate 1e-4": {"chi2": 5.0, "learning_rate": 1e-4},
 }
 
