@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import report
+from scipy.stats import spearmanr
 
 import rlkit2
 from rlkit2.data.preferences import PreferenceDataset
@@ -57,7 +59,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dataset = rlkit2.load_dataset(given.dataset)
-    accuracy = prepare(given, dataset)
+    fresh = collect_preferences(dataset, ScriptedTeacher(), 1000, length=given.length, seed=1)
+    accuracy = prepare(given, dataset, fresh)
     rows = []
     for method in given.methods:
         run = trained(given, dataset, method)
@@ -72,13 +75,14 @@ def main() -> None:
                 "return": found["mean"],
                 "seeds": len(run.config["seeds"]),
                 "steps": run.manifest["step"],
+                **(implied(run, dataset, fresh) if method.startswith("ipl") else {}),
             }
         )
     facts = {name: value for name, value in vars(given).items() if name not in ("out", "methods")}
     report("preference_agents", rows, settings=facts, reward_accuracy=accuracy)
 
 
-def prepare(given: Any, dataset: Any) -> float:
+def prepare(given: Any, dataset: Any, fresh: PreferenceDataset) -> float:
     """Labels and learned rewards under `out`; returns the accuracy of the reward on fresh oracle pairs."""
     if not (given.out / "labels" / "preferences.json").exists():
         labels = collect_preferences(dataset, ScriptedTeacher(), given.labels, length=given.length)
@@ -91,8 +95,22 @@ def prepare(given: Any, dataset: Any) -> float:
         model.save(given.out / "reward")
         values, facts = relabelled_rewards(dataset, model, normalise="std", offset=given.offset)
         save_rewards(given.out / "rewards.safetensors", dataset, values, facts)
-    fresh = collect_preferences(dataset, ScriptedTeacher(), 1000, length=given.length, seed=1)
     return evaluate_reward(RewardEnsemble.load(given.out / "reward"), fresh, dataset).accuracy
+
+
+@torch.no_grad()
+def implied(run: rlkit2.Run, dataset: Any, fresh: PreferenceDataset) -> dict[str, float]:
+    """What the rewards that an IPL run implies are worth: accuracy on fresh pairs, rank correlation with the true ones; means over seeds."""
+    agent = run.agent
+    rows = torch.as_tensor(np.stack(fresh.rows(dataset)))  # [2, P, H]
+    batch = dataset.gather(rows.flatten().expand(len(agent.seeds), -1))
+    rewards = agent.rewards(agent.normalize(batch)).mean(1)
+    first, second = rewards.view(-1, *rows.shape).sum(-1).unbind(1)
+    wanted = (fresh.label_mass - 0.5).sign()
+    right = ((second - first).sign() == wanted)[:, wanted != 0.0]
+    truth = dataset.rewards[rows.flatten()]
+    correlations = [float(spearmanr(own, truth).statistic) for own in rewards]
+    return {"implied accuracy": float(right.double().mean()), "implied correlation": float(np.mean(correlations))}
 
 
 def trained(given: Any, dataset: Any, method: str) -> rlkit2.Run:
