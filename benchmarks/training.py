@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 ROWS, OBSERVATIONS, ACTIONS, BATCH = 100_000, 11, 3, 256
 SEEDS, GROUP = 16, 4
-FOR_GOOD = ExitStack()  # what holds until the process ends
+SETTINGS = ExitStack()  # of the process, while a case runs in it
 CONFIGS: dict[str, dict[str, Any]] = {
     "odice": {"value_layer_norm": False, "policy_hidden_sizes": (256, 256)},
     "iql": {},
@@ -47,10 +47,10 @@ def data() -> tuple[torch.Tensor, ...]:
 
 
 def choose_products() -> None:
-    """Multiply by the library that the trainer chooses on this machine, for the rest of the process."""
+    """Multiply by the library that the trainer chooses on this machine, until `SETTINGS` closes."""
     from rlkit2.nn.products import SMALLEST_WORK, fast_products
 
-    FOR_GOOD.enter_context(fast_products(torch.device("cpu"), SMALLEST_WORK))
+    SETTINGS.enter_context(fast_products(torch.device("cpu"), SMALLEST_WORK))
 
 
 def ours(name: str, seeds: list[int], *, products: bool = True) -> Callable[[int], None]:
@@ -126,7 +126,7 @@ CASES: dict[str, Callable[[], Callable[[int], None]]] = {
 def work(name: str) -> None:
     """A case's process: read a number of updates, answer with the wall seconds of all and the CPU seconds of one (lowest tenth)."""
     torch.set_num_threads(1)
-    with FOR_GOOD:
+    with SETTINGS:
         run = CASES[name]()
         print("ready", flush=True)
         for line in sys.stdin:
@@ -188,7 +188,7 @@ class Operations(TorchDispatchMode):
 
 def structure(name: str) -> dict[str, Any]:
     """Host synchronisations, operations and MFLOP of an update (mean of two)."""
-    with FOR_GOOD:
+    with SETTINGS:
         run = CASES[name]()
         run(4)
         with Operations() as seen:

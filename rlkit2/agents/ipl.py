@@ -19,6 +19,7 @@ code. Differences: what follows a termination is a choice (theirs always bootstr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -42,7 +43,7 @@ class IPLConfig:
     replay: int = 32  # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
     clip_values: bool = True  # clip V(s') to the largest value the penalty allows
     terminal_value: float | None = (
-        0.0  # V after a termination: 0 is as good as average, below all values a failure, above a success; None bootstraps
+        0.0  # V after a termination: 0 is as good as average, below all values a failure, above a success; none bootstraps
     )
     expectile: float = 0.7  # tau in (0, 1)
     inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage
@@ -67,6 +68,7 @@ class IPLConfig:
             ("discount", self.discount, 0.0 <= self.discount < 1.0),
             ("num_critics", self.num_critics, self.num_critics >= 1),
             ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
+            ("terminal_value", self.terminal_value, math.isfinite(self.terminal_value or 0.0)),
         ):
             if not good:
                 raise ConfigError(f"{name} = {value} is out of range")

@@ -283,7 +283,7 @@ def test_what_is_missing_is_named_before_training(tmp_path):
     for bad in ({"alpha": 0.0}, {"lambda_": 0.0}, {"discount": 1.5}):
         with pytest.raises(ConfigError, match="out of range"):
             make_config("cpl", **bad)
-    for bad in ({"chi2": -1.0}, {"replay": 0}, {"discount": 1.0}):
+    for bad in ({"chi2": -1.0}, {"replay": 0}, {"discount": 1.0}, {"terminal_value": float("nan")}):
         with pytest.raises(ConfigError, match="out of range"):
             make_config("ipl", **bad)
 
