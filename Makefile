@@ -51,7 +51,7 @@ docs: $(VENV)/.docs
 	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/.dev
-	for name in data entanglement products starc startup training uncertainty; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in data entanglement matmul starc startup training uncertainty; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from common import interleaved, ratio, report
 
+from rlkit2.entanglement.probe import EntanglementProbe
 from rlkit2.losses.margin import MarginInputs, margin_loss
 from rlkit2.preferences.entanglement import PairBatch, causal_lm_logp, pair_geometry
-from rlkit2.preferences.probe import EntanglementProbe
 from rlkit2.studies.toy_language import WORDS, SentimentGrammar, SmallGPT
 
 METHODS = ("loop", "vmap", "ghost", "sketch", "head")

@@ -27,7 +27,7 @@ from rlkit2.preferences.relabelling import relabelled_rewards
 METHODS: dict[str, dict[str, Any]] = {  # the part before the comma is the agent
     "iql, true reward": {},
     "iql, zero reward": {},
-    "p-iql": {},
+    "p_iql": {},
     "cpl": {},
     "cpl, cloning_weight 10": {"cloning_weight": 10.0},
     "ipl": {},
@@ -124,7 +124,7 @@ def trained(given: Any, dataset: Any, method: str) -> rlkit2.Run:
         run = rlkit2.load_run(runs[-1].parent)
         return run if run.manifest["status"] == "finished" else rlkit2.train(resume=run, dataset=dataset)
     own: dict[str, Any] = {
-        "p-iql": {"rewards": str(given.out / "rewards.safetensors")},
+        "p_iql": {"rewards": str(given.out / "rewards.safetensors")},
         "cpl": {"preferences": str(given.out / "labels"), "bc_steps": given.steps * 2 // 5},
         "ipl": {"preferences": str(given.out / "labels")},
     }.get(agent, {})

@@ -23,7 +23,7 @@ from common import interleaved, report
 
 from rlkit2.data import TransitionDataset, dataset_from_arrays
 from rlkit2.rewards import SampledStarc, TabularMDP, canonicalize, starc_matrix
-from rlkit2.rewards.features import FourierFeatures
+from rlkit2.rewards.sampled.features import FourierFeatures
 from rlkit2.studies.starc_study import StudyConfig, run_study
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@
 Hopper's sizes (observations 11, actions 3), batch 256, two hidden layers of 256, sampling included, one thread. d3rlpy runs in an environment of its
 own (`requirements-peers.txt` says how to make it); without one its rows say "not measured". One-thread rows compare the CPU time of an update, the
 lowest tenth of each round: what the update takes when no other process of the machine has just emptied the caches. The row on two cores compares wall
-time. On AMD processors with AVX-512 the trainer lets oneDNN multiply (rlkit2.nn.products.py); the rows "default products" leave that to MKL.
+time. On AMD processors with AVX-512 the trainer lets oneDNN multiply (rlkit2.nn.matmul.py); the rows "default products" leave that to MKL.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def data() -> tuple[torch.Tensor, ...]:
 
 def choose_products() -> None:
     """Multiply by the library that the trainer chooses on this machine, until `SETTINGS` closes."""
-    from rlkit2.nn.products import SMALLEST_WORK, fast_products
+    from rlkit2.nn.matmul import SMALLEST_WORK, fast_matmul
 
-    SETTINGS.enter_context(fast_products(torch.device("cpu"), SMALLEST_WORK))
+    SETTINGS.enter_context(fast_matmul(torch.device("cpu"), SMALLEST_WORK))
 
 
 def ours(name: str, seeds: list[int], *, products: bool = True) -> Callable[[int], None]:

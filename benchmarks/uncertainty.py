@@ -20,7 +20,7 @@ from rlkit2.agents.edac import EDAC, EDACConfig
 from rlkit2.agents.iql import IQL, IQLConfig
 from rlkit2.agents.sacn import SACN, SACNConfig
 from rlkit2.data import Batch
-from rlkit2.nn.products import SMALLEST_WORK, fast_products
+from rlkit2.nn.matmul import SMALLEST_WORK, fast_matmul
 
 OBS, ACT, ROWS = 11, 3, 256
 
@@ -43,7 +43,7 @@ def ours(agent: Any, updates: int, work: int) -> Callable[[], None]:
     data = Batch(**fields, truncations=torch.zeros(1, ROWS))
 
     def case() -> None:
-        with fast_products(torch.device("cpu"), work):
+        with fast_matmul(torch.device("cpu"), work):
             for _ in range(updates):
                 agent.update(data)
 
@@ -69,7 +69,7 @@ def critic_step(critic: str, updates: int, work: int, members: int = 10) -> Call
     targets = torch.randn(1, ROWS)
 
     def case() -> None:
-        with fast_products(torch.device("cpu"), work):
+        with fast_matmul(torch.device("cpu"), work):
             for _ in range(updates):
                 agent.fit_critic(data, targets)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import rlkit2
 from rlkit2.data import TransitionDataset
 from rlkit2.errors import ConfigError
-from rlkit2.evaluation.uncertainty import auroc, random_actions, td_diagnostics
+from rlkit2.evaluation.calibration import auroc, random_actions, td_diagnostics
 from rlkit2.training.building import split_dataset
 from rlkit2.training.options import DataOptions
 

@@ -280,8 +280,9 @@ def _plan(
     from rlkit2.agents import agent_class, list_agents, make_config
     from rlkit2.agents.base import as_seeds
     from rlkit2.envs.builtin import builtin_id
+    from rlkit2.fields import read_fields
     from rlkit2.training.building import agent_name, check_config, run_config
-    from rlkit2.training.recipe import find_recipe, load_recipe, read_fields
+    from rlkit2.training.recipe import find_recipe, load_recipe
 
     if agent is None:
         raise ConfigError(f"no agent is named; choose one of: {', '.join(list_agents())}")

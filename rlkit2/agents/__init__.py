@@ -36,7 +36,7 @@ _REGISTRY = {
     "ipl": _Entry("rlkit2.agents.ipl", "IPL"),
     "iql": _Entry("rlkit2.agents.iql", "IQL"),
     "odice": _Entry("rlkit2.agents.odice", "ODICE"),
-    "p-iql": _Entry("rlkit2.agents.piql", "PIQL"),
+    "p_iql": _Entry("rlkit2.agents.p_iql", "PIQL"),
     "odice_il": _Entry("rlkit2.agents.odice_il", "ODICEIL"),
     "odice_il_zero": _Entry(
         "rlkit2.agents.odice_il",
@@ -172,6 +172,7 @@ def make_normalizer(
 
 
 def _entry(name: str) -> _Entry:
+    name = name.replace("-", "_")  # as it is typed, and as runs from before the names agreed have it
     if name not in _REGISTRY:
         raise ConfigError(f"unknown agent {name!r}; choose one of: {', '.join(list_agents())}")
     return _REGISTRY[name]

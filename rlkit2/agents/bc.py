@@ -26,14 +26,22 @@ from rlkit2.nn import Adam, Policy
 class BCConfig:
     """Behaviour cloning."""
 
-    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the policy's hidden layers
-    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
-    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
-    learning_rate: float = 3e-4  # Adam's step size
-    weight_decay: float = 0.0  # L2 inside Adam
-    fraction: float = 1.0  # share of episodes to train on, best returns first; at least one episode
+    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    policy_head: str = "gaussian"
+    # widths of the policy's hidden layers
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = True
+    # initial log standard deviation of the Gaussian
+    log_std_init: float = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size
+    learning_rate: float = 3e-4
+    # L2 inside Adam
+    weight_decay: float = 0.0
+    # share of episodes to train on, best returns first; at least one episode
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:

@@ -34,21 +34,32 @@ from rlkit2.nn import Adam, Policy, target_copy
 class CPLConfig:
     """Contrastive preference learning."""
 
-    preferences: str = ""  # folder of labels (rlkit2 prefs label)
-    alpha: float = 0.1  # temperature: how much an advantage a unit of log-likelihood is
-    lambda_: float = 0.5  # conservative bias in (0, 1]: the smaller, the closer to what was preferred
-    cloning_weight: float = (
-        0.0  # weight of -E[log pi(a|s)] of all segments beside the preference loss: keeps the policy near the data
-    )
-    discount: float = 1.0  # gamma inside a segment
-    bc_steps: int = 10_000  # updates of behaviour cloning before (authors: two fifths of all)
-    reference: bool = False  # log-likelihoods relative to the cloned policy
-    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the policy's hidden layers
-    policy_head: str = "deterministic"  # "deterministic" (minus the squared error), "gaussian" or "squashed_gaussian"; "categorical" if discrete
-    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
-    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
-    learning_rate: float = 1e-4  # Adam's step size
+    # folder of labels (rlkit2 prefs label)
+    preferences: str = ""
+    # temperature: how much an advantage a unit of log-likelihood is
+    alpha: float = 0.1
+    # conservative bias in (0, 1]: the smaller, the closer to what was preferred
+    lambda_: float = 0.5
+    # weight of -E[log pi(a|s)] of all segments beside the preference loss: keeps the policy near the data
+    cloning_weight: float = 0.0
+    # gamma inside a segment
+    discount: float = 1.0
+    # updates of behaviour cloning before (authors: two fifths of all)
+    bc_steps: int = 10_000
+    # log-likelihoods relative to the cloned policy
+    reference: bool = False
+    # widths of the policy's hidden layers
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # "deterministic" (minus the squared error), "gaussian" or "squashed_gaussian"; "categorical" if discrete
+    policy_head: str = "deterministic"
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = True
+    # initial log standard deviation of the Gaussian
+    log_std_init: float = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size
+    learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         for name, value, good in (

@@ -26,7 +26,8 @@ from rlkit2.nn.critics import taken
 class CQLConfig(DQNConfig):
     """Conservative Q-learning, for discrete actions."""
 
-    alpha: float = 1.0  # weight of the conservative term; 0 is DQN
+    # weight of the conservative term; 0 is DQN
+    alpha: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.agents.error_model import ErrorOptions, error_warnings
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
@@ -38,15 +38,24 @@ TARGETS = ("independent", "min", "shared_lcb")
 class DQNConfig(ErrorOptions):
     """DQN, for discrete actions."""
 
-    num_critics: int = 5  # members of the ensemble; 1 is plain DQN, without epistemic uncertainty
-    target: str = "independent"  # next value: each member's own ("independent"), the members' "min", or mean - k std ("shared_lcb")
-    double_q: bool = True  # independent targets: the online member picks the next action, its target values it
-    vote: str = "mean"  # acts on the members' "mean", on "lcb" (mean - k std), or by their noise shapes ("shape")
-    lcb_coefficient: float | None = None  # k in mean - k std; none: as low as the minimum in expectation (1.16 for 5)
-    discount: float = 0.99  # gamma
-    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q
-    critic_learning_rate: float = 3e-4  # Adam's step size
-    target_update_rate: float = 0.005  # Polyak rate of the target Q
+    # members of the ensemble; 1 is plain DQN, without epistemic uncertainty
+    num_critics: int = 5
+    # next value: each member's own ("independent"), the members' "min", or mean - k std ("shared_lcb")
+    target: str = "independent"
+    # independent targets: the online member picks the next action, its target values it
+    double_q: bool = True
+    # acts on the members' "mean", on "lcb" (mean - k std), or by their noise shapes ("shape")
+    vote: str = "mean"
+    # k in mean - k std; none: as low as the minimum in expectation (1.16 for 5)
+    lcb_coefficient: float | None = None
+    # gamma
+    discount: float = 0.99
+    # hidden layers of Q
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # Adam's step size
+    critic_learning_rate: float = 3e-4
+    # Polyak rate of the target Q
+    target_update_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ To the critics' loss of SAC-N comes the mean cosine between the members' action 
     g_i = grad_a Q_i(s, a) / |grad_a Q_i(s, a)|,     L(Q) += eta / (N - 1) E[ sum_(i != j) <g_i, g_j> ]
 
 which keeps the ensemble from agreeing outside the data. Its gradient is a second derivative of a ReLU network: one more forward pass beside
-the ordinary backward pass, see `rlkit2.nn.ensembles.linearize_slopes`.
+the ordinary backward pass, see `rlkit2.nn.ensembles.vjp_with_slopes`.
 
 Source: An, Moon, Kim, Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble" (NeurIPS 2021). Differences from the
 authors' code: those of `rlkit2.agents.sacn`. With a noise model the diversity concerns the values alone.
@@ -21,14 +21,15 @@ from torch import Tensor
 from rlkit2.agents.sacn import SACN, SACNConfig
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.nn.ensembles import linearize_slopes
+from rlkit2.nn.ensembles import vjp_with_slopes
 
 
 @dataclass(frozen=True)
 class EDACConfig(SACNConfig):
     """EDAC, for continuous actions."""
 
-    eta: float = 1.0  # weight of the diversity term; 0 is SAC-N (published: 1 to 5 for MuJoCo locomotion)
+    # weight of the diversity term; 0 is SAC-N (published: 1 to 5 for MuJoCo locomotion)
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +55,7 @@ class EDAC(SACN):
     def critic_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of all critics down their loss and the diversity term."""
         inputs = torch.cat([batch.observations, batch.actions], -1)
-        values, slopes, pullback = linearize_slopes(self.critic.network, inputs)
+        values, slopes, pullback = vjp_with_slopes(self.critic.network, inputs)
         outputs = (values if self.critic.noise_outputs else values.unsqueeze(-1)).requires_grad_()
         slopes = slopes[..., self.observation_size :].requires_grad_()
         targets, spread = self.regression(batch)

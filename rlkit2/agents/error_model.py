@@ -55,17 +55,24 @@ CHOICES = {
 class ErrorOptions:
     """How a critic is fitted; the defaults leave Q a plain regression on its targets."""
 
-    critic: str = "mse"  # "mse"; "gaussian" or "ggd" also learn the noise of the targets, for `uncertainty`
-    critic_form: str = "power"  # "power" is the generalized Gaussian's likelihood, "official" that of the released code
-    critic_scale: str = "learned"  # scale of the noise: "learned", "running" (mean of |d|) or "fixed" (1)
-    coupling: str = "mean"  # "mean": Q by squared error, noise apart; "ggd": both by likelihood, for symmetric heavy-tailed noise only
-    member_weighting: str = "none"  # "shape": members count by their shape
-    sample_weighting: str = (
-        "none"  # "biv", "biev": a further term with inverse-variance weights; "iv": such weights on the squared error
-    )
-    regulariser_weight: float = 0.1  # weight of the further term of "biv" and "biev"
-    min_effective_fraction: float = 0.8  # least effective sample size under such weights, as a share of the batch
-    legacy_batch_mean: bool = False  # divide that term by the batch size once more, as the released code does
+    # "mse"; "gaussian" or "ggd" also learn the noise of the targets, for `uncertainty`
+    critic: str = "mse"
+    # "power" is the generalized Gaussian's likelihood, "official" that of the released code
+    critic_form: str = "power"
+    # scale of the noise: "learned", "running" (mean of |d|) or "fixed" (1)
+    critic_scale: str = "learned"
+    # "mean": Q by squared error, noise apart; "ggd": both by likelihood, for symmetric heavy-tailed noise only
+    coupling: str = "mean"
+    # "shape": members count by their shape
+    member_weighting: str = "none"
+    # "biv", "biev": a further term with inverse-variance weights; "iv": such weights on the squared error
+    sample_weighting: str = "none"
+    # weight of the further term of "biv" and "biev"
+    regulariser_weight: float = 0.1
+    # least effective sample size under such weights, as a share of the batch
+    min_effective_fraction: float = 0.8
+    # divide that term by the batch size once more, as the released code does
+    legacy_batch_mean: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

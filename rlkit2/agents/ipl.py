@@ -38,25 +38,40 @@ from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, target_copy
 class IPLConfig:
     """Inverse preference learning."""
 
-    preferences: str = ""  # folder of labels (rlkit2 prefs label)
-    chi2: float = 0.5  # weight of the penalty on squared rewards
-    replay: int = 32  # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
-    clip_values: bool = True  # clip V(s') to the largest value the penalty allows
-    terminal_value: float | None = (
-        0.0  # V after a termination: 0 is as good as average, below all values a failure, above a success; none bootstraps
-    )
-    expectile: float = 0.7  # tau in (0, 1)
-    inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage
-    weight_clamp: float = 100.0  # upper bound of the policy weight exp(beta A)
-    discount: float = 0.99  # gamma
-    num_critics: int = 2  # estimates of Q; their minimum is the target of V
-    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q, V and the policy
-    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
-    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
-    learning_rate: float = 3e-4  # Adam's step size for Q, V and the policy
-    target_update_rate: float = 0.005  # Polyak rate of the target Q
+    # folder of labels (rlkit2 prefs label)
+    preferences: str = ""
+    # weight of the penalty on squared rewards
+    chi2: float = 0.5
+    # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
+    replay: int = 32
+    # clip V(s') to the largest value the penalty allows
+    clip_values: bool = True
+    # V after a termination: 0 is as good as average, below all values a failure, above a success; none bootstraps
+    terminal_value: float | None = 0.0
+    # tau in (0, 1)
+    expectile: float = 0.7
+    # beta: 0 clones the data, larger values follow the advantage
+    inverse_temperature: float = 3.0
+    # upper bound of the policy weight exp(beta A)
+    weight_clamp: float = 100.0
+    # gamma
+    discount: float = 0.99
+    # estimates of Q; their minimum is the target of V
+    num_critics: int = 2
+    # hidden layers of Q, V and the policy
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    policy_head: str = "gaussian"
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = True
+    # initial log standard deviation of the Gaussian
+    log_std_init: float = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size for Q, V and the policy
+    learning_rate: float = 3e-4
+    # Polyak rate of the target Q
+    target_update_rate: float = 0.005
 
     def __post_init__(self) -> None:
         for name, value, good in (

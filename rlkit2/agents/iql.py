@@ -23,36 +23,47 @@ from torch import Tensor
 
 from rlkit2.agents.base import batch_means
 from rlkit2.agents.error_model import ErrorOptions, error_warnings
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.td import expectile_slope, td_target
-from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, linearize, target_copy
+from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, target_copy, vjp
 
 
 @dataclass(frozen=True)
 class IQLConfig(ErrorOptions):
     """Implicit Q-learning."""
 
-    expectile: float = (
-        0.7  # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
-    )
-    inverse_temperature: float = 3.0  # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
-    weight_clamp: float = 100.0  # upper bound of the policy weight exp(beta A)
-    discount: float = 0.99  # gamma
-    num_critics: int = 2  # estimates of Q; their minimum is the target of V
-    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q, V and the policy
-    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    tanh_mean: bool = True  # squash the Gaussian's mean into the action bounds
-    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
-    critic_learning_rate: float = 3e-4  # Adam's step size for Q
-    value_learning_rate: float = 3e-4  # Adam's step size for V
-    policy_learning_rate: float = 3e-4  # Adam's step size for the policy, at the start
-    policy_cosine_steps: int | None = (
-        1_000_000  # updates over which that step size falls to zero along half a cosine; none: constant
-    )
-    target_update_rate: float = 0.005  # Polyak rate of the target Q
+    # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
+    expectile: float = 0.7
+    # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
+    inverse_temperature: float = 3.0
+    # upper bound of the policy weight exp(beta A)
+    weight_clamp: float = 100.0
+    # gamma
+    discount: float = 0.99
+    # estimates of Q; their minimum is the target of V
+    num_critics: int = 2
+    # hidden layers of Q, V and the policy
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    policy_head: str = "gaussian"
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = True
+    # initial log standard deviation of the Gaussian
+    log_std_init: float = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size for Q
+    critic_learning_rate: float = 3e-4
+    # Adam's step size for V
+    value_learning_rate: float = 3e-4
+    # Adam's step size for the policy, at the start
+    policy_learning_rate: float = 3e-4
+    # updates over which that step size falls to zero along half a cosine; none: constant
+    policy_cosine_steps: int | None = 1_000_000
+    # Polyak rate of the target Q
+    target_update_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,7 +160,7 @@ class IQL(UncertainAgent):
         """Steps of V, Q and the policy, all at the values before them; then the target of Q."""
         batch = self.normalize(batch)
         targets = self.critic_targets(batch)
-        values, pullback = linearize(self.value_network, batch.observations)
+        values, pullback = vjp(self.value_network, batch.observations)
         advantage = self.value_target(batch) - values
         value_loss, cotangent = self.value_term(advantage)
         value_gradient = pullback(cotangent)

@@ -33,7 +33,7 @@ from rlkit2.agents.metrics import Derived, Metrics
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.divergences import WEIGHT_KINDS, f_conjugate, f_conjugate_grad, policy_weight, resolve_divergence
-from rlkit2.nn import Adam, Policy, StackedMLP, lerp_, linearize, target_copy, unflatten
+from rlkit2.nn import Adam, Policy, StackedMLP, lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback
 
 GRADIENT_RULES = ("orthogonal", "semi", "true")
@@ -43,39 +43,60 @@ GRADIENT_RULES = ("orthogonal", "semi", "true")
 class ODICEConfig:
     """O-DICE; the defaults are those of the released code for offline RL."""
 
-    gradient_rule: str = "orthogonal"  # "orthogonal", "semi" or "true"
-    divergence: str = "pearson"  # "pearson", "rkl", "soft_chi2" or "alpha"
-    alpha: float = 1.5  # order of the "alpha" divergence, in (1, 2]
-    lambda_: float = (
-        0.6  # weight of the conjugate term, in (0, 1); fixes the mean of (f*)' at about (1 - lambda) / lambda
-    )
-    eta: float = 1.0  # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
-    discount: float = 0.99  # gamma
-    num_values: int = 2  # value heads; targets take their minimum
-    value_hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of V
-    value_layer_norm: bool = True  # layer norm before each ReLU of V
-    policy_hidden_sizes: tuple[int, ...] = (1024, 1024)  # hidden layers of the policy
-    policy_head: str = "gaussian"  # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    tanh_mean: bool = False  # squash the Gaussian's mean into the action bounds
-    log_std_init: float = 0.0  # initial log standard deviation of the Gaussian
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the log standard deviation is clamped to these when used
-    value_learning_rate: float = 2e-4  # Adam's step size for V
-    policy_learning_rate: float = 2e-4  # Adam's step size for the policy
-    policy_weight_decay: float = 1e-4  # L2 inside Adam, on every policy parameter
-    target_update_rate: float = 0.005  # Polyak rate of the target V
-    weight: str = "positive_residual"  # policy weight: "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
-    weight_clamp: float | None = 100.0  # upper bound of the policy weight
-    weight_normalization: str = "none"  # "mean" divides a seed's weights by their batch mean before the clamp
-    residual_scale: float = (
-        1.0  # factor on the residual in the whole objective: the inverse temperature (its start, if adapted)
-    )
-    target_effective_sample_share: float | None = (
-        None  # adapt residual_scale per seed until (sum w)^2 / (B sum w^2) is this; None: off
-    )
-    residual_scale_rate: float = 1e-3  # speed of that adaptation, in log scale per update
-    projection_guard: float = 1e-10  # floor of <g_f, g_f> in the projection
-    max_gradient_norm: float | None = None  # clip of V's gradient, per seed
-    residual_clip: float | None = None  # upper clip of R in V's gradient, against overflow of rkl
+    # "orthogonal", "semi" or "true"
+    gradient_rule: str = "orthogonal"
+    # "pearson", "rkl", "soft_chi2" or "alpha"
+    divergence: str = "pearson"
+    # order of the "alpha" divergence, in (1, 2]
+    alpha: float = 1.5
+    # weight of the conjugate term, in (0, 1); fixes the mean of (f*)' at about (1 - lambda) / lambda
+    lambda_: float = 0.6
+    # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
+    eta: float = 1.0
+    # gamma
+    discount: float = 0.99
+    # value heads; targets take their minimum
+    num_values: int = 2
+    # hidden layers of V
+    value_hidden_sizes: tuple[int, ...] = (256, 256)
+    # layer norm before each ReLU of V
+    value_layer_norm: bool = True
+    # hidden layers of the policy
+    policy_hidden_sizes: tuple[int, ...] = (1024, 1024)
+    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
+    policy_head: str = "gaussian"
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = False
+    # initial log standard deviation of the Gaussian
+    log_std_init: float = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size for V
+    value_learning_rate: float = 2e-4
+    # Adam's step size for the policy
+    policy_learning_rate: float = 2e-4
+    # L2 inside Adam, on every policy parameter
+    policy_weight_decay: float = 1e-4
+    # Polyak rate of the target V
+    target_update_rate: float = 0.005
+    # policy weight: "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
+    weight: str = "positive_residual"
+    # upper bound of the policy weight
+    weight_clamp: float | None = 100.0
+    # "mean" divides a seed's weights by their batch mean before the clamp
+    weight_normalization: str = "none"
+    # factor on the residual in the whole objective: the inverse temperature (its start, if adapted)
+    residual_scale: float = 1.0
+    # adapt residual_scale per seed until (sum w)^2 / (B sum w^2) is this; None: off
+    target_effective_sample_share: float | None = None
+    # speed of that adaptation, in log scale per update
+    residual_scale_rate: float = 1e-3
+    # floor of <g_f, g_f> in the projection
+    projection_guard: float = 1e-10
+    # clip of V's gradient, per seed
+    max_gradient_norm: float | None = None
+    # upper clip of R in V's gradient, against overflow of rkl
+    residual_clip: float | None = None
 
     def __post_init__(self) -> None:
         resolve_divergence(self.divergence, self.alpha)
@@ -194,11 +215,11 @@ class ODICE(Agent):
         discount = self.config.discount
         bootstrap = torch.rsub(batch.terminations, discount, alpha=discount).unsqueeze(1)  # gamma (1 - terminated)
         if self.config.gradient_rule == "semi":
-            value, pullback = linearize(self.value_network, batch.observations)
+            value, pullback = vjp(self.value_network, batch.observations)
             here, ahead = value.unsqueeze(0), self._target(batch.next_observations)
         else:
             both = torch.cat([batch.observations, batch.next_observations], 1)
-            values, pullback = linearize(self.value_network, both)
+            values, pullback = vjp(self.value_network, both)
             value, next_value = values[..., :rows], values[..., rows:]
             if self.config.gradient_rule == "true":
                 here, ahead = value.unsqueeze(0), next_value
@@ -399,7 +420,7 @@ class ODICE(Agent):
         batch = self.normalize(batch)
         gradients = []
         for observations in (batch.observations, batch.next_observations):
-            values, pullback = linearize(self.value_network, observations)
+            values, pullback = vjp(self.value_network, observations)
             gradients.append(pullback(torch.full_like(values, 1.0 / values.shape[2])))
         here, there = gradients
         product = torch.linalg.vecdot(here, there)

@@ -41,15 +41,24 @@ INPUTS = ("state_action", "state", "transition")
 class DiscriminatorConfig:
     """How c(x) is trained."""
 
-    inputs: str = "state_action"  # what the discriminator sees: "state_action", "state" or "transition" (s, s')
-    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of its hidden layers
-    steps: int = 2000  # updates
-    batch_size: int = 256  # rows of either dataset per update
-    learning_rate: float = 1e-3  # Adam's step size
-    gradient_penalty: float = 2e-4  # weight of the mean squared slope of the logit between the two datasets
-    label_smoothing: float = 0.0  # expert labels 1 - this, others this
-    reward_clip: float = 10.0  # bound of the log-ratio
-    seed: int = 0  # of its weights and minibatches
+    # what the discriminator sees: "state_action", "state" or "transition" (s, s')
+    inputs: str = "state_action"
+    # widths of its hidden layers
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # updates
+    steps: int = 2000
+    # rows of either dataset per update
+    batch_size: int = 256
+    # Adam's step size
+    learning_rate: float = 1e-3
+    # weight of the mean squared slope of the logit between the two datasets
+    gradient_penalty: float = 2e-4
+    # expert labels 1 - this, others this
+    label_smoothing: float = 0.0
+    # bound of the log-ratio
+    reward_clip: float = 10.0
+    # of its weights and minibatches
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.inputs not in INPUTS:
@@ -69,21 +78,24 @@ class DiscriminatorConfig:
 class ODICEILConfig(ODICEConfig):
     """O-DICE on rewards from expert data; the fields of O-DICE, with "rkl", and where the reward comes from."""
 
-    divergence: str = "rkl"  # "pearson", "rkl", "soft_chi2" or "alpha"; "rkl" makes the log-ratio the right reward
-    weight_normalization: str = "mean"  # "mean" divides a seed's weights by their batch mean before the clamp
-    reward: str = "discriminator"  # "discriminator" (log-ratio of expert to offline data) or "zero" (expert data alone)
-    expert_dataset: str | None = (
-        None  # id or path of the expert's dataset; None: the best episodes of the dataset itself
-    )
-    expert_episodes: int | None = (
-        None  # the first so many of expert_dataset, or the best so many of the dataset itself; None: all, or the best 5
-    )
-    discriminator_inputs: str = (
-        "state_action"  # "state_action", or "state" or "transition" (s, s') to imitate without the expert's actions
-    )
-    discriminator_steps: int = 2000  # updates of the discriminator
-    gradient_penalty: float = 2e-4  # weight of the mean squared slope of the discriminator's logit
-    label_smoothing: float = 0.0  # expert labels 1 - this, others this
+    # "pearson", "rkl", "soft_chi2" or "alpha"; "rkl" makes the log-ratio the right reward
+    divergence: str = "rkl"
+    # "mean" divides a seed's weights by their batch mean before the clamp
+    weight_normalization: str = "mean"
+    # "discriminator" (log-ratio of expert to offline data) or "zero" (expert data alone)
+    reward: str = "discriminator"
+    # id or path of the expert's dataset; None: the best episodes of the dataset itself
+    expert_dataset: str | None = None
+    # the first so many of expert_dataset, or the best so many of the dataset itself; None: all, or the best 5
+    expert_episodes: int | None = None
+    # "state_action", or "state" or "transition" (s, s') to imitate without the expert's actions
+    discriminator_inputs: str = "state_action"
+    # updates of the discriminator
+    discriminator_steps: int = 2000
+    # weight of the mean squared slope of the discriminator's logit
+    gradient_penalty: float = 2e-4
+    # expert labels 1 - this, others this
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

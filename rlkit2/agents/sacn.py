@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit2.agents.error_model import ErrorOptions, error_warnings
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import grouped_mean_minimum, grouped_minimum, lower_bound
@@ -39,22 +39,34 @@ OBJECTIVES = ("min", "lcb", "released")
 class SACNConfig(ErrorOptions):
     """SAC-N, for continuous actions."""
 
-    num_critics: int = 10  # N; the more, the more pessimistic (published: 10 to 500)
-    target: str = "min"  # next value: "min", "independent", "shared_lcb", or "released" (minimum over two groups, member by member)
-    policy_objective: str = (
-        "min"  # what the policy climbs: "min", "lcb", or "released" (mean over members, minimum over two groups)
-    )
-    lcb_coefficient: float | None = None  # k in mean - k std; none: as low as the minimum in expectation (1.54 for 10)
-    risk_coefficient: float = 0.0  # subtracts this many standard deviations of the noise from the policy's objective
-    discount: float = 0.99  # gamma
-    hidden_sizes: tuple[int, ...] = (256, 256, 256)  # hidden layers of Q and the policy
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)  # the policy's log standard deviation is clamped to these
-    critic_learning_rate: float = 3e-4  # Adam's step size for Q
-    policy_learning_rate: float = 3e-4  # Adam's step size for the policy
-    temperature_learning_rate: float = 3e-4  # Adam's step size for log tau
-    initial_temperature: float = 1.0  # tau at the start
-    target_entropy: float | None = None  # wanted entropy of the policy; none: minus the number of action dimensions
-    target_update_rate: float = 0.005  # Polyak rate of the target Q
+    # N; the more, the more pessimistic (published: 10 to 500)
+    num_critics: int = 10
+    # next value: "min", "independent", "shared_lcb", or "released" (minimum over two groups, member by member)
+    target: str = "min"
+    # what the policy climbs: "min", "lcb", or "released" (mean over members, minimum over two groups)
+    policy_objective: str = "min"
+    # k in mean - k std; none: as low as the minimum in expectation (1.54 for 10)
+    lcb_coefficient: float | None = None
+    # subtracts this many standard deviations of the noise from the policy's objective
+    risk_coefficient: float = 0.0
+    # gamma
+    discount: float = 0.99
+    # hidden layers of Q and the policy
+    hidden_sizes: tuple[int, ...] = (256, 256, 256)
+    # the policy's log standard deviation is clamped to these
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    # Adam's step size for Q
+    critic_learning_rate: float = 3e-4
+    # Adam's step size for the policy
+    policy_learning_rate: float = 3e-4
+    # Adam's step size for log tau
+    temperature_learning_rate: float = 3e-4
+    # tau at the start
+    initial_temperature: float = 1.0
+    # wanted entropy of the policy; none: minus the number of action dimensions
+    target_entropy: float | None = None
+    # Polyak rate of the target Q
+    target_update_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()

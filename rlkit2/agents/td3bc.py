@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.agents.error_model import ErrorOptions, error_warnings
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.td import td_target
@@ -32,16 +32,26 @@ from rlkit2.nn.random import normal
 class TD3BCConfig(ErrorOptions):
     """TD3+BC, for continuous actions."""
 
-    alpha: float = 2.5  # weight of Q against the cloning term; 0 clones the data
-    discount: float = 0.99  # gamma
-    num_critics: int = 2  # estimates of Q; targets take their minimum
-    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of Q and the policy
-    critic_learning_rate: float = 3e-4  # Adam's step size for Q
-    policy_learning_rate: float = 3e-4  # Adam's step size for the policy
-    policy_delay: int = 2  # critic updates per update of the policy and of the targets
-    target_noise: float = 0.2  # standard deviation of the noise on the target action
-    target_noise_clip: float = 0.5  # bound of that noise
-    target_update_rate: float = 0.005  # Polyak rate of the targets, whenever the policy is updated
+    # weight of Q against the cloning term; 0 clones the data
+    alpha: float = 2.5
+    # gamma
+    discount: float = 0.99
+    # estimates of Q; targets take their minimum
+    num_critics: int = 2
+    # hidden layers of Q and the policy
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    # Adam's step size for Q
+    critic_learning_rate: float = 3e-4
+    # Adam's step size for the policy
+    policy_learning_rate: float = 3e-4
+    # critic updates per update of the policy and of the targets
+    policy_delay: int = 2
+    # standard deviation of the noise on the target action
+    target_noise: float = 0.2
+    # bound of that noise
+    target_noise_clip: float = 0.5
+    # Polyak rate of the targets, whenever the policy is updated
+    target_update_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()

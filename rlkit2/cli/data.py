@@ -12,7 +12,8 @@ from rlkit2.api import load_dataset
 from rlkit2.cli import data_text as text
 from rlkit2.cli.parsing import subcommand
 from rlkit2.data import audit, read_dataset
-from rlkit2.data.load import local_datasets, minari_root
+from rlkit2.data.folders import minari_root
+from rlkit2.data.load import local_datasets
 from rlkit2.data.relabel import load_reward, reward_values
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.envs.builtin import build_recipe, builtin_id, builtin_recipes, data_root, ensure_builtin

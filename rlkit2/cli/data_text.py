@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlkit2.data import AuditReport, TransitionDataset
-from rlkit2.data.audit import NOTES
-from rlkit2.data.audit_report import Distribution
-from rlkit2.data.load import minari_data, minari_root
+from rlkit2.data.audit.checks import NOTES
+from rlkit2.data.audit.findings import Distribution
+from rlkit2.data.folders import minari_root
+from rlkit2.data.load import minari_data
 from rlkit2.data.spec import env_spec_text
 from rlkit2.envs.builtin import builtin_id, data_root
 from rlkit2.envs.recipe import read_recipe

@@ -21,10 +21,11 @@ from tyro.conf import FlagCreatePairsOff
 
 from rlkit2.cli.parsing import command
 from rlkit2.data.cache import cache_folder
-from rlkit2.data.load import local_datasets, minari_root
+from rlkit2.data.folders import minari_root
+from rlkit2.data.load import local_datasets
 from rlkit2.envs.builtin import builtin_recipes, data_root
 from rlkit2.errors import first_line
-from rlkit2.nn.products import onednn_is_better
+from rlkit2.nn.matmul import onednn_is_better
 
 DESCRIPTION = """Show versions, optional parts, devices, dataset roots and write access; exit status 1 where something needed is missing.
 
@@ -141,7 +142,7 @@ def _devices() -> list[dict[str, Any]]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     library = "oneDNN (large ones)" if onednn_is_better() else "torch's default"
-    facts = {"torch_threads": torch.get_num_threads(), "OMP_NUM_THREADS": threads, "products": library}
+    facts = {"torch_threads": torch.get_num_threads(), "OMP_NUM_THREADS": threads, "matmul": library}
     devices: list[dict[str, Any]] = [cpu | facts]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -49,7 +49,7 @@ def losses(
         norm_rejected: length of the rejected's gradient.
         json: print JSON.
     """
-    from rlkit2.preferences.loss_table import loss_table
+    from rlkit2.entanglement.loss_table import loss_table
 
     rows = loss_table(
         only,
@@ -124,10 +124,10 @@ def model(
     """
     import torch
 
-    from rlkit2.preferences.diagnose import diagnose
-    from rlkit2.preferences.language_pairs import check_vocabulary, read_pairs
-    from rlkit2.reporting.entanglement import write_model_page
-    from rlkit2.training.files import write_json
+    from rlkit2.entanglement.diagnose import diagnose
+    from rlkit2.entanglement.language_pairs import check_vocabulary, read_pairs
+    from rlkit2.reporting.entanglement_figures import write_model_page
+    from rlkit2.training.run_files import write_json
 
     examples = read_pairs(pairs, limit)
     score, batch, tokenizer = _load(model, examples, dtype, device, max_length)
@@ -184,8 +184,8 @@ def _load(
     """The score, the rows and the tokenizer of a model folder."""
     import torch
 
-    from rlkit2.preferences.language_pairs import encode_pairs, reward_rows
-    from rlkit2.preferences.scores import PairBatch, causal_lm_logp, sequence_reward
+    from rlkit2.entanglement.language_pairs import encode_pairs, reward_rows
+    from rlkit2.entanglement.scores import PairBatch, causal_lm_logp, sequence_reward
 
     transformers = require("transformers", extra="trl")
     if not folder.is_dir():

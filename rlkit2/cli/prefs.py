@@ -220,7 +220,7 @@ def fit(
     model.description["evaluation"] = table
     model.save(out)
     if figure is not None:
-        from rlkit2.reporting.preferences import reward_figure
+        from rlkit2.reporting.preference_figures import reward_figure
 
         reward_figure(model, rows["learned"], held_out, data, truth).savefig(figure, dpi=150)
     how: dict[str, Any] = {"reduce": caution, "normalise": normalise, "offset": offset}
@@ -232,7 +232,7 @@ def fit(
         return 0
     _print_rewards(table, f"{len(train)} labels of {found.length} steps, judged on {len(held_out)} held-out pairs")
     say(f"reward model: {out}" + (f", figure: {figure}" if figure else ""))
-    say(f"train on its rewards with: rlkit2 train p-iql --dataset {data.spec.id} --rewards {out / REWARDS}")
+    say(f"train on its rewards with: rlkit2 train p_iql --dataset {data.spec.id} --rewards {out / REWARDS}")
     if relabel_as is not None:
         say(f"relabelled dataset: {relabel_as}")
     return 0
@@ -315,7 +315,7 @@ def study(
         figure: picture of regret against distance and against accuracy; default: OUT/study.png.
         json: print everything as JSON.
     """
-    from rlkit2.reporting.preferences import study_figure
+    from rlkit2.reporting.preference_figures import study_figure
     from rlkit2.studies.preferences_to_regret import StudySettings, run_study
 
     settings = StudySettings(

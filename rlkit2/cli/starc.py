@@ -19,6 +19,7 @@ from rlkit2.cli.data_text import console, print_json, say
 from rlkit2.cli.parsing import subcommand
 from rlkit2.data.relabel import load_reward
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.preferences.reward_ensemble import RewardEnsemble
 from rlkit2.progress import progress_bar
 from rlkit2.rewards import (
     RewardDistanceMatrix,
@@ -30,13 +31,12 @@ from rlkit2.rewards import (
     worst_case_regret,
 )
 from rlkit2.rewards.canonical import Canonicalization
-from rlkit2.rewards.features import FeatureName
-from rlkit2.rewards.files import read_tabular
-from rlkit2.rewards.models import RewardEnsemble
 from rlkit2.rewards.norms import NormName
-from rlkit2.rewards.sampled import Estimator
+from rlkit2.rewards.npz import read_tabular
+from rlkit2.rewards.sampled.estimator import Estimator
+from rlkit2.rewards.sampled.features import FeatureName
 from rlkit2.studies.starc_study import StudyConfig, run_study
-from rlkit2.training.files import write_atomically
+from rlkit2.training.run_files import write_atomically
 
 
 def tabular(

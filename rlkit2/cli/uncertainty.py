@@ -20,13 +20,13 @@ from rlkit2.api import load_dataset, load_run
 from rlkit2.cli.data_text import finite
 from rlkit2.cli.parsing import command
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
-from rlkit2.evaluation.uncertainty import TDDiagnostics, td_diagnostics
 from rlkit2.progress import progress_bar
 from rlkit2.training.building import split_dataset
-from rlkit2.training.files import write_atomically, writing
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
+from rlkit2.training.run_files import write_atomically, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _episodes(run: Run, dataset: str | None) -> _Episodes:
 def _write(
     folder: Path, report: dict[str, Any], found: TDDiagnostics, known: NoiseMap | None, seeds: Sequence[int]
 ) -> Path:
-    from rlkit2.reporting.uncertainty import calibration_figure, noise_figure
+    from rlkit2.reporting.calibration_figures import calibration_figure, noise_figure
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Minari in, tensors out: one replay and dataset layer for every part of rlkit2."""
 
-from rlkit2.data.audit import audit as audit
-from rlkit2.data.audit_report import AuditReport as AuditReport
+from rlkit2.data.audit.checks import audit as audit
+from rlkit2.data.audit.findings import AuditReport as AuditReport
 from rlkit2.data.batch import Batch as Batch
 from rlkit2.data.cache import verify as verify
 from rlkit2.data.dataset import TransitionDataset as TransitionDataset

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlkit2.data.dataset import TransitionDataset, write_in_memory
-from rlkit2.data.files import remove_leftovers
+from rlkit2.data.folders import remove_leftovers
 from rlkit2.data.records import Packed, Records, RecordWriter, content_hash, dtype_from_json, dtype_to_json
 from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec

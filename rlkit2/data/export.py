@@ -16,8 +16,7 @@ from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.files import new_folder
-from rlkit2.data.load import minari_root
+from rlkit2.data.folders import minari_root, new_folder
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import env_spec_text
 from rlkit2.errors import DatasetError

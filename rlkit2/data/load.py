@@ -13,19 +13,15 @@ from urllib.request import getproxies
 
 from minari import MinariDataset
 
-from rlkit2.data.d4rl import read_arrays, read_d4rl_file
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.episodes import Progress
-from rlkit2.data.minari_source import HDF5_FILE, read_minari_dataset, read_minari_folder
+from rlkit2.data.folders import minari_root
+from rlkit2.data.sources.d4rl import read_arrays, read_d4rl_file
+from rlkit2.data.sources.minari import HDF5_FILE, read_minari_dataset, read_minari_folder
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError, first_line
 
 Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
-
-
-def minari_root() -> Path:
-    """Minari's own root: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets` (not created by asking)."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
 def read_dataset(

@@ -20,8 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data.export import write_minari
-from rlkit2.data.files import new_folder
-from rlkit2.data.load import minari_root
+from rlkit2.data.folders import minari_root, new_folder
 from rlkit2.envs.behaviors import make_behavior
 from rlkit2.envs.recipe import DatasetRecipe, PolicyRecipe, read_recipe
 from rlkit2.envs.rollouts import rollout

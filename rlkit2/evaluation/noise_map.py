@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.envs.noisy_rooms import noise_shape, noise_std
 
 if TYPE_CHECKING:

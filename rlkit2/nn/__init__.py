@@ -2,11 +2,11 @@
 
 from rlkit2.nn.actors import Actor, GreedyActor, make_actor
 from rlkit2.nn.critics import Critic
-from rlkit2.nn.mlp import StackedMLP, lerp_, linearize, named_tensors, target_copy, unflatten
+from rlkit2.nn.matmul import fast_matmul
+from rlkit2.nn.mlp import StackedMLP, lerp_, named_tensors, target_copy, unflatten, vjp
 from rlkit2.nn.normalizer import Normalizer
 from rlkit2.nn.optim import Adam
 from rlkit2.nn.policy import Policy, load_policy
-from rlkit2.nn.products import fast_products
 
 __all__ = [
     "Actor",
@@ -16,12 +16,12 @@ __all__ = [
     "Normalizer",
     "Policy",
     "StackedMLP",
-    "fast_products",
+    "fast_matmul",
     "lerp_",
-    "linearize",
     "load_policy",
     "make_actor",
     "named_tensors",
     "target_copy",
     "unflatten",
+    "vjp",
 ]

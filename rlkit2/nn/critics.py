@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlkit2.nn.mlp import Pullback, StackedMLP, linearize, linearize_by_autograd, named_tensors
+from rlkit2.nn.mlp import Pullback, StackedMLP, named_tensors, vjp, vjp_by_autograd
 
 
 class Critic(nn.Module):
@@ -106,11 +106,11 @@ class Critic(nn.Module):
             values = self.network(inputs)
         return values[:, 0, :, 0] if self.noise_outputs else values[:, 0]
 
-    def linearize(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Pullback]:
-        """Q of every member, `[S, M, B]`, and its pullback to the parameters; see `rlkit2.nn.linearize`."""
+    def vjp(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Pullback]:
+        """Q of every member, `[S, M, B]`, and its pullback to the parameters; see `rlkit2.nn.vjp`."""
         if self.discrete or self.noise_outputs:
-            return linearize_by_autograd(self, observations, actions)
-        return linearize(self.network, torch.cat([observations, actions], -1))
+            return vjp_by_autograd(self, observations, actions)
+        return vjp(self.network, torch.cat([observations, actions], -1))
 
     def named_views(self) -> dict[str, Tensor]:
         """The network's tensors, under its own names."""

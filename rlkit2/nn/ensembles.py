@@ -97,7 +97,7 @@ def _slopes_of_selected(network: StackedMLP, traces: list[_Trace], index: Tensor
 SlopePullback = Callable[[Tensor, Tensor], Tensor]
 
 
-def linearize_slopes(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
+def vjp_with_slopes(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
     """Outputs, the gradients of the first output with respect to the inputs, and a pullback of cotangents on both to the weights.
 
     Args:
@@ -110,7 +110,7 @@ def linearize_slopes(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor
         it meets the same backward pass as the outputs and costs one more forward pass in all.
     """
     if not isinstance(network, StackedMLP) or network.layer_norm:
-        return _linearize_slopes_by_autograd(network, inputs)
+        return _vjp_with_slopes_by_autograd(network, inputs)
     with torch.no_grad():
         outputs, traces = network._run(network._merge(inputs))
         ones = torch.ones_like(outputs if network.output_size is None else outputs[..., 0])
@@ -160,7 +160,7 @@ def _tangent_gradient(
     return torch.cat([result.flatten(1) for result in results], 1).view_as(gradient) if compiling else gradient
 
 
-def _linearize_slopes_by_autograd(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
+def _vjp_with_slopes_by_autograd(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, SlopePullback]:
     parameters = list(network.parameters())
     with torch.enable_grad():
         inputs = inputs.detach().requires_grad_()

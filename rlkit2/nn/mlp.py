@@ -26,7 +26,7 @@ LAYER_NORM_EPSILON = 1e-5
 Module = TypeVar("Module", bound=nn.Module)
 
 Pullback = Callable[..., Tensor]
-"""`pullback(cotangent [S, M, rows] or None for ones, rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `linearize`."""
+"""`pullback(cotangent [S, M, rows] or None for ones, rows=slice) -> gradient [S, P]` of a scalar network at fixed inputs; see `vjp`."""
 
 
 @dataclass
@@ -186,7 +186,7 @@ class StackedMLP(nn.Module):
         flat = self.flat.detach() if frozen else self.flat
         return self._unmerge(_Evaluate.apply(self, flat, merged))  # type: ignore[no-untyped-call]
 
-    def linearize(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
+    def vjp(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
         """Outputs `[S, M, B]` of a scalar network, and their pullback to the parameters.
 
         `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows (None: ones) to the gradient `[S, P]`. Parts of the rows
@@ -197,7 +197,7 @@ class StackedMLP(nn.Module):
             RuntimeError: by the pullback, if the weights have changed since.
         """
         if self.output_size is not None:
-            raise ValueError("linearize needs a scalar network (output_size=None)")
+            raise ValueError("vjp needs a scalar network (output_size=None)")
         with torch.no_grad():
             outputs, traces = self._run(self._merge(inputs))
         lead = self.num_seeds * (self.members or 1)
@@ -207,7 +207,7 @@ class StackedMLP(nn.Module):
         @torch.no_grad()
         def pullback(cotangent: Tensor | None, rows: slice = slice(None)) -> Tensor:
             if version is not None and version != self.flat._version:
-                raise RuntimeError("the weights have changed since linearize; pull back before the optimiser's step")
+                raise RuntimeError("the weights have changed since vjp; pull back before the optimiser's step")
             cotangent = None if cotangent is None else cotangent.reshape(lead, 1, -1)
             if cotangent is not None and rows == slice(None):
                 return self._weight_gradient(traces, self._backpropagate(traces, cotangent)[0], None)
@@ -377,20 +377,20 @@ class _Evaluate(torch.autograd.Function):
         return None, at_flat, at_inputs
 
 
-def linearize(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
-    """`StackedMLP.linearize` for any module with outputs `[S, ..., B]` and parameters that all lead with S.
+def vjp(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
+    """`StackedMLP.vjp` for any module with outputs `[S, ..., B]` and parameters that all lead with S.
 
     The pullback returns the gradients of all parameters as one vector per seed, `[S, P]`, in the order of `module.parameters()`.
     """
-    own = getattr(module, "linearize", None)
+    own = getattr(module, "vjp", None)
     if own is None:
-        return linearize_by_autograd(module, *inputs)
+        return vjp_by_autograd(module, *inputs)
     outputs, pullback = own(*inputs)
     return outputs, pullback
 
 
-def linearize_by_autograd(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
-    """What `linearize` does for a module that has no method of that name."""
+def vjp_by_autograd(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Pullback]:
+    """What `vjp` does for a module that has no method of that name."""
     parameters = list(module.parameters())
     with torch.enable_grad():
         outputs = module(*inputs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlkit2.data.preferences import PreferenceDataset as PreferenceDataset
     from rlkit2.data.preferences import SegmentIndex as SegmentIndex
-    from rlkit2.preferences.callback import EntanglementCallback as EntanglementCallback
+    from rlkit2.entanglement.callback import EntanglementCallback as EntanglementCallback
     from rlkit2.preferences.collecting import advantages as advantages
     from rlkit2.preferences.collecting import collect_preferences as collect_preferences
     from rlkit2.preferences.collecting import import_preference_transformer as import_preference_transformer
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from rlkit2.preferences.fitting import fit_reward_model as fit_reward_model
     from rlkit2.preferences.relabelling import relabel as relabel
     from rlkit2.preferences.relabelling import weigh_by_agreement as weigh_by_agreement
+    from rlkit2.preferences.reward_ensemble import RewardEnsemble as RewardEnsemble
     from rlkit2.preferences.samplers import sample_pairs as sample_pairs
     from rlkit2.preferences.teachers import ScriptedTeacher as ScriptedTeacher
-    from rlkit2.rewards.models import RewardEnsemble as RewardEnsemble
 
 _LAZY = {
     "rlkit2.data.preferences": ("PreferenceDataset", "SegmentIndex"),
-    "rlkit2.preferences.callback": ("EntanglementCallback",),
+    "rlkit2.entanglement.callback": ("EntanglementCallback",),
     "rlkit2.preferences.collecting": ("advantages", "collect_preferences", "import_preference_transformer"),
     "rlkit2.preferences.evaluation": (
         "RewardEvaluation",
@@ -41,7 +41,7 @@ _LAZY = {
     "rlkit2.preferences.relabelling": ("relabel", "weigh_by_agreement"),
     "rlkit2.preferences.samplers": ("sample_pairs",),
     "rlkit2.preferences.teachers": ("ScriptedTeacher",),
-    "rlkit2.rewards.models": ("RewardEnsemble",),
+    "rlkit2.preferences.reward_ensemble": ("RewardEnsemble",),
 }
 _PLACES = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -15,7 +15,7 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError
 from rlkit2.preferences.fitting import fit_reward_model
-from rlkit2.rewards.models import RewardEnsemble
+from rlkit2.preferences.reward_ensemble import RewardEnsemble
 
 Array = NDArray[np.float64]
 BINS = 10

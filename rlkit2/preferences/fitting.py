@@ -14,8 +14,8 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError
 from rlkit2.losses.preference import bradley_terry_loss
-from rlkit2.nn import Adam, fast_products, named_tensors
-from rlkit2.rewards.models import RewardEnsemble
+from rlkit2.nn import Adam, fast_matmul, named_tensors
+from rlkit2.preferences.reward_ensemble import RewardEnsemble
 
 Progress = Callable[[int, int, float], None]
 
@@ -115,7 +115,7 @@ def fit_reward_model(
     loss = torch.zeros(len(model.seeds))
     step = 0
     rows = 2 * each[0].length * batch_size  # of a minibatch, two segments a pair
-    with fast_products(torch.device(device), rows * _largest_layer(model)):
+    with fast_matmul(torch.device(device), rows * _largest_layer(model)):
         for step in range(1, steps + 1):
             places = torch.stack(
                 [torch.randint(drawn.shape[-1], (members, batch_size), generator=g) for g in generators]

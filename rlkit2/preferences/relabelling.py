@@ -15,7 +15,7 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.load import read_dataset
 from rlkit2.data.weighted import WeightedDataset, with_weights
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.models import RewardEnsemble
+from rlkit2.preferences.reward_ensemble import RewardEnsemble
 
 Reward = RewardEnsemble | ArrayLike | Tensor | Callable[..., Any]
 NORMALISATIONS = ("none", "std", "return_range")

@@ -13,8 +13,8 @@ from rlkit2 import __version__
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.reporting.comparison import Comparison, Group, compare, group_runs
 from rlkit2.reporting.figures import learning_curves, metric_curves, metric_groups, svg
-from rlkit2.training.files import write_atomically
 from rlkit2.training.run import Run
+from rlkit2.training.run_files import write_atomically
 
 OPEN = ("projection", "weight")  # groups of metrics that are shown unfolded
 STYLE = """

@@ -15,7 +15,6 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, give_back
 from rlkit2.rewards.mdp import TabularMDP
 
 P: TypeAlias = Literal[1, 2, "inf", "weighted_1", "weighted_2"]
@@ -74,27 +73,6 @@ def minimal_potential(mdp: TabularMDP, reward: Tensor, p: P) -> Tensor:
         chosen = design.reshape(-1, states)[rows]
         potential = _linear_programme(chosen, reward.flatten(-3)[..., rows], weights, chebyshev=p == "inf")
     return reward + discount * potential[..., None, None, :] - potential[..., :, None, None]
-
-
-def minimal_norm(
-    reward: Array, mdp: TabularMDP, *, p: P = 2, kind: Literal["minimal", "minimal_potential"] = "minimal"
-) -> Scalar:
-    """The optimal value of the minimal form: the smallest `p`-norm over all rewards equivalent to `reward` (`[S, A, S']`, `[S, A]`, `[S]`).
-
-    Minimisers of p = 1 and "inf" need not be unique, their value is. Norms sum over all (s, a, s'), the weighted ones by probability.
-    """
-    from rlkit2.rewards.canonical import canonicalize
-
-    form = canonicalize(torch.as_tensor(reward), mdp, kind, p=p)
-    full = form if form.ndim == 3 else form[..., None].expand(mdp.dense.shape)
-    tau = mdp.dense.to(full)
-    if p == "inf":
-        value = full.abs().amax()
-    elif p in (1, "weighted_1"):
-        value = (full.abs() * (tau if p == "weighted_1" else 1)).sum()
-    else:
-        value = (full.square() * (tau if p == "weighted_2" else 1)).sum().sqrt()
-    return give_back(value, reward)  # type: ignore[no-any-return]
 
 
 def _least_squares(mdp: TabularMDP, expected: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.rewards.arrays import Array, Scalar, give_back, to_float
+from rlkit2.rewards.canonical import canonicalize
 from rlkit2.rewards.mdp import TabularMDP
+from rlkit2.rewards.minimal import P
 from rlkit2.rewards.planning import return_ranges
 
 NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none"]
@@ -158,3 +160,22 @@ def standardize(
     process = mdp.to(form.dtype) if mdp is not None else None
     scaled, size, trivial = standardized(form, form.ndim, Norm(norm, process, weights, legacy), magnitude, tol)
     return give_back(scaled, canonical), give_back(size, canonical), bool(trivial)
+
+
+def minimal_norm(
+    reward: Array, mdp: TabularMDP, *, p: P = 2, kind: Literal["minimal", "minimal_potential"] = "minimal"
+) -> Scalar:
+    """The optimal value of the minimal form: the smallest `p`-norm over all rewards equivalent to `reward` (`[S, A, S']`, `[S, A]`, `[S]`).
+
+    Minimisers of p = 1 and "inf" need not be unique, their value is. Norms sum over all (s, a, s'), the weighted ones by probability.
+    """
+    form = canonicalize(torch.as_tensor(reward), mdp, kind, p=p)
+    full = form if form.ndim == 3 else form[..., None].expand(mdp.dense.shape)
+    tau = mdp.dense.to(full)
+    if p == "inf":
+        value = full.abs().amax()
+    elif p in (1, "weighted_1"):
+        value = (full.abs() * (tau if p == "weighted_1" else 1)).sum()
+    else:
+        value = (full.square() * (tau if p == "weighted_2" else 1)).sum().sqrt()
+    return give_back(value, reward)  # type: ignore[no-any-return]

@@ -17,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from rlkit2.api import load_dataset, train
-from rlkit2.data.audit import audit
-from rlkit2.data.audit_report import AuditReport
+from rlkit2.data.audit.checks import audit
+from rlkit2.data.audit.findings import AuditReport
 from rlkit2.envs.rooms import RoomsVectorEnv, is_free
 from rlkit2.reporting.comparison import Comparison, compare, group_runs
 from rlkit2.reporting.figures import learning_curves, svg
 from rlkit2.reporting.report import write_report
-from rlkit2.training.files import writing
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run
+from rlkit2.training.run_files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,18 +22,18 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rlkit2.errors import ConfigError
-from rlkit2.losses.margin import MarginInputs, margin_coefficients, margin_loss
-from rlkit2.preferences.entanglement import PairBatch, SequenceScore, causal_lm_logp, pair_geometry
-from rlkit2.preferences.mitigation import (
+from rlkit2.entanglement.mitigation import (
     band_coefficients,
     coefficient_loss,
     group_normalised_loss,
     mask_shared_tokens,
 )
-from rlkit2.preferences.probe import EntanglementProbe
+from rlkit2.entanglement.probe import EntanglementProbe
+from rlkit2.errors import ConfigError
+from rlkit2.losses.margin import MarginInputs, margin_coefficients, margin_loss
+from rlkit2.preferences.entanglement import PairBatch, SequenceScore, causal_lm_logp, pair_geometry
 from rlkit2.studies.toy_language import PROMPT_LENGTH, SentimentGrammar, SmallGPT
-from rlkit2.training.files import read_json, write_atomically, write_json
+from rlkit2.training.run_files import read_json, write_atomically, write_json
 
 REMEDIES = {
     "none": "DPO alone",

@@ -31,15 +31,15 @@ from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.evaluation import evaluate_policy
 from rlkit2.evaluation.statistics import Estimate
+from rlkit2.fields import read_fields
 from rlkit2.preferences.collecting import collect_preferences
 from rlkit2.preferences.evaluation import evaluate_reward, shuffled_labels, starc_to_truth
 from rlkit2.preferences.fitting import fit_reward_model
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.preferences.teachers import ScriptedTeacher
 from rlkit2.sweeps import check_engine, run_folders
-from rlkit2.training.files import read_json, write_json, writing
 from rlkit2.training.groups import BatchIndices, one_intraop_thread
-from rlkit2.training.recipe import read_fields
+from rlkit2.training.run_files import read_json, write_json, writing
 
 Array = NDArray[np.float64]
 BASELINES = ("true", "zero", "constant", "random labels")
@@ -57,17 +57,26 @@ class StudySettings:
     teachers: tuple[str, ...] = ("oracle", "mistake", "noisy")
     budgets: tuple[int, ...] = (5, 15, 50, 150, 500)
     seeds: int = 5
-    length: int = 16  # steps of a segment
-    test_pairs: int = 1000  # that judge every reward, labelled by the oracle
-    discount: float = 0.97  # of the STARC distance, and of the agent where `agent_settings` say nothing else
-    offset: str = "mean"  # what is subtracted from a learned reward, see `relabel`
-    reward: dict[str, Any] = field(default_factory=dict)  # arguments of `fit_reward_model`
+    # steps of a segment
+    length: int = 16
+    # that judge every reward, labelled by the oracle
+    test_pairs: int = 1000
+    # of the STARC distance, and of the agent where `agent_settings` say nothing else
+    discount: float = 0.97
+    # what is subtracted from a learned reward, see `relabel`
+    offset: str = "mean"
+    # arguments of `fit_reward_model`
+    reward: dict[str, Any] = field(default_factory=dict)
     agent: str = "iql"
-    agent_settings: dict[str, Any] = field(default_factory=dict)  # fields of the agent's config
-    steps: int = 5000  # updates of the agent
+    # fields of the agent's config
+    agent_settings: dict[str, Any] = field(default_factory=dict)
+    # updates of the agent
+    steps: int = 5000
     batch_size: int = 256
-    episodes: int = 20  # that measure the regret of a policy
-    bootstrap: int = 100  # resamples behind the interval of a STARC distance
+    # that measure the regret of a policy
+    episodes: int = 20
+    # resamples behind the interval of a STARC distance
+    bootstrap: int = 100
 
     def __post_init__(self) -> None:
         for name in ("seeds", "length", "test_pairs", "steps", "batch_size", "episodes"):

@@ -29,7 +29,7 @@ from rlkit2.rewards import TabularMDP
 from rlkit2.rewards.canonical import Canonicalizer
 from rlkit2.rewards.norms import Norm
 from rlkit2.rewards.planning import deterministic_returns, optimal_actions
-from rlkit2.training.files import read_json, write_atomically, write_json
+from rlkit2.training.run_files import read_json, write_atomically, write_json
 
 Floats = NDArray[np.float64]
 FORMS: dict[str, tuple[Any, Any]] = {

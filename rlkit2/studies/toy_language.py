@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlkit2.entanglement.scores import PairBatch
 from rlkit2.errors import ConfigError
-from rlkit2.preferences.scores import PairBatch
 
 SUBJECTS = ("film", "book", "song", "meal", "hotel", "game", "show", "trip")
 ADVERBS = ("very", "quite", "rather", "truly", "really")

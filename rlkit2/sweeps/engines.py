@@ -21,8 +21,8 @@ from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
 from rlkit2.sweeps.experiment import Experiment, Sweep, find_run
 from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
-from rlkit2.training.files import write_json, writing
 from rlkit2.training.groups import available_cores
+from rlkit2.training.run_files import write_json, writing
 
 Work = Callable[[Path], str]  # does what a folder says and returns its status
 Report = Callable[[Path, str], None]  # folder whose work has ended, and its status

@@ -33,8 +33,8 @@ from typing import Any
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import as_seeds
 from rlkit2.errors import ConfigError
+from rlkit2.fields import read_fields
 from rlkit2.training import DataOptions, Run, TrainingOptions
-from rlkit2.training.recipe import read_fields
 
 SECTIONS = ("config", "data", "training")
 NAMES = ("agent", "dataset", "seeds", "env")

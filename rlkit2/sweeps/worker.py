@@ -16,7 +16,7 @@ from typing import Any
 from rlkit2.api import train
 from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.sweeps.experiment import find_run
-from rlkit2.training.files import read_json
+from rlkit2.training.run_files import read_json
 
 SETTINGS = "experiment.json"
 

@@ -16,8 +16,8 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import RunError
+from rlkit2.fields import read_fields
 from rlkit2.training.options import DataOptions, TrainingOptions
-from rlkit2.training.recipe import read_fields
 
 AgentFactory = Callable[[Sequence[int], "torch.device | str"], Agent]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rlkit2.errors import RunError
-from rlkit2.training.files import read_json, sync_folder, write_synced, writing
+from rlkit2.training.run_files import read_json, sync_folder, write_synced, writing
 
 
 @dataclass(frozen=True)

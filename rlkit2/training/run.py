@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit2.errors import RunError
 from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint
-from rlkit2.training.files import read_json, read_json_lines, write_atomically, write_json, writing
+from rlkit2.training.run_files import read_json, read_json_lines, write_atomically, write_json, writing
 
 try:
     import fcntl

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import RunError
-from rlkit2.nn import fast_products
+from rlkit2.nn import fast_matmul
 from rlkit2.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
-from rlkit2.training.files import JsonLines, WriteError, writing
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
 from rlkit2.training.progress import Progress
 from rlkit2.training.run import Run, agent_state, describe_start
+from rlkit2.training.run_files import JsonLines, WriteError, writing
 
 if TYPE_CHECKING:
     from rlkit2.agents.base import Agent
@@ -78,7 +78,7 @@ class Trainer:
         self.evaluator = evaluator
         self.loggers = loggers
         self.progress = progress or Progress(None)
-        self.layout = groups
+        self.make_groups = groups
         self.step = 0
         self.work = 0  # multiplications of an update's largest product, in the largest group as it began
         self.parts: list[tuple[int, ...]] = []  # the groups the run began with
@@ -111,7 +111,7 @@ class Trainer:
                 )
                 while self.step < self.options.steps and self.active:
                     target = self._next_stop()
-                    with fast_products(self.device, self.work):
+                    with fast_matmul(self.device, self.work):
                         advance_groups(self.groups, target, self._stop)
                     self.step = self.groups[0].step
                     if self.step == target:
@@ -257,7 +257,7 @@ class Trainer:
             self._warned = set(facts["warned"])
             if facts.get("device") == self.device.type:
                 self.parts = [tuple(part) for part in facts["groups"]]
-        self.parts = self.parts or self.layout(self.seeds, self.device)
+        self.parts = self.parts or self.make_groups(self.seeds, self.device)
         self.files = {
             name: JsonLines(self.run.path / f"{name}.jsonl", facts["sizes"][name] if checkpoints else 0)
             for name in GROWING
@@ -275,9 +275,9 @@ class Trainer:
         agent = self.groups[0].agent
         weights = max(tensor[0].numel() for tensor in agent.state_dict().values())
         self.work = weights * max(map(len, self.parts)) * self.options.batch_size
-        with fast_products(self.device, self.work) as onednn:
+        with fast_matmul(self.device, self.work) as onednn:
             library = "oneDNN" if onednn else "torch's default"
-        start = {**describe_start(str(self.device)), "products": library, "step": self.step}
+        start = {**describe_start(str(self.device)), "matmul": library, "step": self.step}
         self.run.update_manifest(
             status="running",
             dataset=self.run.config["dataset"],

@@ -21,8 +21,8 @@ from rlkit2.agents.base import Agent
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
 from rlkit2.errors import ConfigError
+from rlkit2.fields import describe_fields
 from rlkit2.nn import StackedMLP
-from rlkit2.training.recipe import describe_fields
 from rlkit2.training.updates import choose_update
 from tests.agents.problems import map_batch, random_batch, random_preferences, small_config
 

@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "odice": {"weight": "conjugate_grad"},  # the released code's weight is zero on most transitions of these problems
     "edac": {"eta": 0.1},  # its diversity term is meant for returns in the thousands
 }
-ON_OTHER_DATA = ("odice_il", "p-iql")  # they change the rewards and learn as the class they build on
+ON_OTHER_DATA = ("odice_il", "p_iql")  # they change the rewards and learn as the class they build on
 CLONES = ("bc",)
 CASES = [
     (name, kind)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlkit2.agents.error_model as error_model
-import rlkit2.evaluation.uncertainty as diagnostics
+import rlkit2.evaluation.calibration as diagnostics
 import rlkit2.losses.ggd as losses
 from rlkit2.agents.error_model import ErrorModel, Heads
 from rlkit2.agents.sacn import SACN

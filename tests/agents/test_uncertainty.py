@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.error_model import RELEASED, ErrorModel, ErrorOptions
-from rlkit2.agents.uncertainty import UncertainAgent
+from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.errors import ConfigError
 from rlkit2.nn import load_policy
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_cdf

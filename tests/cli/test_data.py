@@ -18,7 +18,7 @@ from rlkit2 import load_dataset
 from rlkit2.cli.data_text import BAR, HEIGHT, histogram
 from rlkit2.cli.main import main
 from rlkit2.data import read_dataset
-from rlkit2.data.audit_report import Distribution
+from rlkit2.data.audit.findings import Distribution
 from tests.data.make import FAMILIES, Ending, make_minari
 
 ENDINGS = [Ending(3, True, False), Ending(5, False, True), Ending(2, True, False)]

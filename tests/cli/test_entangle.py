@@ -46,7 +46,7 @@ def test_toy(capsys, tmp_path):
 
 def test_model(capsys, tmp_path):
     pytest.importorskip("transformers")
-    from tests.preferences.tiny_trl import gpt2, text_pairs, tokenizer
+    from tests.entanglement.tiny_trl import gpt2, text_pairs, tokenizer
 
     for name, labels in (("lm", None), ("rm", 1), ("classifier", 3)):
         gpt2(labels=labels).save_pretrained(tmp_path / name)

@@ -126,7 +126,7 @@ def test_resume_prolongs_a_run(capsys):
         (["odice", "--dataset", "tiny/wolk-v0"], "tiny/walk-v0"),
         (["odice", "--dataset", "tiny/walk-v0", "--lambda", "x"], "lambda_ must be a number, not 'x'"),
         (["odice", "--dataset", "tiny/walk-v0", "--lambda", "1.5"], "lambda_ = 1.5 is out of range"),
-        (["odice", "--dataset", "tiny/walk-v0", "--steps", "some"], "steps must be a whole number, not 'some'"),
+        (["odice", "--dataset", "tiny/walk-v0", "--steps", "some"], "steps must be a whole number of at least 1, not 'some'"),
         (["odice", "--dataset", "tiny/walk-v0", "--seeds", "two"], "--seeds must be a number of seeds or seeds with commas between, not 'two'"),
         (["odice", "--dataset", "tiny/walk-v0", "--seeds", "0"], "seeds must be a positive number or distinct integers, not 0"),
         (["odice", "--dataset", "tiny/walk-v0", "--device", "abacus"], "device 'abacus' cannot be used here"),

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rlkit2.data.minari_source as minari_source
+import rlkit2.data.sources.minari as minari_source
 from rlkit2.data import TransitionDataset, read_dataset
 from tests.data.make import FAMILIES, WIDTH, Ending, code, make_minari
 

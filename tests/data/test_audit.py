@@ -14,8 +14,9 @@ from gymnasium.envs.registration import EnvSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit2.data import DatasetSpec, audit, audit_scan, dataset_from_arrays, read_dataset
-from rlkit2.data.audit_report import Distribution
+from rlkit2.data import DatasetSpec, audit, dataset_from_arrays, read_dataset
+from rlkit2.data.audit import scan
+from rlkit2.data.audit.findings import Distribution
 from rlkit2.errors import ConfigError, DatasetError
 from tests.data.make import FAMILIES, Ending, make_minari
 
@@ -176,12 +177,12 @@ def test_the_size_of_the_chunks_changes_nothing(lengths, rows, spoiled, seed):
     dataset = dataset_from_arrays(**data)
     dataset = dataset.select([*range(len(lengths)), 0])
     whole, steps = audit(dataset), []
-    size = audit_scan.CHUNK_BYTES
+    size = scan.CHUNK_BYTES
     try:
-        audit_scan.CHUNK_BYTES = rows * dataset.records.dtype.itemsize
+        scan.CHUNK_BYTES = rows * dataset.records.dtype.itemsize
         pieces = audit(dataset, progress=lambda done, total: steps.append((done, total)))
     finally:
-        audit_scan.CHUNK_BYTES = size
+        scan.CHUNK_BYTES = size
     assert pieces.to_dict() == whole.to_dict()
     assert [done for done, _ in steps] == [*range(rows, len(dataset), rows), len(dataset)]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rlkit2.data.cache as cache
-import rlkit2.data.minari_source as minari_source
+import rlkit2.data.sources.minari as minari_source
 from rlkit2.data import DatasetWarning, read_dataset
 from rlkit2.data.cache import verify
 from tests.data.make import FAMILIES, Ending, box, make_minari

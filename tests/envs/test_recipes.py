@@ -19,7 +19,7 @@ import torch
 import rlkit2
 from rlkit2.cli import data_text as text
 from rlkit2.data import audit, read_dataset
-from rlkit2.data.files import remove_leftovers
+from rlkit2.data.folders import remove_leftovers
 from rlkit2.envs.behaviors import make_behavior
 from rlkit2.envs.builtin import DEFAULTS, build_recipe, builtin_id, builtin_recipes, ensure_builtin, list_builtin
 from rlkit2.envs.recipe import read_recipe

@@ -16,13 +16,13 @@ import rlkit2
 from rlkit2.agents import make_agent
 from rlkit2.agents.error_model import Heads
 from rlkit2.agents.iql import IQL, IQLConfig
-from rlkit2.agents.uncertainty import TDErrors
+from rlkit2.agents.uncertain_agent import TDErrors
 from rlkit2.cli.main import main
 from rlkit2.data import Batch, TransitionDataset, dataset_from_arrays
 from rlkit2.envs.noisy_rooms import noise_scale, noise_shape
 from rlkit2.errors import ConfigError
+from rlkit2.evaluation.calibration import auroc, td_diagnostics
 from rlkit2.evaluation.noise_map import noise_map
-from rlkit2.evaluation.uncertainty import auroc, td_diagnostics
 from rlkit2.nn.distributions import GeneralizedNormal
 from rlkit2.training.building import split_dataset
 from rlkit2.training.options import DataOptions

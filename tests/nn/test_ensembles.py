@@ -53,7 +53,7 @@ def test_slopes_and_their_pullback_agree_with_autograd(
     torch.manual_seed(0)
     mlp = network(outputs, detached, hidden=hidden)
     inputs = torch.randn(2, 11, 3).double()
-    found, slopes, pullback = ensembles.linearize_slopes(mlp, inputs)
+    found, slopes, pullback = ensembles.vjp_with_slopes(mlp, inputs)
     on_outputs, on_slopes = torch.randn_like(found), torch.randn_like(slopes)
 
     wide = inputs.unsqueeze(1).expand(-1, 5, -1, -1).clone().requires_grad_()
@@ -71,8 +71,8 @@ def test_other_modules_go_through_autograd(outputs: int | None) -> None:
     torch.manual_seed(0)
     mlp = network(outputs)
     inputs = torch.randn(2, 11, 3).double()
-    by_hand = ensembles.linearize_slopes(mlp, inputs)
-    by_autograd = ensembles._linearize_slopes_by_autograd(mlp, inputs)
+    by_hand = ensembles.vjp_with_slopes(mlp, inputs)
+    by_autograd = ensembles._vjp_with_slopes_by_autograd(mlp, inputs)
     cotangents = torch.randn_like(by_hand[0]), torch.randn_like(by_hand[1])
     for left, right in zip(by_hand[:2], by_autograd[:2], strict=True):
         torch.testing.assert_close(left, right)

@@ -11,7 +11,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rlkit2.nn import StackedMLP, lerp_, linearize, named_tensors, target_copy, unflatten
+from rlkit2.nn import StackedMLP, lerp_, named_tensors, target_copy, unflatten, vjp
 
 F64 = torch.float64
 
@@ -110,7 +110,7 @@ def test_finite_differences(layer_norm: bool) -> None:
     assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
 
 
-# linearize
+# vjp
 
 
 @limits(max_examples=30)
@@ -121,7 +121,7 @@ def test_finite_differences(layer_norm: bool) -> None:
 def test_pullbacks_equal_autograd_in_any_order(settings: dict[str, Any], order: list[slice]) -> None:
     net = network(**settings)
     inputs = normal(len(settings["seeds"]), 7, 4)
-    outputs, pullback = linearize(net, inputs)
+    outputs, pullback = vjp(net, inputs)
     expected = net.differentiable(inputs)
     torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-13)
     for k, rows in enumerate(order):
@@ -141,7 +141,7 @@ def test_pullback_of_another_module_has_the_order_of_its_parameters() -> None:
             return self.a * x.square().sum(-1) + (x * self.b.unsqueeze(1)).sum(-1)
 
     module, x = Quadratic(), normal(2, 5, 3)
-    outputs, pullback = linearize(module, x)
+    outputs, pullback = vjp(module, x)
     cotangent = normal(2, 5, seed=5)
     expected = torch.cat(
         [(cotangent * x.square().sum(-1)).sum(1, keepdim=True), (cotangent.unsqueeze(-1) * x).sum(1)], 1
@@ -153,16 +153,16 @@ def test_pullback_of_another_module_has_the_order_of_its_parameters() -> None:
 
 def test_a_pullback_refuses_changed_weights() -> None:
     net = network()
-    _, pullback = linearize(net, normal(2, 5, 4))
+    _, pullback = vjp(net, normal(2, 5, 4))
     with torch.no_grad():
         net.flat.add_(1.0)
     with pytest.raises(RuntimeError, match="weights have changed"):
         pullback(normal(2, 5))
 
 
-def test_linearize_needs_a_scalar_network() -> None:
+def test_vjp_needs_a_scalar_network() -> None:
     with pytest.raises(ValueError, match="scalar"):
-        network(output_size=2).linearize(normal(2, 5, 4))
+        network(output_size=2).vjp(normal(2, 5, 4))
 
 
 def test_backward_refuses_changed_weights() -> None:

@@ -217,7 +217,7 @@ def test_ipl_takes_what_it_is_told_after_a_termination(datasets, value, taken):
         torch.testing.assert_close(agent.rewards(rows), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cpl", "ipl", "p-iql"])
+@pytest.mark.parametrize("name", ["cpl", "ipl", "p_iql"])
 def test_labels_alone_teach_a_policy(tmp_path, name):
     """A one-step task with reward -|a - target(s)|: behaviour is uniform, so a policy near the target can only come from the labels."""
     generator = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_labels_alone_teach_a_policy(tmp_path, name):
     labels = collect_preferences(dataset, ScriptedTeacher(), 1500, length=1)
     labels.save(tmp_path / "labels")
     settings = {"hidden_sizes": (32, 32), "preferences": str(tmp_path / "labels")}
-    if name == "p-iql":
+    if name == "p_iql":
         from rlkit2.preferences import fit_reward_model
 
         model = fit_reward_model(labels, dataset, hidden_sizes=(32,), members=2, steps=600, learning_rate=3e-3)
@@ -271,14 +271,14 @@ def test_what_is_missing_is_named_before_training(tmp_path):
         with pytest.raises(DatasetError, match="belong to arrays"):
             train(name, changed(dataset), overrides={"preferences": str(tmp_path / "labels")}, **options)
     with pytest.raises(ConfigError, match="name their file"):
-        train("p-iql", dataset, **options)
+        train("p_iql", dataset, **options)
     with pytest.raises(RewardError, match="holds no learned rewards"):
-        train("p-iql", dataset, overrides={"rewards": str(tmp_path / "none")}, **options)
+        train("p_iql", dataset, overrides={"rewards": str(tmp_path / "none")}, **options)
     file = tmp_path / "r" / "rewards.safetensors"
     save_rewards(file, dataset, dataset.rewards, {"from": "a test"})
     assert torch.equal(load_rewards(file, dataset), dataset.rewards)
     with pytest.raises(DatasetError, match="are for arrays"):
-        train("p-iql", changed(dataset), overrides={"rewards": str(file)}, **options)
+        train("p_iql", changed(dataset), overrides={"rewards": str(file)}, **options)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
     for bad in ({"alpha": 0.0}, {"lambda_": 0.0}, {"discount": 1.5}):
         with pytest.raises(ConfigError, match="out of range"):

@@ -95,8 +95,8 @@ def test_a_member_as_a_torch_module_predicts_the_same(dataset, labels, head):
 
 
 def test_the_gradient_meters_measure_a_member(dataset, labels, model):
-    from rlkit2.preferences.measure import pair_geometry
-    from rlkit2.preferences.scores import PairBatch, segment_return
+    from rlkit2.entanglement.measure import pair_geometry
+    from rlkit2.entanglement.scores import PairBatch, segment_return
 
     rows = [side[:6] for side in labels.rows(dataset)]
     batch = PairBatch(*({"observations": dataset.observations[r], "actions": dataset.actions[r]} for r in rows))

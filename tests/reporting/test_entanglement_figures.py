@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlkit2.entanglement.diagnose import diagnose
+from rlkit2.entanglement.probe import EntanglementProbe
 from rlkit2.errors import ConfigError
-from rlkit2.preferences.diagnose import diagnose
 from rlkit2.preferences.entanglement import causal_lm_logp
-from rlkit2.preferences.probe import EntanglementProbe
-from rlkit2.reporting.entanglement import (
+from rlkit2.reporting.entanglement_figures import (
     cosine_histogram,
     logp_curves,
     own_cross_bars,

@@ -13,8 +13,8 @@ from torch import nn
 from rlkit2.data import Batch, dataset_from_arrays
 from rlkit2.errors import ConfigError, DatasetError, RewardError
 from rlkit2.rewards import RewardDistanceMatrix, SampledStarc, TabularMDP, starc_matrix
-from rlkit2.rewards.features import CellFeatures, FourierFeatures, PolynomialFeatures
-from rlkit2.rewards.network_features import NetworkFeatures
+from rlkit2.rewards.sampled.features import CellFeatures, FourierFeatures, PolynomialFeatures
+from rlkit2.rewards.sampled.network_features import NetworkFeatures
 from tests.rewards.vectors import ROOT, load
 
 Array = np.ndarray[Any, Any]
@@ -66,9 +66,9 @@ def test_tabular_reference() -> None:
 
 
 def test_grams_of_the_tabular_reference() -> None:
-    from rlkit2.rewards.moments import gather
-    from rlkit2.rewards.rows import BatchRows, RewardFunctions
-    from rlkit2.rewards.sampled import Fit, _all, by_fold, gram
+    from rlkit2.rewards.sampled.estimator import Fit, _all, by_fold, gram
+    from rlkit2.rewards.sampled.moments import gather
+    from rlkit2.rewards.sampled.rows import BatchRows, RewardFunctions
 
     file, batch, rewards, folds = samples()
     rows = BatchRows.of(batch)

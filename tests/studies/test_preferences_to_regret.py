@@ -17,7 +17,7 @@ from rlkit2.api import load_dataset
 from rlkit2.cli.main import main
 from rlkit2.cli.prefs import _print_study
 from rlkit2.errors import ConfigError, DatasetError, RunError
-from rlkit2.reporting.preferences import study_figure
+from rlkit2.reporting.preference_figures import study_figure
 from rlkit2.studies import preferences_to_regret as study
 from rlkit2.studies.preferences_to_regret import BASELINES, StudyResult, StudySettings, load_study, run_study
 from tests.preferences.make import share_builtin

@@ -25,7 +25,7 @@ import rlkit2.evaluation
 import rlkit2.training.building
 import rlkit2.training.loggers
 from rlkit2.agents.bc import BCConfig
-from rlkit2.training import checkpoints, files
+from rlkit2.training import checkpoints, run_files
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 DATASET = tiny_dataset()
@@ -63,7 +63,7 @@ def install(deadly: int) -> Callable[[], int]:
 
         return wrapped
 
-    write, write_synced, rmtree = os.write, files.write_synced, shutil.rmtree
+    write, write_synced, rmtree = os.write, run_files.write_synced, shutil.rmtree
 
     def torn_write(descriptor: int, data: bytes) -> int:
         if deadly_now():
@@ -85,7 +85,7 @@ def install(deadly: int) -> Callable[[], int]:
 
     os.write, os.replace, os.ftruncate = torn_write, wrap(os.replace), wrap(os.ftruncate)
     shutil.rmtree = half_deleted
-    files.write_synced = checkpoints.write_synced = torn_file
+    run_files.write_synced = checkpoints.write_synced = torn_file
     return lambda: count
 
 

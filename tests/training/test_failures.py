@@ -13,7 +13,7 @@ import pytest
 import rlkit2
 from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import RLKitError, RunError
-from rlkit2.training import Run, checkpoints, files
+from rlkit2.training import Run, checkpoints, run_files
 from tests.training.tiny_problem import Walk, contents, fit, tiny_dataset, tiny_run
 
 DATASET = tiny_dataset()
@@ -31,7 +31,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path
     """Every write from one of them on takes half of its data and fails, as on a disk that has filled up."""
     run = tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE)
     count = itertools.count(1)
-    write, write_synced = os.write, files.write_synced
+    write, write_synced = os.write, run_files.write_synced
 
     def full():
         return next(count) >= operation
@@ -50,7 +50,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", short_write)
-        patch.setattr(files, "write_synced", short_file)
+        patch.setattr(run_files, "write_synced", short_file)
         patch.setattr(checkpoints, "write_synced", short_file)
         with pytest.raises(RunError, match=rf"cannot write {run.path}.*: No space left on device") as caught:
             fit(run, DATASET)

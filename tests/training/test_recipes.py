@@ -9,9 +9,10 @@ import pytest
 import rlkit2
 from rlkit2.agents import agent_class, list_agents, make_config
 from rlkit2.errors import ConfigError
+from rlkit2.fields import read_fields
 from rlkit2.recipes import recipe_folder
 from rlkit2.training import DataOptions, TrainingOptions, describe_fields, find_recipe, load_recipe
-from rlkit2.training.recipe import read_fields, read_overrides
+from rlkit2.training.recipe import read_overrides
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 RECIPE = """
@@ -69,11 +70,11 @@ def test_a_recipe_trains_and_what_is_given_beside_it_wins(tmp_path):
     [
         (("hidden_sizes", "hiden_sizes"), r"BCConfig has no field 'hiden_sizes'; did you mean hidden_sizes\?"),
         (("[training]", "[trainingg]"), r"unknown entry 'trainingg'; did you mean training\?"),
-        (("steps = 12", "steps = 'a'"), r"TrainingOptions\.steps must be a whole number, not 'a'"),
-        (("steps = 12", "steps = true"), r"TrainingOptions\.steps must be a whole number, not True"),
-        (("[8]", "[8.5]"), r"BCConfig\.hidden_sizes must be \[a whole number, \.\.\.\], not \[8\.5\]"),
-        (("[8]", "8"), r"BCConfig\.hidden_sizes must be \[a whole number, \.\.\.\], not 8"),
-        (("reward_scale = 2.0", "reward_scale = 'x'"), r"DataOptions\.reward_scale must be a number, not 'x'"),
+        (("steps = 12", "steps = 'a'"), r"steps must be a whole number of at least 1, not 'a'"),
+        (("steps = 12", "steps = true"), r"steps must be a whole number of at least 1, not True"),
+        (("[8]", "[8.5]"), r"hidden_sizes must be \[a whole number, \.\.\.\], not \[8\.5\]"),
+        (("[8]", "8"), r"hidden_sizes must be \[a whole number, \.\.\.\], not 8"),
+        (("reward_scale = 2.0", "reward_scale = 'x'"), r"reward_scale must be a number that is finite, not 'x'"),
         (('agent = "bc"', 'agent = "bd"'), "unknown agent 'bd'"),
         (('agent = "bc"', ""), r'does not name its agent; add a line agent = "\.\.\." at the top'),
         (('dataset = "tiny/walk-v0"', ""), "does not name its dataset"),
@@ -170,9 +171,9 @@ def test_overrides_are_read_as_toml_and_plain_text():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"eval_every": -1}, r"eval_every must be 0 \(never\) or more, not -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"eval_every": -1}, r"eval_every must be a whole number of at least 0 or none, not -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         (
             {"reward_transform": "nothing"},
             "reward_transform must be one of none, return_range, goal_penalty, not 'nothing'",

@@ -16,7 +16,7 @@ import torch
 import rlkit2
 from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import ConfigError, RunError
-from rlkit2.training import Run, files
+from rlkit2.training import Run, run_files
 from rlkit2.training.groups import BatchIndices, MetricRows
 from tests.training.tiny_problem import (
     Walk,
@@ -89,7 +89,7 @@ def forget_metrics(monkeypatch):
 
 
 def forget_to_cut_files(monkeypatch):
-    monkeypatch.setattr(files.os, "ftruncate", lambda descriptor, size: None)
+    monkeypatch.setattr(run_files.os, "ftruncate", lambda descriptor, size: None)
 
 
 def forget_optimizer(monkeypatch):
@@ -216,8 +216,8 @@ def test_ctrl_c_prints_the_resume_command_and_keeps_the_policy(tmp_path, capsys,
 
 def test_an_interruption_leaves_no_trace_where_onednn_multiplies(tmp_path, monkeypatch):
     """A fixed library for the updates, the default one for evaluations and afterwards."""
-    monkeypatch.setattr("rlkit2.nn.products.SMALLEST_WORK", 0)
-    monkeypatch.setattr("rlkit2.nn.products.onednn_is_better", lambda: True)
+    monkeypatch.setattr("rlkit2.nn.matmul.SMALLEST_WORK", 0)
+    monkeypatch.setattr("rlkit2.nn.matmul.onednn_is_better", lambda: True)
     seen = set()
 
     def watch(agent):
@@ -234,4 +234,4 @@ def test_an_interruption_leaves_no_trace_where_onednn_multiplies(tmp_path, monke
         fit(run, DATASET, wrap=interrupting(23))
     assert torch.get_float32_matmul_precision() == "highest"
     assert contents(fit(run, DATASET)) == whole
-    assert [start["products"] for start in run.manifest["starts"]] == ["oneDNN", "oneDNN"]
+    assert [start["matmul"] for start in run.manifest["starts"]] == ["oneDNN", "oneDNN"]

@@ -1,0 +1,186 @@
+"""What agents with a noise model say about their values: `Uncertainty`, and the class that such agents share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from rlkit2.agents.base import Agent, batch_means
+from rlkit2.agents.error_model import ErrorModel, Heads
+from rlkit2.data.batch import Batch
+from rlkit2.errors import ConfigError
+from rlkit2.losses.aggregation import lower_bound
+from rlkit2.losses.ggd import expected_minimum
+from rlkit2.losses.td import squared_error
+from rlkit2.nn import Adam, Critic, vjp
+from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Noise and ignorance about Q(s, a), apart; float32 arrays `[B]` (`[B, n]` for all discrete actions), with the seed axis in front if S > 1.
+
+    "Aleatoric" is the noise of one TD target: of the reward, the transition, the next action and the moving target. It is not the deviation of the
+    return, and more data does not reduce it. "Epistemic" is the disagreement of the members, which more data does reduce.
+    """
+
+    q_mean: Array  # mean over members
+    q_lower: Array  # mean - k epistemic_sd, k as the agent's lcb_coefficient (matched to the minimum unless given)
+    aleatoric_sd: Array  # root of the member-mean variance
+    epistemic_sd: Array  # standard deviation over members (M - 1 degrees of freedom); 0 for one member
+    total_sd: Array  # root of the sum of their squares
+    shape: Array  # member mean of beta: 1 Laplace, 2 Gaussian
+    scale: Array  # member mean of alpha
+    excess_kurtosis: Array  # member mean, of the noise alone
+    mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members: their disagreement included
+    quantiles: Array  # of that mixture, `[..., K]`
+    members: dict[str, Array] | None = None  # `q`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
+
+
+@dataclass(frozen=True)
+class TDErrors:
+    """Targets of a batch and the law each member gives them, all `[S, M, B]`."""
+
+    targets: Tensor
+    heads: Heads
+
+
+class UncertainAgent(Agent):
+    """An agent with an ensemble `critic` and an `ErrorModel`; a subclass offers `critic_targets`."""
+
+    critic: Critic
+    critic_optimizer: Adam
+    errors: ErrorModel
+    lcb_coefficient: float
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
+        raise NotImplementedError
+
+    def _build_errors(self) -> None:
+        """Make the error model of the config and the k of its lower bounds; before the critic, which needs its outputs."""
+        self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
+        given = getattr(self.config, "lcb_coefficient", None)
+        self.lcb_coefficient = expected_minimum(self.config.num_critics) if given is None else given
+        self._register(buffers=self.errors.buffers)
+
+    def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
+        """One step of all members on a normalised batch, with metrics.
+
+        Args:
+            targets: `[S, B]`, or `[S, M, B]` where members have their own.
+            target_variance: as for `ErrorModel.loss`.
+        """
+        if not self.errors.outputs and targets.ndim == 2:
+            q, pullback = vjp(self.critic, batch.observations, batch.actions)
+            losses, cotangent = squared_error(q, targets)
+            gradient = pullback(cotangent)
+            self.critic_optimizer.step(gradient)
+            means = batch_means({"critic/loss": losses, "critic/q_mean": q[:, 0]})
+            return {"critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1), **means}
+        outputs = self.critic.outputs(batch.observations, batch.actions)
+        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance)
+        gradient_norm = self.critic_optimizer.minimize(loss)
+        q_mean = outputs[:, 0, :, 0].detach().mean(1)
+        return {"critic/loss": loss.detach(), "critic/grad_norm": gradient_norm, "critic/q_mean": q_mean, **metrics}
+
+    def _require_noise(self) -> None:
+        if not self.errors.outputs:
+            raise ConfigError(
+                "this agent was trained with critic = 'mse' and knows no noise; train it with critic = 'ggd' or 'gaussian'"
+            )
+
+    @torch.no_grad()
+    def td_errors(self, batch: Batch) -> TDErrors:
+        """Targets by the current target networks, and the heads at a raw batch's actions: `critic_targets` draws its noise from the agent's step.
+
+        Raises:
+            ConfigError: the critic has no noise model.
+        """
+        self._require_noise()
+        batch = self.normalize(batch)
+        targets = self.critic_targets(batch)
+        heads = self.errors.heads(self.critic.outputs(batch.observations, batch.actions))
+        targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
+        return TDErrors(targets.expand_as(heads.q), heads)
+
+    @torch.no_grad()
+    def heads_at(self, observations: Any, actions: Any = None) -> Heads:
+        """Heads of every member at raw observations and actions, `[S, M, B]`; see `uncertainty`."""
+        observed = self._seeded(observations, 2)
+        inputs = self.normalizer.observations(observed.to(self.dtype))
+        if actions is None and self.discrete:
+            return self.errors.heads(self.critic.every_output(inputs))
+        if actions is None:
+            chosen = self.policy(observed)
+        else:
+            chosen = self._seeded(actions, 1 if self.discrete else 2)
+        chosen = chosen if self.discrete else chosen.to(self.dtype)
+        return self.errors.heads(self.critic.outputs(inputs, self.normalizer.actions(chosen)))
+
+    def _seeded(self, values: Any, ndim: int) -> Tensor:
+        """`[B, ...]` for every seed alike, or `[S, B, ...]`."""
+        tensor = torch.as_tensor(values, device=self.device)
+        if tensor.ndim == ndim:
+            return tensor.expand(len(self.seeds), *tensor.shape)
+        if tensor.ndim != ndim + 1 or len(tensor) != len(self.seeds):
+            raise ConfigError(
+                f"expected {ndim} axes, or {len(self.seeds)} seeds in front, not shape {list(tensor.shape)}"
+            )
+        return tensor
+
+    def uncertainty(
+        self,
+        observations: ArrayLike | Tensor,
+        actions: ArrayLike | Tensor | None = None,
+        quantiles: Sequence[float] = (),
+        per_member: bool = False,
+    ) -> Uncertainty:
+        """Mean, noise and ignorance of Q(s, a), in units of the batch's rewards.
+
+        Args:
+            observations: `[B, obs]`, or `[S, B, obs]`, in raw units.
+            actions: `[B, act]` or `[S, B, act]` (discrete: int `[B]` or `[S, B]`); None for the policy's, or for every discrete action.
+            quantiles: probabilities in (0, 1) whose quantiles of the members' mixture are wanted.
+            per_member: also every member's own numbers.
+
+        Raises:
+            ConfigError: the critic has no noise model, or a shape does not fit.
+        """
+        self._require_noise()
+        heads = self.heads_at(observations, actions)
+        deviation = heads.q.std(1) if heads.q.shape[1] > 1 else torch.zeros_like(heads.q[:, 0])
+        scale, variance = heads.log_scale.exp(), heads.variance
+        q, alpha, beta = (t.double().movedim(1, -1) for t in (heads.q, scale, heads.shape))
+        mixture = GeneralizedNormal(q, alpha, beta, validate_args=False)
+        levels = torch.tensor(list(quantiles), dtype=torch.float64, device=self.device)
+        aleatoric = variance.mean(1).sqrt()
+        found = {
+            "q_mean": heads.q.mean(1),
+            "q_lower": lower_bound(heads.q, self.lcb_coefficient),
+            "aleatoric_sd": aleatoric,
+            "epistemic_sd": deviation,
+            "total_sd": torch.hypot(aleatoric, deviation),
+            "shape": heads.shape.mean(1),
+            "scale": scale.mean(1),
+            "excess_kurtosis": mixture.excess_kurtosis.mean(-1),
+            "mixture_excess_kurtosis": mixture_excess_kurtosis(mixture),
+            "quantiles": mixture_icdf(mixture, levels),
+        }
+        members = {"q": heads.q, "aleatoric_sd": variance.sqrt(), "shape": heads.shape, "scale": scale}
+        return Uncertainty(
+            **{name: self._array(value) for name, value in found.items()},
+            members={name: self._array(value) for name, value in members.items()} if per_member else None,
+        )
+
+    def _array(self, values: Tensor) -> Array:
+        values = values.squeeze(0) if len(self.seeds) == 1 else values
+        return values.to(torch.float32).cpu().numpy()

@@ -1,0 +1,53 @@
+"""Dataset folders appear whole or not at all; what a killed process leaves behind is swept up by a later one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DAY = 86400
+
+
+def minari_root() -> Path:
+    """Minari's own root: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets` (not created by asking)."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
+@contextmanager
+def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to write into; when the block ends without an error it becomes `folder`, in one step.
+
+    `root` is on the same disk and holds what is being written. Raises `FileExistsError` where another process was faster (its folder stays),
+    other kinds of `OSError` where nothing can be written.
+    """
+    temporary = root / f".building-{uuid.uuid4().hex}"
+    try:
+        (temporary / "new").mkdir(parents=True)
+        remove_leftovers(root, ".building-*")
+        yield temporary / "new"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if replace and folder.exists():
+            folder.rename(temporary / "old")
+        try:
+            (temporary / "new").rename(folder)
+        except OSError as error:
+            if folder.exists():
+                raise FileExistsError(f"{folder} has been made by another process") from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Delete what processes killed in mid-work left in `folder`: temporary folders of that name pattern, untouched for a day."""
+    for path in folder.glob(pattern):
+        try:
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # another process has removed it
+            continue

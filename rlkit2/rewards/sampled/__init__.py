@@ -1,0 +1,4 @@
+"""Distances between rewards estimated from recorded transitions, with intervals."""
+
+from rlkit2.rewards.sampled.estimator import SampledStarc as SampledStarc
+from rlkit2.rewards.sampled.features import Features as Features
