@@ -94,6 +94,10 @@ def ggd_nll(
 
 def _smooth_power(x: Tensor, exponent: Tensor, smoothing: float) -> Tensor:
     if smoothing > 0.0:
+        largest = 0.5 * math.sqrt(
+            torch.finfo(x.dtype).max
+        )  # the square of what is larger overflows, and its gradient is not a number
+        x = x.clamp(-largest, largest)
         log = 0.5 * torch.log(x.square() + smoothing * smoothing)
         return torch.exp((exponent * log).clamp(max=LARGEST_EXPONENT))
     zero = x == 0.0

@@ -11,9 +11,9 @@ Varanasi and Aazhang, "Parametric generalized Gaussian density estimation" (JASA
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ _BISECTIONS = 64  # of the range of log(shape): to the last digit of float64
 def _on_arrays(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
     """Let a method of tensors take numpy arrays and numbers too; arrays give arrays."""
 
-    @wraps(method)
+    @functools.wraps(method)
     def either(self: Any, value: Any) -> Any:
         if isinstance(value, Tensor):
             return method(self, value)
@@ -44,6 +44,19 @@ def _on_arrays(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], 
         return result.numpy() if isinstance(value, np.ndarray) else result
 
     return either
+
+
+class _Finite(constraints.Constraint):
+    """Finite numbers, which torch's `real` and `positive` do not ask for: an infinite scale has no density."""
+
+    def __init__(self, *, positive: bool = False) -> None:
+        self.positive = positive
+
+    def check(self, value: Tensor) -> Tensor:
+        return value.isfinite() & (value > 0.0) if self.positive else value.isfinite()
+
+    def __repr__(self) -> str:
+        return "a finite positive number" if self.positive else "a finite number"
 
 
 class GeneralizedNormal(Distribution):
@@ -54,35 +67,40 @@ class GeneralizedNormal(Distribution):
         scale: positive; |x - loc| / scale is what is raised to the shape.
         shape: positive; 1 Laplace, 2 Normal.
 
-    Tensors or numpy arrays in float32 or float64 keep their dtype; plain numbers alone count as float64. `log_prob` and `rsample` are
-    differentiable in all parameters (`log_prob` has gradient 0 at its kink x = loc). `cdf`, `sf`, `icdf` and `isf` are computed in float64
+    Tensors or numpy arrays in float32 or float64 keep their dtype (the wider of two); whole numbers and plain numbers alone count
+    as float64. `log_prob` and `rsample` are differentiable
+    in all parameters (`log_prob` has gradient 0 at its kink x = loc). `cdf`, `sf`, `icdf` and `isf` are computed in float64
     without gradient (the incomplete gamma function has none in its first argument) and are exact in the tails.
 
     Raises:
-        ValueError: a parameter out of range.
+        ValueError: a parameter out of range, or not finite.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch.distributions has it)
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "shape": constraints.positive,
+        "loc": _Finite(),
+        "scale": _Finite(positive=True),
+        "shape": _Finite(positive=True),
     }
     support = constraints.real
     has_rsample = True
 
     def __init__(self, loc: Value, scale: Value, shape: Value, validate_args: bool | None = None) -> None:
         given = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in (loc, scale, shape)]
-        like = next((value for value in given if isinstance(value, Tensor)), torch.empty(0, dtype=torch.float64))
-        parameters = [torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in given]
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in tensors)) if tensors else torch.float64
+        dtype = dtype if dtype.is_floating_point else torch.float64  # whole numbers are rounded by no density
+        device = tensors[0].device if tensors else None
+        parameters = [torch.as_tensor(value, dtype=dtype, device=device) for value in given]
         self.loc, self.scale, self.shape = broadcast_all(*parameters)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: GeneralizedNormal | None = None) -> GeneralizedNormal:
         """The same distribution with parameters expanded to `batch_shape`."""
         size = torch.Size(batch_shape)
-        return GeneralizedNormal(
-            self.loc.expand(size), self.scale.expand(size), self.shape.expand(size), validate_args=False
-        )
+        loc, scale, shape = (value.expand(size) for value in (self.loc, self.scale, self.shape))
+        expanded = GeneralizedNormal(loc, scale, shape, validate_args=False)  # they are checked already
+        expanded._validate_args = self._validate_args
+        return expanded
 
     # Moments
 
@@ -160,8 +178,11 @@ class GeneralizedNormal(Distribution):
         standardized = side * (at - loc) / scale
         power = abs_power(standardized, shape)
         inverse = shape.reciprocal().expand_as(power)
-        outside = 0.5 * torch.special.gammaincc(inverse, power)
-        inside = 0.5 + 0.5 * torch.special.gammainc(inverse, power)
+        # Around the median the power underflows for large shapes: there the leading term of the series is exact.
+        near = power < 1e-17
+        middle = standardized.abs() * torch.exp(-torch.lgamma(1.0 + inverse))
+        outside = 0.5 * torch.where(near, 1.0 - middle, torch.special.gammaincc(inverse, power))
+        inside = 0.5 + 0.5 * torch.where(near, middle, torch.special.gammainc(inverse, power))
         return torch.where(standardized > 0, outside, inside).to(dtype)
 
     @_on_arrays

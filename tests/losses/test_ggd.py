@@ -441,3 +441,18 @@ def test_unnormalised_live_weights_corrupt_the_shape() -> None:
 
     assert minimum(True) == pytest.approx(1.0, abs=0.03)
     assert minimum(False) < 0.7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 1e-3])
+@given(exponent=st.floats(-3.0, 1.0), shape=st.floats(0.1, 20.0), log_scale=st.floats(-8.0, 8.0))
+def test_loss_and_gradients_stay_finite_for_errors_of_any_size(
+    dtype: torch.dtype, smoothing: float, exponent: float, shape: float, log_scale: float
+) -> None:
+    """Up to a hundredth of the largest number: its square has no place in the format."""
+    size = torch.finfo(dtype).max ** max(exponent, 0.0) * 10.0 ** min(exponent, 0.0) * 1e-6
+    inputs = [torch.tensor(value, dtype=dtype, requires_grad=True) for value in (size, shape, log_scale)]
+    loss = ggd_nll(inputs[0], torch.zeros((), dtype=dtype), shape=inputs[1], log_scale=inputs[2], smoothing=smoothing)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(value.grad is not None and value.grad.isfinite() for value in inputs)
