@@ -53,6 +53,19 @@ class Interval:
         return "that is finite" if low == "-inf" else f"of at least {low}" if self.text[0] == "[" else f"above {low}"
 
 
+@dataclass(frozen=True)
+class Ascending:
+    """Two numbers, the smaller first."""
+
+    def __contains__(self, pair: tuple[float, float]) -> bool:
+        return pair[0] < pair[1]
+
+    def __str__(self) -> str:
+        return "with the smaller first"
+
+
+Rule = Interval | Ascending
+
 # What most fields are.
 Count = Annotated[int, Interval("[1, inf)")]
 Natural = Annotated[int, Interval("[0, inf)")]
@@ -62,6 +75,7 @@ Finite = Annotated[float, Interval("(-inf, inf)")]
 Fraction = Annotated[float, Interval("[0, 1]")]
 Rate = Annotated[float, Interval("(0, 1]")]
 Inside = Annotated[float, Interval("(0, 1)")]
+Bounds = Annotated[tuple[Finite, Finite], Ascending()]
 Widths = tuple[Count, ...]
 
 
@@ -121,7 +135,7 @@ def read_value(value: Any, hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         read = read_value(value, arguments[0])
-        if all(read in interval for interval in arguments[1:] if isinstance(interval, Interval)):
+        if all(read in rule for rule in arguments[1:] if isinstance(rule, Rule)):
             return read
         raise TypeError
     if origin in (typing.Union, types.UnionType):
@@ -177,9 +191,7 @@ def describe_type(hint: Any) -> str:
     """A type in words: "a number in (0, 1]", "a whole number of at least 1", "one of a, b", "[a number, ...] or none"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return " ".join(
-            [describe_type(arguments[0]), *(str(part) for part in arguments[1:] if isinstance(part, Interval))]
-        )
+        return " ".join([describe_type(arguments[0]), *(str(rule) for rule in arguments[1:] if isinstance(rule, Rule))])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(argument) for argument in arguments)
     if origin is Literal:

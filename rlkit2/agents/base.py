@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.nn import Adam, Normalizer, Policy, make_actor, named_tensors, target_copy
-from rlkit2.nn.actors import Actor
+from rlkit2.fields import Bounds, Checked, Finite
+from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, make_actor, named_tensors, target_copy
+from rlkit2.nn.actors import Actor, PolicyHead
+
+ActorT = TypeVar("ActorT", bound=Actor)
+
+
+@dataclass(frozen=True)
+class PolicyOptions(Checked):
+    """The head of a policy that is trained by the likelihood of actions."""
+
+    # what the policy's outputs mean; "categorical" for discrete actions always
+    policy_head: PolicyHead = "gaussian"
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = True
+    # initial log standard deviation of the Gaussian
+    log_std_init: Finite = 0.0
+    # the log standard deviation is clamped to these when used
+    log_std_bounds: Bounds = (-5.0, 2.0)
 
 
 class Agent:
@@ -42,6 +59,12 @@ class Agent:
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     seeds: tuple[int, ...]
     policy: Policy
+    policy_optimizer: Adam
+    value_network: StackedMLP
+    value_optimizer: Adam
+    critic: Critic
+    critic_target: Critic
+    critic_optimizer: Adam
     phases: int = 1
     phase: int = 0
 
@@ -80,20 +103,52 @@ class Agent:
         """Make networks, optimisers and the policy from `self.config` and register them."""
         raise NotImplementedError
 
-    def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
-        """The head that `policy_head`, `tanh_mean`, `log_std_init` and `log_std_bounds` of the config describe; categorical for discrete actions."""
-        return make_actor(
-            "categorical" if self.discrete else self.config.policy_head,
+    # Parts that several agents have. Weights are drawn from the seed and the part's name, so the order of the calls does not matter.
+
+    @property
+    def _placement(self) -> dict[str, Any]:
+        """The seeds whose weights a network holds, and where and how finely it holds them."""
+        return {"seeds": self.seeds, "dtype": self.dtype, "device": self.device}
+
+    def _build_value(self, hidden_sizes: Sequence[int], learning_rate: float, **options: Any) -> None:
+        """`value_network` and `value_optimizer`; `options` as for `StackedMLP` (members, layer_norm)."""
+        self.value_network = StackedMLP(
+            self.observation_size, hidden_sizes, stream="value", **self._placement, **options
+        )
+        self.value_optimizer = Adam(self.value_network, learning_rate)
+        self._register({"value": self.value_network}, {"value": self.value_optimizer})
+
+    def _build_critic(self, learning_rate: float, **options: Any) -> None:
+        """`critic` (`num_critics` members, `hidden_sizes`), `critic_target` and `critic_optimizer`; `options` as for `Critic`."""
+        self.critic = Critic(
             self.observation_size,
             self.action_size,
-            hidden_sizes,
-            seeds=self.seeds,
-            tanh_mean=self.config.tanh_mean,
-            log_std_init=self.config.log_std_init,
-            log_std_bounds=self.config.log_std_bounds,
-            dtype=self.dtype,
-            device=self.device,
+            self.config.hidden_sizes,
+            members=self.config.num_critics,
+            discrete=self.discrete,
+            **self._placement,
+            **options,
         )
+        self.critic_target = target_copy(self.critic)
+        self.critic_optimizer = Adam(self.critic, learning_rate)
+        self._register({"critic": self.critic, "critic_target": self.critic_target}, {"critic": self.critic_optimizer})
+
+    def _make_actor(self, head: str, hidden_sizes: Sequence[int], **options: Any) -> Actor:
+        """A policy's network and head; `options` as for `make_actor`."""
+        return make_actor(head, self.observation_size, self.action_size, hidden_sizes, **self._placement, **options)
+
+    def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
+        """The head that the config's `PolicyOptions` describe; categorical for discrete actions."""
+        options = {f.name: getattr(self.config, f.name) for f in fields(PolicyOptions)}
+        head = options.pop("policy_head")
+        return self._make_actor("categorical" if self.discrete else head, hidden_sizes, **options)
+
+    def _build_policy(self, actor: ActorT, learning_rate: float, **options: Any) -> ActorT:
+        """`policy` and `policy_optimizer` around an actor, which is returned; `options` as for `Adam`."""
+        self.policy = Policy(actor, self.normalizer, self.seeds)
+        self.policy_optimizer = Adam(actor, learning_rate, **options)
+        self._register({"policy": actor}, {"policy": self.policy_optimizer})
+        return actor
 
     def _register(
         self,
@@ -175,6 +230,11 @@ class Agent:
         observations = self.normalizer.observations(observations.to(self.device, self.dtype))
         actions = actions.to(self.device) if self.discrete else actions.to(self.device, self.dtype)
         values: Tensor = critic(observations, self.normalizer.actions(actions))
+        return values
+
+    def raw_value(self, observations: Tensor) -> Tensor:
+        """`value_network` at raw observations `[S, B, obs]` (for an agent's public `value`): `[S, B]`, `[S, M, B]` with members."""
+        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
         return values
 
     # State

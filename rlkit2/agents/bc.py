@@ -16,36 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, PolicyOptions
 from rlkit2.data.batch import Batch
-from rlkit2.errors import ConfigError
-from rlkit2.nn import Adam, Policy
+from rlkit2.fields import NonNegative, Rate, Widths
 
 
 @dataclass(frozen=True)
-class BCConfig:
+class BCConfig(PolicyOptions):
     """Behaviour cloning."""
 
-    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    policy_head: str = "gaussian"
     # widths of the policy's hidden layers
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    # squash the Gaussian's mean into the action bounds
-    tanh_mean: bool = True
-    # initial log standard deviation of the Gaussian
-    log_std_init: float = 0.0
-    # the log standard deviation is clamped to these when used
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    hidden_sizes: Widths = (256, 256)
     # Adam's step size
-    learning_rate: float = 3e-4
+    learning_rate: NonNegative = 3e-4
     # L2 inside Adam
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     # share of episodes to train on, best returns first; at least one episode
-    fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.fraction <= 1.0:
-            raise ConfigError(f"fraction must lie in (0, 1], not {self.fraction}")
+    fraction: Rate = 1.0
 
 
 class BC(Agent):
@@ -56,10 +43,8 @@ class BC(Agent):
 
     def _build(self) -> None:
         config = self.config
-        self.actor = self._likelihood_actor(config.hidden_sizes)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.policy_optimizer = Adam(self.actor, config.learning_rate, weight_decay=config.weight_decay)
-        self._register({"policy": self.actor}, {"policy": self.policy_optimizer})
+        actor = self._likelihood_actor(config.hidden_sizes)
+        self.actor = self._build_policy(actor, config.learning_rate, weight_decay=config.weight_decay)
 
     @classmethod
     def prepare_dataset(cls, config: BCConfig, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:

@@ -22,55 +22,44 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlkit2.agents.base import PolicyOptions
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.errors import ConfigError
+from rlkit2.fields import Natural, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.preference import cpl_loss
-from rlkit2.nn import Adam, Policy, target_copy
+from rlkit2.nn import target_copy
+from rlkit2.nn.actors import PolicyHead
 
 
 @dataclass(frozen=True)
-class CPLConfig:
+class CPLConfig(PolicyOptions):
     """Contrastive preference learning."""
 
     # folder of labels (rlkit2 prefs label)
     preferences: str = ""
     # temperature: how much an advantage a unit of log-likelihood is
-    alpha: float = 0.1
+    alpha: Positive = 0.1
     # conservative bias in (0, 1]: the smaller, the closer to what was preferred
-    lambda_: float = 0.5
+    lambda_: Rate = 0.5
     # weight of -E[log pi(a|s)] of all segments beside the preference loss: keeps the policy near the data
-    cloning_weight: float = 0.0
+    cloning_weight: NonNegative = 0.0
     # gamma inside a segment
-    discount: float = 1.0
+    discount: Rate = 1.0
     # updates of behaviour cloning before (authors: two fifths of all)
-    bc_steps: int = 10_000
+    bc_steps: Natural = 10_000
     # log-likelihoods relative to the cloned policy
     reference: bool = False
     # widths of the policy's hidden layers
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    # "deterministic" (minus the squared error), "gaussian" or "squashed_gaussian"; "categorical" if discrete
-    policy_head: str = "deterministic"
-    # squash the Gaussian's mean into the action bounds
-    tanh_mean: bool = True
-    # initial log standard deviation of the Gaussian
-    log_std_init: float = 0.0
-    # the log standard deviation is clamped to these when used
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    hidden_sizes: Widths = (256, 256)
+    # what the policy's outputs mean: "deterministic" has minus the squared error as its log-likelihood
+    policy_head: PolicyHead = "deterministic"
     # Adam's step size
-    learning_rate: float = 1e-4
+    learning_rate: NonNegative = 1e-4
 
     def __post_init__(self) -> None:
-        for name, value, good in (
-            ("alpha", self.alpha, self.alpha > 0.0),
-            ("lambda_", self.lambda_, 0.0 < self.lambda_ <= 1.0),
-            ("discount", self.discount, 0.0 < self.discount <= 1.0),
-            ("bc_steps", self.bc_steps, self.bc_steps >= 0),
-            ("cloning_weight", self.cloning_weight, self.cloning_weight >= 0.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value} is out of range")
+        super().__post_init__()
         if self.reference and not self.bc_steps:
             raise ConfigError("reference = true needs bc_steps above 0: the reference is the policy cloned by then")
 
@@ -83,10 +72,7 @@ class CPL(PreferenceAgent):
 
     def _build(self) -> None:
         config = self.config
-        self.actor = self._likelihood_actor(config.hidden_sizes)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.policy_optimizer = Adam(self.actor, config.learning_rate)
-        self._register({"policy": self.actor}, {"policy": self.policy_optimizer})
+        self.actor = self._build_policy(self._likelihood_actor(config.hidden_sizes), config.learning_rate)
         if config.reference:
             self.policy_target = cast(Any, target_copy(self.actor))
             self._register({"policy_target": self.policy_target})

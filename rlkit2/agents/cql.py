@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlkit2.agents.dqn import DQN, DQNConfig
 from rlkit2.data.batch import Batch
-from rlkit2.errors import ConfigError
+from rlkit2.fields import NonNegative
 from rlkit2.nn.critics import taken
 
 
@@ -27,12 +27,7 @@ class CQLConfig(DQNConfig):
     """Conservative Q-learning, for discrete actions."""
 
     # weight of the conservative term; 0 is DQN
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha < 0.0:
-            raise ConfigError(f"alpha must not be negative, not {self.alpha}")
+    alpha: NonNegative = 1.0
 
 
 class CQL(DQN):

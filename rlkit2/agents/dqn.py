@@ -15,23 +15,22 @@ a copy every so many steps; plain squared error instead of its clipped gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
+from rlkit2.fields import Count, Finite, Fraction, NonNegative, Rate, Widths
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.td import td_target
-from rlkit2.nn import Adam, Critic, GreedyActor, Policy, lerp_, target_copy
-from rlkit2.nn.actors import VOTES
+from rlkit2.nn import GreedyActor, Policy, lerp_
+from rlkit2.nn.actors import Vote
 from rlkit2.nn.critics import taken
-
-TARGETS = ("independent", "min", "shared_lcb")
 
 
 @dataclass(frozen=True)
@@ -39,36 +38,26 @@ class DQNConfig(ErrorOptions):
     """DQN, for discrete actions."""
 
     # members of the ensemble; 1 is plain DQN, without epistemic uncertainty
-    num_critics: int = 5
+    num_critics: Count = 5
     # next value: each member's own ("independent"), the members' "min", or mean - k std ("shared_lcb")
-    target: str = "independent"
+    target: Literal["independent", "min", "shared_lcb"] = "independent"
     # independent targets: the online member picks the next action, its target values it
     double_q: bool = True
     # acts on the members' "mean", on "lcb" (mean - k std), or by their noise shapes ("shape")
-    vote: str = "mean"
+    vote: Vote = "mean"
     # k in mean - k std; none: as low as the minimum in expectation (1.16 for 5)
-    lcb_coefficient: float | None = None
+    lcb_coefficient: Finite | None = None
     # gamma
-    discount: float = 0.99
+    discount: Fraction = 0.99
     # hidden layers of Q
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: Widths = (256, 256)
     # Adam's step size
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: NonNegative = 3e-4
     # Polyak rate of the target Q
-    target_update_rate: float = 0.005
+    target_update_rate: Rate = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, choices in (("target", self.target, TARGETS), ("vote", self.vote, VOTES)):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
-        for name, number, good in (
-            ("num_critics", self.num_critics, self.num_critics >= 1),
-            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {number} is out of range")
         if self.vote == "shape" and self.critic != "ggd":
             raise ConfigError("vote = 'shape' needs the shapes of critic = 'ggd'")
 
@@ -82,27 +71,10 @@ class DQN(UncertainAgent):
 
     def _build(self) -> None:
         config = self.config
-        self._build_errors()
-        self.critic = Critic(
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_critics,
-            discrete=True,
-            noise_outputs=self.errors.outputs,
-            detach_noise=self.errors.detached,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic_target = target_copy(self.critic)
+        self._build_critics()
         self.actor = GreedyActor(self.critic, config.vote, self.lcb_coefficient, config.critic_form)
         self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
-        self._register(
-            {"critic": self.critic, "critic_target": self.critic_target, "policy": self.actor},
-            {"critic": self.critic_optimizer},
-        )
+        self._register({"policy": self.actor})
 
     # The terms of the objective, on normalised batches
 
@@ -161,8 +133,3 @@ class DQN(UncertainAgent):
         """The greedy action's score at raw `observations [S, B, obs]`, as `[S, B]`."""
         inputs = self.normalizer.observations(observations.to(self.device, self.dtype))
         return self.actor.scores(inputs).amax(-1)
-
-    @classmethod
-    def warnings(cls, config: DQNConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Signs of trouble in the noise model."""
-        return error_warnings(metrics)

@@ -21,6 +21,7 @@ from torch import Tensor
 from rlkit2.agents.sacn import SACN, SACNConfig
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
+from rlkit2.fields import NonNegative
 from rlkit2.nn.ensembles import vjp_with_slopes
 
 
@@ -29,12 +30,10 @@ class EDACConfig(SACNConfig):
     """EDAC, for continuous actions."""
 
     # weight of the diversity term; 0 is SAC-N (published: 1 to 5 for MuJoCo locomotion)
-    eta: float = 1.0
+    eta: NonNegative = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eta < 0.0:
-            raise ConfigError(f"eta must not be negative, not {self.eta}")
         if self.num_critics < 2:
             raise ConfigError("edac needs num_critics of at least 2: diversity is between critics")
 

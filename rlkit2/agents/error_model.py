@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.fields import Checked, NonNegative, Rate
 from rlkit2.losses.ggd import (
-    FORMS,
     LARGEST_EXPONENT,
     VARIANCE_FLOOR,
+    Form,
     batch_inverse_variance,
     effective_sample_size,
     ggd_nll,
@@ -41,45 +42,33 @@ from rlkit2.nn.distributions import unit_variance
 LOG_SCALE_LIMIT = 7.0
 SMOOTHING = 1e-3  # of |z| at 0, in units of the scale
 SCALE_RATE = 0.005  # of the running mean of |d|
-CHOICES = {
-    "critic": ("mse", "gaussian", "ggd"),
-    "critic_form": FORMS,
-    "critic_scale": ("learned", "running", "fixed"),
-    "coupling": ("mean", "ggd"),
-    "member_weighting": ("none", "shape"),
-    "sample_weighting": ("none", "biv", "biev", "iv"),
-}
 
 
 @dataclass(frozen=True)
-class ErrorOptions:
+class ErrorOptions(Checked):
     """How a critic is fitted; the defaults leave Q a plain regression on its targets."""
 
     # "mse"; "gaussian" or "ggd" also learn the noise of the targets, for `uncertainty`
-    critic: str = "mse"
+    critic: Literal["mse", "gaussian", "ggd"] = "mse"
     # "power" is the generalized Gaussian's likelihood, "official" that of the released code
-    critic_form: str = "power"
+    critic_form: Form = "power"
     # scale of the noise: "learned", "running" (mean of |d|) or "fixed" (1)
-    critic_scale: str = "learned"
+    critic_scale: Literal["learned", "running", "fixed"] = "learned"
     # "mean": Q by squared error, noise apart; "ggd": both by likelihood, for symmetric heavy-tailed noise only
-    coupling: str = "mean"
+    coupling: Literal["mean", "ggd"] = "mean"
     # "shape": members count by their shape
-    member_weighting: str = "none"
+    member_weighting: Literal["none", "shape"] = "none"
     # "biv", "biev": a further term with inverse-variance weights; "iv": such weights on the squared error
-    sample_weighting: str = "none"
+    sample_weighting: Literal["none", "biv", "biev", "iv"] = "none"
     # weight of the further term of "biv" and "biev"
-    regulariser_weight: float = 0.1
+    regulariser_weight: NonNegative = 0.1
     # least effective sample size under such weights, as a share of the batch
-    min_effective_fraction: float = 0.8
+    min_effective_fraction: Rate = 0.8
     # divide that term by the batch size once more, as the released code does
     legacy_batch_mean: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}")
-        if not 0.0 < self.min_effective_fraction <= 1.0:
-            raise ConfigError(f"min_effective_fraction must lie in (0, 1], not {self.min_effective_fraction}")
+        super().__post_init__()
         if self.critic == "mse" and (self.member_weighting, self.sample_weighting) != ("none", "none"):
             raise ConfigError("weights between members or samples need critic = 'gaussian' or 'ggd'")
         if self.critic == "gaussian" and (self.critic_form, self.critic_scale) != ("power", "learned"):

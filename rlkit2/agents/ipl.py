@@ -19,74 +19,52 @@ code. Differences: what follows a termination is a choice (theirs always bootstr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from rlkit2.agents.base import PolicyOptions
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
-from rlkit2.errors import ConfigError
+from rlkit2.fields import Count, Finite, Inside, Interval, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.preference import bradley_terry_loss, implicit_reward
 from rlkit2.losses.td import expectile_loss
-from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, target_copy
+from rlkit2.nn import lerp_
 
 
 @dataclass(frozen=True)
-class IPLConfig:
+class IPLConfig(PolicyOptions):
     """Inverse preference learning."""
 
     # folder of labels (rlkit2 prefs label)
     preferences: str = ""
     # weight of the penalty on squared rewards
-    chi2: float = 0.5
+    chi2: NonNegative = 0.5
     # transitions of the dataset beside every pair (authors: 256 beside 8 pairs)
-    replay: int = 32
+    replay: Count = 32
     # clip V(s') to the largest value the penalty allows
     clip_values: bool = True
     # V after a termination: 0 is as good as average, below all values a failure, above a success; none bootstraps
-    terminal_value: float | None = 0.0
+    terminal_value: Finite | None = 0.0
     # tau in (0, 1)
-    expectile: float = 0.7
+    expectile: Inside = 0.7
     # beta: 0 clones the data, larger values follow the advantage
-    inverse_temperature: float = 3.0
+    inverse_temperature: NonNegative = 3.0
     # upper bound of the policy weight exp(beta A)
-    weight_clamp: float = 100.0
+    weight_clamp: Positive = 100.0
     # gamma
-    discount: float = 0.99
+    discount: Annotated[float, Interval("[0, 1)")] = 0.99
     # estimates of Q; their minimum is the target of V
-    num_critics: int = 2
+    num_critics: Count = 2
     # hidden layers of Q, V and the policy
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    policy_head: str = "gaussian"
-    # squash the Gaussian's mean into the action bounds
-    tanh_mean: bool = True
-    # initial log standard deviation of the Gaussian
-    log_std_init: float = 0.0
-    # the log standard deviation is clamped to these when used
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    hidden_sizes: Widths = (256, 256)
     # Adam's step size for Q, V and the policy
-    learning_rate: float = 3e-4
+    learning_rate: NonNegative = 3e-4
     # Polyak rate of the target Q
-    target_update_rate: float = 0.005
-
-    def __post_init__(self) -> None:
-        for name, value, good in (
-            ("chi2", self.chi2, self.chi2 >= 0.0),
-            ("replay", self.replay, self.replay >= 1),
-            ("expectile", self.expectile, 0.0 < self.expectile < 1.0),
-            ("inverse_temperature", self.inverse_temperature, self.inverse_temperature >= 0.0),
-            ("weight_clamp", self.weight_clamp, self.weight_clamp > 0.0),
-            ("discount", self.discount, 0.0 <= self.discount < 1.0),
-            ("num_critics", self.num_critics, self.num_critics >= 1),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-            ("terminal_value", self.terminal_value, math.isfinite(self.terminal_value or 0.0)),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value} is out of range")
+    target_update_rate: Rate = 0.005
 
 
 class IPL(PreferenceAgent):
@@ -97,39 +75,9 @@ class IPL(PreferenceAgent):
 
     def _build(self) -> None:
         config = self.config
-        self.value_network = StackedMLP(
-            self.observation_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            stream="value",
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic = Critic(
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_critics,
-            discrete=self.discrete,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic_target = target_copy(self.critic)
-        self.actor = self._likelihood_actor(config.hidden_sizes)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.value_optimizer = Adam(self.value_network, config.learning_rate)
-        self.critic_optimizer = Adam(self.critic, config.learning_rate)
-        self.policy_optimizer = Adam(self.actor, config.learning_rate)
-        self._register(
-            {
-                "value": self.value_network,
-                "critic": self.critic,
-                "critic_target": self.critic_target,
-                "policy": self.actor,
-            },
-            {"value": self.value_optimizer, "critic": self.critic_optimizer, "policy": self.policy_optimizer},
-        )
+        self._build_value(config.hidden_sizes, config.learning_rate)
+        self._build_critic(config.learning_rate)
+        self.actor = self._build_policy(self._likelihood_actor(config.hidden_sizes), config.learning_rate)
 
     # The terms of the objective, on normalised rows: those of the segments first (2 B H), then those of the dataset (B replay)
 
@@ -216,8 +164,7 @@ class IPL(PreferenceAgent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the implied reward."""
-        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
-        return values
+        return self.raw_value(observations)
 
     @torch.no_grad()
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:

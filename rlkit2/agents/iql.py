@@ -21,63 +21,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import batch_means
-from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.base import PolicyOptions, batch_means
+from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
-from rlkit2.errors import ConfigError
+from rlkit2.fields import Count, Fraction, Inside, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.td import expectile_slope, td_target
-from rlkit2.nn import Adam, Critic, Policy, StackedMLP, lerp_, target_copy, vjp
+from rlkit2.nn import lerp_, vjp
 
 
 @dataclass(frozen=True)
-class IQLConfig(ErrorOptions):
+class IQLConfig(PolicyOptions, ErrorOptions):
     """Implicit Q-learning."""
 
     # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
-    expectile: float = 0.7
+    expectile: Inside = 0.7
     # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
-    inverse_temperature: float = 3.0
+    inverse_temperature: NonNegative = 3.0
     # upper bound of the policy weight exp(beta A)
-    weight_clamp: float = 100.0
+    weight_clamp: Positive = 100.0
     # gamma
-    discount: float = 0.99
+    discount: Fraction = 0.99
     # estimates of Q; their minimum is the target of V
-    num_critics: int = 2
+    num_critics: Count = 2
     # hidden layers of Q, V and the policy
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    policy_head: str = "gaussian"
-    # squash the Gaussian's mean into the action bounds
-    tanh_mean: bool = True
-    # initial log standard deviation of the Gaussian
-    log_std_init: float = 0.0
-    # the log standard deviation is clamped to these when used
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    hidden_sizes: Widths = (256, 256)
     # Adam's step size for Q
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: NonNegative = 3e-4
     # Adam's step size for V
-    value_learning_rate: float = 3e-4
+    value_learning_rate: NonNegative = 3e-4
     # Adam's step size for the policy, at the start
-    policy_learning_rate: float = 3e-4
+    policy_learning_rate: NonNegative = 3e-4
     # updates over which that step size falls to zero along half a cosine; none: constant
-    policy_cosine_steps: int | None = 1_000_000
+    policy_cosine_steps: Count | None = 1_000_000
     # Polyak rate of the target Q
-    target_update_rate: float = 0.005
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value, good in (
-            ("expectile", self.expectile, 0.0 < self.expectile < 1.0),
-            ("inverse_temperature", self.inverse_temperature, self.inverse_temperature >= 0.0),
-            ("weight_clamp", self.weight_clamp, self.weight_clamp > 0.0),
-            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
-            ("num_critics", self.num_critics, self.num_critics >= 1),
-            ("policy_cosine_steps", self.policy_cosine_steps, (self.policy_cosine_steps or 1) >= 1),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value} is out of range")
+    target_update_rate: Rate = 0.005
 
 
 class IQL(UncertainAgent):
@@ -88,42 +66,10 @@ class IQL(UncertainAgent):
 
     def _build(self) -> None:
         config = self.config
-        self.value_network = StackedMLP(
-            self.observation_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            stream="value",
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self._build_errors()
-        self.critic = Critic(
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_critics,
-            noise_outputs=self.errors.outputs,
-            detach_noise=self.errors.detached,
-            discrete=self.discrete,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic_target = target_copy(self.critic)
-        self.actor = self._likelihood_actor(config.hidden_sizes)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
-        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
-        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate, cosine_steps=config.policy_cosine_steps)
-        self._register(
-            {
-                "value": self.value_network,
-                "critic": self.critic,
-                "critic_target": self.critic_target,
-                "policy": self.actor,
-            },
-            {"value": self.value_optimizer, "critic": self.critic_optimizer, "policy": self.policy_optimizer},
-        )
+        self._build_value(config.hidden_sizes, config.value_learning_rate)
+        self._build_critics()
+        actor = self._likelihood_actor(config.hidden_sizes)
+        self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=config.policy_cosine_steps)
 
     # The terms of the objective, on normalised batches
 
@@ -195,18 +141,12 @@ class IQL(UncertainAgent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
-        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
-        return values
-
-    @torch.no_grad()
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """min over critics of Q at raw observations `[S, B, obs]` and actions, as `[S, B]`, in units of the batch's rewards."""
-        return self.raw_q(self.critic, observations, actions).amin(1)
+        return self.raw_value(observations)
 
     @classmethod
     def warnings(cls, config: IQLConfig, metrics: Mapping[str, float]) -> dict[str, str]:
         """Saturated policy weights: beyond the clamp all good actions look alike; signs of trouble in the noise model."""
-        found = error_warnings(metrics)
+        found = super().warnings(config, metrics)
         if metrics.get("weight/clamp_share", 0.0) > 0.5:
             found["clamped_weights"] = (
                 "more than half of the policy weights are at the clamp; use a smaller inverse_temperature or reward_scale"

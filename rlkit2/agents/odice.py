@@ -22,107 +22,102 @@ released code, which this agent reproduces number for number at the default opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, PolicyOptions
 from rlkit2.agents.metrics import Derived, Metrics
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.divergences import WEIGHT_KINDS, f_conjugate, f_conjugate_grad, policy_weight, resolve_divergence
-from rlkit2.nn import Adam, Policy, StackedMLP, lerp_, target_copy, unflatten, vjp
+from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
+from rlkit2.losses.divergences import (
+    Divergence,
+    WeightKind,
+    f_conjugate,
+    f_conjugate_grad,
+    policy_weight,
+    resolve_divergence,
+)
+from rlkit2.nn import lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback
-
-GRADIENT_RULES = ("orthogonal", "semi", "true")
 
 
 @dataclass(frozen=True)
-class ODICEConfig:
+class ODICEConfig(PolicyOptions):
     """O-DICE; the defaults are those of the released code for offline RL."""
 
     # "orthogonal", "semi" or "true"
-    gradient_rule: str = "orthogonal"
+    gradient_rule: Literal["orthogonal", "semi", "true"] = "orthogonal"
     # "pearson", "rkl", "soft_chi2" or "alpha"
-    divergence: str = "pearson"
+    divergence: Divergence = "pearson"
     # order of the "alpha" divergence, in (1, 2]
-    alpha: float = 1.5
+    alpha: Annotated[float, Interval("(1, 2]")] = 1.5
     # weight of the conjugate term, in (0, 1); fixes the mean of (f*)' at about (1 - lambda) / lambda
-    lambda_: float = 0.6
+    lambda_: Inside = 0.6
     # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
-    eta: float = 1.0
+    eta: NonNegative = 1.0
     # gamma
-    discount: float = 0.99
+    discount: Fraction = 0.99
     # value heads; targets take their minimum
-    num_values: int = 2
-    # hidden layers of V
-    value_hidden_sizes: tuple[int, ...] = (256, 256)
+    num_values: Count = 2
+    # hidden layers of V and of the policy; none: 256 256 for V, 1024 1024 for the policy
+    hidden_sizes: Widths | None = None
+    # hidden layers of V alone
+    value_hidden_sizes: Widths | None = None
     # layer norm before each ReLU of V
     value_layer_norm: bool = True
-    # hidden layers of the policy
-    policy_hidden_sizes: tuple[int, ...] = (1024, 1024)
-    # "gaussian", "squashed_gaussian", "deterministic" or "categorical" (always used for discrete actions)
-    policy_head: str = "gaussian"
+    # hidden layers of the policy alone
+    policy_hidden_sizes: Widths | None = None
     # squash the Gaussian's mean into the action bounds
     tanh_mean: bool = False
-    # initial log standard deviation of the Gaussian
-    log_std_init: float = 0.0
-    # the log standard deviation is clamped to these when used
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
     # Adam's step size for V
-    value_learning_rate: float = 2e-4
+    value_learning_rate: NonNegative = 2e-4
     # Adam's step size for the policy
-    policy_learning_rate: float = 2e-4
+    policy_learning_rate: NonNegative = 2e-4
     # L2 inside Adam, on every policy parameter
-    policy_weight_decay: float = 1e-4
+    policy_weight_decay: NonNegative = 1e-4
     # Polyak rate of the target V
-    target_update_rate: float = 0.005
+    target_update_rate: Rate = 0.005
     # policy weight: "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
-    weight: str = "positive_residual"
+    weight: WeightKind = "positive_residual"
     # upper bound of the policy weight
-    weight_clamp: float | None = 100.0
+    weight_clamp: Positive | None = 100.0
     # "mean" divides a seed's weights by their batch mean before the clamp
-    weight_normalization: str = "none"
+    weight_normalization: Literal["none", "mean"] = "none"
     # factor on the residual in the whole objective: the inverse temperature (its start, if adapted)
-    residual_scale: float = 1.0
+    residual_scale: Positive = 1.0
     # adapt residual_scale per seed until (sum w)^2 / (B sum w^2) is this; None: off
-    target_effective_sample_share: float | None = None
+    target_effective_sample_share: Inside | None = None
     # speed of that adaptation, in log scale per update
-    residual_scale_rate: float = 1e-3
+    residual_scale_rate: Positive = 1e-3
     # floor of <g_f, g_f> in the projection
-    projection_guard: float = 1e-10
+    projection_guard: NonNegative = 1e-10
     # clip of V's gradient, per seed
-    max_gradient_norm: float | None = None
+    max_gradient_norm: Positive | None = None
     # upper clip of R in V's gradient, against overflow of rkl
-    residual_clip: float | None = None
+    residual_clip: Finite | None = None
 
     def __post_init__(self) -> None:
-        resolve_divergence(self.divergence, self.alpha)
-        _require_choice("gradient_rule", self.gradient_rule, GRADIENT_RULES)
-        _require_choice("weight", self.weight, WEIGHT_KINDS)
-        _require_choice("weight_normalization", self.weight_normalization, ("none", "mean"))
-        share = self.target_effective_sample_share
-        for name, value, good in (
-            ("lambda_", self.lambda_, 0.0 < self.lambda_ < 1.0),
-            ("eta", self.eta, self.eta >= 0.0),
-            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
-            ("num_values", self.num_values, self.num_values >= 1),
-            ("residual_scale", self.residual_scale, self.residual_scale > 0.0),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-            ("target_effective_sample_share", share, share is None or 0.0 < share < 1.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value} is out of range")
-        if (
-            share is not None
-            and self.weight == "positive_residual"
-            and resolve_divergence(self.divergence) == "pearson"
-        ):
+        super().__post_init__()
+        selective = self.weight == "positive_residual" and resolve_divergence(self.divergence) == "pearson"
+        if self.target_effective_sample_share is not None and selective:
             raise ConfigError(
                 "target_effective_sample_share needs weight = 'conjugate_grad' with pearson: the share of max(0, R) does not depend on the scale of R"
             )
+
+    @property
+    def value_widths(self) -> tuple[int, ...]:
+        """Hidden layers of V."""
+        return self.value_hidden_sizes or self.hidden_sizes or (256, 256)
+
+    @property
+    def policy_widths(self) -> tuple[int, ...]:
+        """Hidden layers of the policy."""
+        return self.policy_hidden_sizes or self.hidden_sizes or (1024, 1024)
 
 
 @dataclass(frozen=True)
@@ -179,25 +174,12 @@ class ODICE(Agent):
 
     def _build(self) -> None:
         config = self.config
-        self.value_network = StackedMLP(
-            self.observation_size,
-            config.value_hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_values,
-            layer_norm=config.value_layer_norm,
-            stream="value",
-            dtype=self.dtype,
-            device=self.device,
-        )
+        value_options = {"members": config.num_values, "layer_norm": config.value_layer_norm}
+        self._build_value(config.value_widths, config.value_learning_rate, **value_options)
         self.value_target = target_copy(self.value_network)
-        self.actor = self._likelihood_actor(config.policy_hidden_sizes)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.value_optimizer = Adam(self.value_network, config.value_learning_rate)
-        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
-        self._register(
-            {"value": self.value_network, "value_target": self.value_target, "policy": self.actor},
-            {"value": self.value_optimizer, "policy": self.policy_optimizer},
-        )
+        self._register({"value_target": self.value_target})
+        actor = self._likelihood_actor(config.policy_widths)
+        self.actor = self._build_policy(actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
         self._derived = _derived_metrics(config)
         self.adaptive = config.target_effective_sample_share is not None
         if self.adaptive:
@@ -409,10 +391,7 @@ class ODICE(Agent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """min over heads of V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
-        minimum: Tensor = self.value_network(
-            self.normalizer.observations(observations.to(self.device, self.dtype))
-        ).amin(1)
-        return minimum
+        return self.raw_value(observations).amin(1)
 
     @torch.no_grad()
     def coadaptation(self, batch: Batch) -> dict[str, Tensor]:
@@ -501,8 +480,3 @@ def _share(mean: Tensor, mean_square: Tensor) -> Tensor:
 def _ratio(dot: Tensor, norms: Tensor) -> Tensor:
     """Cosine from an inner product and the product of the norms; 0 where a norm is 0."""
     return dot / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,48 +30,37 @@ from rlkit2.agents.odice import ODICE, ODICEConfig
 from rlkit2.data.dataset import TransitionDataset, dataset_from_arrays
 from rlkit2.data.load import read_dataset
 from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.fields import Checked, Count, Interval, Natural, NonNegative, Positive, Widths
+from rlkit2.losses.divergences import Divergence
 from rlkit2.nn import Adam, StackedMLP
 
-REWARDS = ("discriminator", "zero")
+RewardSource = Literal["discriminator", "zero"]
+Inputs = Literal["state_action", "state", "transition"]
 OWN_EXPERT_EPISODES = 5
-INPUTS = ("state_action", "state", "transition")
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Checked):
     """How c(x) is trained."""
 
     # what the discriminator sees: "state_action", "state" or "transition" (s, s')
-    inputs: str = "state_action"
+    inputs: Inputs = "state_action"
     # widths of its hidden layers
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: Widths = (256, 256)
     # updates
-    steps: int = 2000
+    steps: Count = 2000
     # rows of either dataset per update
-    batch_size: int = 256
+    batch_size: Count = 256
     # Adam's step size
-    learning_rate: float = 1e-3
+    learning_rate: NonNegative = 1e-3
     # weight of the mean squared slope of the logit between the two datasets
-    gradient_penalty: float = 2e-4
+    gradient_penalty: NonNegative = 2e-4
     # expert labels 1 - this, others this
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Interval("[0, 0.5)")] = 0.0
     # bound of the log-ratio
-    reward_clip: float = 10.0
+    reward_clip: Positive = 10.0
     # of its weights and minibatches
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.inputs not in INPUTS:
-            raise ConfigError(f"unknown inputs {self.inputs!r}; choose one of: {', '.join(INPUTS)}")
-        for name, value, good in (
-            ("steps", self.steps, self.steps >= 1),
-            ("batch_size", self.batch_size, self.batch_size >= 1),
-            ("gradient_penalty", self.gradient_penalty, self.gradient_penalty >= 0.0),
-            ("label_smoothing", self.label_smoothing, 0.0 <= self.label_smoothing < 0.5),
-            ("reward_clip", self.reward_clip, self.reward_clip > 0.0),
-        ):
-            if not good:
-                raise ConfigError(f"discriminator {name} = {value} is out of range")
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -79,31 +68,23 @@ class ODICEILConfig(ODICEConfig):
     """O-DICE on rewards from expert data; the fields of O-DICE, with "rkl", and where the reward comes from."""
 
     # "pearson", "rkl", "soft_chi2" or "alpha"; "rkl" makes the log-ratio the right reward
-    divergence: str = "rkl"
+    divergence: Divergence = "rkl"
     # "mean" divides a seed's weights by their batch mean before the clamp
-    weight_normalization: str = "mean"
+    weight_normalization: Literal["none", "mean"] = "mean"
     # "discriminator" (log-ratio of expert to offline data) or "zero" (expert data alone)
-    reward: str = "discriminator"
+    reward: RewardSource = "discriminator"
     # id or path of the expert's dataset; None: the best episodes of the dataset itself
     expert_dataset: str | None = None
     # the first so many of expert_dataset, or the best so many of the dataset itself; None: all, or the best 5
-    expert_episodes: int | None = None
+    expert_episodes: Count | None = None
     # "state_action", or "state" or "transition" (s, s') to imitate without the expert's actions
-    discriminator_inputs: str = "state_action"
+    discriminator_inputs: Inputs = "state_action"
     # updates of the discriminator
-    discriminator_steps: int = 2000
+    discriminator_steps: Count = 2000
     # weight of the mean squared slope of the discriminator's logit
-    gradient_penalty: float = 2e-4
+    gradient_penalty: NonNegative = 2e-4
     # expert labels 1 - this, others this
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reward not in REWARDS:
-            raise ConfigError(f"unknown reward {self.reward!r}; choose one of: {', '.join(REWARDS)}")
-        if self.expert_episodes is not None and self.expert_episodes < 1:
-            raise ConfigError(f"expert_episodes must be at least 1, not {self.expert_episodes}")
-        self.discriminator()
+    label_smoothing: Annotated[float, Interval("[0, 0.5)")] = 0.0
 
     def discriminator(self) -> DiscriminatorConfig:
         """How the discriminator is trained."""
@@ -181,8 +162,8 @@ def imitation_dataset(
         DatasetError: the spaces differ.
         ConfigError: unknown reward.
     """
-    if reward not in REWARDS:
-        raise ConfigError(f"unknown reward {reward!r}; choose one of: {', '.join(REWARDS)}")
+    if reward not in get_args(RewardSource):
+        raise ConfigError(f"unknown reward {reward!r}; choose one of: {', '.join(get_args(RewardSource))}")
     for name in ("observation_size", "action_size", "discrete"):
         own, other = getattr(dataset.spec, name), getattr(expert.spec, name)
         if own != other:

@@ -15,24 +15,22 @@ unless given; one sample of the policy serves its own step and the temperature's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
+from rlkit2.fields import Bounds, Count, Finite, Fraction, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.aggregation import grouped_mean_minimum, grouped_minimum, lower_bound
-from rlkit2.nn import Adam, Critic, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn import Adam, lerp_
 from rlkit2.nn.actors import SquashedGaussianActor
 from rlkit2.nn.ensembles import member_minimum
 from rlkit2.nn.random import normal
-
-TARGETS = ("min", "independent", "shared_lcb", "released")
-OBJECTIVES = ("min", "lcb", "released")
 
 
 @dataclass(frozen=True)
@@ -40,50 +38,36 @@ class SACNConfig(ErrorOptions):
     """SAC-N, for continuous actions."""
 
     # N; the more, the more pessimistic (published: 10 to 500)
-    num_critics: int = 10
+    num_critics: Count = 10
     # next value: "min", "independent", "shared_lcb", or "released" (minimum over two groups, member by member)
-    target: str = "min"
+    target: Literal["min", "independent", "shared_lcb", "released"] = "min"
     # what the policy climbs: "min", "lcb", or "released" (mean over members, minimum over two groups)
-    policy_objective: str = "min"
+    policy_objective: Literal["min", "lcb", "released"] = "min"
     # k in mean - k std; none: as low as the minimum in expectation (1.54 for 10)
-    lcb_coefficient: float | None = None
+    lcb_coefficient: Finite | None = None
     # subtracts this many standard deviations of the noise from the policy's objective
-    risk_coefficient: float = 0.0
+    risk_coefficient: Finite = 0.0
     # gamma
-    discount: float = 0.99
+    discount: Fraction = 0.99
     # hidden layers of Q and the policy
-    hidden_sizes: tuple[int, ...] = (256, 256, 256)
+    hidden_sizes: Widths = (256, 256, 256)
     # the policy's log standard deviation is clamped to these
-    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    log_std_bounds: Bounds = (-5.0, 2.0)
     # Adam's step size for Q
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: NonNegative = 3e-4
     # Adam's step size for the policy
-    policy_learning_rate: float = 3e-4
+    policy_learning_rate: NonNegative = 3e-4
     # Adam's step size for log tau
-    temperature_learning_rate: float = 3e-4
+    temperature_learning_rate: NonNegative = 3e-4
     # tau at the start
-    initial_temperature: float = 1.0
+    initial_temperature: Positive = 1.0
     # wanted entropy of the policy; none: minus the number of action dimensions
-    target_entropy: float | None = None
+    target_entropy: Finite | None = None
     # Polyak rate of the target Q
-    target_update_rate: float = 0.005
+    target_update_rate: Rate = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, choices in (
-            ("target", self.target, TARGETS),
-            ("policy_objective", self.policy_objective, OBJECTIVES),
-        ):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
-        for name, number, good in (
-            ("num_critics", self.num_critics, self.num_critics >= 1),
-            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
-            ("initial_temperature", self.initial_temperature, self.initial_temperature > 0.0),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {number} is out of range")
         if "released" in (self.target, self.policy_objective) and self.num_critics % 2:
             raise ConfigError(f"two groups of critics need an even number of them, not {self.num_critics}")
         if self.risk_coefficient != 0.0 and self.critic == "mse":
@@ -111,50 +95,14 @@ class SACN(UncertainAgent):
 
     def _build(self) -> None:
         config = self.config
-        self._build_errors()
-        self.critic = Critic(
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_critics,
-            noise_outputs=self.errors.outputs,
-            detach_noise=self.errors.detached,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic_target = target_copy(self.critic)
-        actor = make_actor(
-            "squashed_gaussian",
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            log_std_bounds=config.log_std_bounds,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self._build_critics()
+        actor = self._make_actor("squashed_gaussian", config.hidden_sizes, log_std_bounds=config.log_std_bounds)
         assert isinstance(actor, SquashedGaussianActor)
-        self.actor = actor
+        self.actor = self._build_policy(actor, config.policy_learning_rate)
         self.temperature = Temperature(config.initial_temperature, len(self.seeds), self.dtype, self.device)
-        self.target_entropy = -float(self.action_size) if config.target_entropy is None else config.target_entropy
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
-        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)
         self.temperature_optimizer = Adam(self.temperature, config.temperature_learning_rate)
-        self._register(
-            {
-                "critic": self.critic,
-                "critic_target": self.critic_target,
-                "policy": self.actor,
-                "temperature": self.temperature,
-            },
-            {
-                "critic": self.critic_optimizer,
-                "policy": self.policy_optimizer,
-                "temperature": self.temperature_optimizer,
-            },
-        )
+        self._register({"temperature": self.temperature}, {"temperature": self.temperature_optimizer})
+        self.target_entropy = -float(self.action_size) if config.target_entropy is None else config.target_entropy
 
     # The terms of the objective, on normalised batches
 
@@ -244,15 +192,3 @@ class SACN(UncertainAgent):
     def critic_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of all critics."""
         return self.fit_critic(batch, *self.regression(batch))
-
-    # What it offers to others
-
-    @torch.no_grad()
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """min over critics of Q at raw observations `[S, B, obs]` and actions `[S, B, act]`, as `[S, B]`, in units of the batch's rewards."""
-        return self.raw_q(self.critic, observations, actions).amin(1)
-
-    @classmethod
-    def warnings(cls, config: SACNConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Signs of trouble in the noise model."""
-        return error_warnings(metrics)

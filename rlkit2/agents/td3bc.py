@@ -13,18 +13,17 @@ observations, as they do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlkit2.agents.error_model import ErrorOptions, error_warnings
+from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
-from rlkit2.errors import ConfigError
+from rlkit2.fields import Count, Fraction, NonNegative, Rate, Widths
 from rlkit2.losses.td import td_target
-from rlkit2.nn import Adam, Critic, Policy, lerp_, make_actor, target_copy
+from rlkit2.nn import lerp_, target_copy
 from rlkit2.nn.random import normal
 
 
@@ -33,39 +32,25 @@ class TD3BCConfig(ErrorOptions):
     """TD3+BC, for continuous actions."""
 
     # weight of Q against the cloning term; 0 clones the data
-    alpha: float = 2.5
+    alpha: NonNegative = 2.5
     # gamma
-    discount: float = 0.99
+    discount: Fraction = 0.99
     # estimates of Q; targets take their minimum
-    num_critics: int = 2
+    num_critics: Count = 2
     # hidden layers of Q and the policy
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: Widths = (256, 256)
     # Adam's step size for Q
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: NonNegative = 3e-4
     # Adam's step size for the policy
-    policy_learning_rate: float = 3e-4
+    policy_learning_rate: NonNegative = 3e-4
     # critic updates per update of the policy and of the targets
-    policy_delay: int = 2
+    policy_delay: Count = 2
     # standard deviation of the noise on the target action
-    target_noise: float = 0.2
+    target_noise: NonNegative = 0.2
     # bound of that noise
-    target_noise_clip: float = 0.5
+    target_noise_clip: NonNegative = 0.5
     # Polyak rate of the targets, whenever the policy is updated
-    target_update_rate: float = 0.005
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value, good in (
-            ("alpha", self.alpha, self.alpha >= 0.0),
-            ("discount", self.discount, 0.0 <= self.discount <= 1.0),
-            ("num_critics", self.num_critics, self.num_critics >= 1),
-            ("policy_delay", self.policy_delay, self.policy_delay >= 1),
-            ("target_noise", self.target_noise, self.target_noise >= 0.0),
-            ("target_noise_clip", self.target_noise_clip, self.target_noise_clip >= 0.0),
-            ("target_update_rate", self.target_update_rate, 0.0 < self.target_update_rate <= 1.0),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value} is out of range")
+    target_update_rate: Rate = 0.005
 
 
 class TD3BC(UncertainAgent):
@@ -77,42 +62,12 @@ class TD3BC(UncertainAgent):
 
     def _build(self) -> None:
         config = self.config
-        self._build_errors()
-        self.critic = Critic(
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            members=config.num_critics,
-            noise_outputs=self.errors.outputs,
-            detach_noise=self.errors.detached,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.critic_target = target_copy(self.critic)
-        self.actor = make_actor(
-            "deterministic",
-            self.observation_size,
-            self.action_size,
-            config.hidden_sizes,
-            seeds=self.seeds,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self._build_critics()
+        actor = self._make_actor("deterministic", config.hidden_sizes)
+        self.actor = self._build_policy(actor, config.policy_learning_rate)
         self.actor_target = target_copy(self.actor)
-        self.policy = Policy(self.actor, self.normalizer, self.seeds)
-        self.critic_optimizer = Adam(self.critic, config.critic_learning_rate)
-        self.policy_optimizer = Adam(self.actor, config.policy_learning_rate)
+        self._register({"policy_target": self.actor_target})
         self.phases = config.policy_delay  # on the host: the delay must not ask the device
-        self._register(
-            {
-                "critic": self.critic,
-                "critic_target": self.critic_target,
-                "policy": self.actor,
-                "policy_target": self.actor_target,
-            },
-            {"critic": self.critic_optimizer, "policy": self.policy_optimizer},
-        )
 
     # The terms of the objective, on normalised batches
 
@@ -151,15 +106,3 @@ class TD3BC(UncertainAgent):
             lerp_(self.critic_target, self.critic, self.config.target_update_rate)
             lerp_(self.actor_target, self.actor, self.config.target_update_rate)
         return metrics
-
-    @classmethod
-    def warnings(cls, config: TD3BCConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Signs of trouble in the noise model."""
-        return error_warnings(metrics)
-
-    # What it offers to others
-
-    @torch.no_grad()
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """min over critics of Q at raw observations `[S, B, obs]` and actions `[S, B, act]`, as `[S, B]`, in units of the batch's rewards."""
-        return self.raw_q(self.critic, observations, actions).amin(1)

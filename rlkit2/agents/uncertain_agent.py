@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rlkit2.agents.base import Agent, batch_means
-from rlkit2.agents.error_model import ErrorModel, Heads
+from rlkit2.agents.error_model import ErrorModel, Heads, error_warnings
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
-from rlkit2.nn import Adam, Critic, vjp
+from rlkit2.nn import vjp
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
 
 Array = NDArray[np.float32]
@@ -56,8 +56,6 @@ class TDErrors:
 class UncertainAgent(Agent):
     """An agent with an ensemble `critic` and an `ErrorModel`; a subclass offers `critic_targets`."""
 
-    critic: Critic
-    critic_optimizer: Adam
     errors: ErrorModel
     lcb_coefficient: float
 
@@ -65,12 +63,25 @@ class UncertainAgent(Agent):
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
 
-    def _build_errors(self) -> None:
-        """Make the error model of the config and the k of its lower bounds; before the critic, which needs its outputs."""
+    def _build_critics(self) -> None:
+        """The critics with the error model of the config, their targets and optimiser, and the k of their lower bounds."""
         self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
+        self._register(buffers=self.errors.buffers)
+        self._build_critic(
+            self.config.critic_learning_rate, noise_outputs=self.errors.outputs, detach_noise=self.errors.detached
+        )
         given = getattr(self.config, "lcb_coefficient", None)
         self.lcb_coefficient = expected_minimum(self.config.num_critics) if given is None else given
-        self._register(buffers=self.errors.buffers)
+
+    @torch.no_grad()
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over critics of Q at raw observations `[S, B, obs]` and actions, as `[S, B]`, in units of the batch's rewards."""
+        return self.raw_q(self.critic, observations, actions).amin(1)
+
+    @classmethod
+    def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Signs of trouble in the noise model."""
+        return error_warnings(metrics)
 
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
         """One step of all members on a normalised batch, with metrics.

@@ -17,7 +17,7 @@ value function leaves their domain.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from torch import Tensor
 from rlkit2.errors import ConfigError
 
 DIVERGENCES = ("pearson", "rkl", "soft_chi2", "alpha")
-WEIGHT_KINDS = ("positive_residual", "conjugate_grad")
 _ALIASES = {"Pearson_chi_square": "pearson", "Reverse_KL": "rkl"}
+Divergence = Literal["pearson", "rkl", "soft_chi2", "alpha", "Pearson_chi_square", "Reverse_KL"]
+WeightKind = Literal["positive_residual", "conjugate_grad"]
+WEIGHT_KINDS: tuple[str, ...] = get_args(WeightKind)
 
 Array = TypeVar("Array", Tensor, NDArray[np.floating])
 

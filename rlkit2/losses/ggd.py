@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from rlkit2.errors import ConfigError
 
 Array = TypeVar("Array", Tensor, NDArray[np.floating])
 
-FORMS = ("power", "official")
+Form = Literal["power", "official"]
+FORMS: tuple[str, ...] = get_args(Form)
 LARGEST_EXPONENT = 30.0  # |z|^beta = e^30: beyond it float32 is near overflow, and the gradient of an outlier is cut
 VARIANCE_FLOOR = 1e-6  # of the released code
 

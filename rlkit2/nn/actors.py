@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,8 @@ class CategoricalActor(Actor):
         return logits.argmax(-1)
 
 
-VOTES = ("mean", "lcb", "shape")
+Vote = Literal["mean", "lcb", "shape"]
+VOTES: tuple[str, ...] = get_args(Vote)
 
 
 class GreedyActor(Actor):
@@ -251,7 +252,8 @@ class GreedyActor(Actor):
         return self.scores(observations).argmax(-1)
 
 
-HEADS = ("gaussian", "squashed_gaussian", "deterministic", "categorical")
+PolicyHead = Literal["gaussian", "squashed_gaussian", "deterministic", "categorical"]
+HEADS: tuple[str, ...] = get_args(PolicyHead)
 
 
 def make_actor(

@@ -370,14 +370,14 @@ def test_gradient_clip_and_weight_normalisation() -> None:
     ("fields", "message"),
     [
         ({"gradient_rule": "full"}, "orthogonal, semi, true"),
-        ({"divergence": "kl"}, "unknown divergence"),
+        ({"divergence": "kl"}, "divergence must be one of pearson, rkl"),
         ({"lambda_": 1.0}, "lambda_"),
         ({"eta": -1.0}, "eta"),
         ({"num_values": 0}, "num_values"),
         ({"weight": "advantage"}, "positive_residual, conjugate_grad"),
         ({"residual_scale": 0.0}, "residual_scale"),
         ({"target_effective_sample_share": 0.3}, "conjugate_grad"),
-        ({"target_effective_sample_share": 1.0, "divergence": "rkl"}, "out of range"),
+        ({"target_effective_sample_share": 1.0, "divergence": "rkl"}, r"must be a number in \(0, 1\) or none"),
     ],
 )
 def test_impossible_configurations(fields: dict[str, Any], message: str) -> None:

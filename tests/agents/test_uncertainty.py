@@ -126,7 +126,7 @@ def test_the_scale_forgets_its_start() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"critic": "normal"}, "unknown critic"),
+        ({"critic": "normal"}, "critic must be one of mse, gaussian, ggd"),
         ({"critic": "mse", "sample_weighting": "iv"}, "need critic"),
         ({"critic": "gaussian", "critic_form": "official"}, "no shape"),
         ({"critic": "ggd", "coupling": "ggd", "sample_weighting": "iv"}, "needs coupling"),

@@ -72,8 +72,8 @@ def test_a_recipe_trains_and_what_is_given_beside_it_wins(tmp_path):
         (("[training]", "[trainingg]"), r"unknown entry 'trainingg'; did you mean training\?"),
         (("steps = 12", "steps = 'a'"), r"steps must be a whole number of at least 1, not 'a'"),
         (("steps = 12", "steps = true"), r"steps must be a whole number of at least 1, not True"),
-        (("[8]", "[8.5]"), r"hidden_sizes must be \[a whole number, \.\.\.\], not \[8\.5\]"),
-        (("[8]", "8"), r"hidden_sizes must be \[a whole number, \.\.\.\], not 8"),
+        (("[8]", "[8.5]"), r"hidden_sizes must be \[a whole number of at least 1, \.\.\.\], not \[8\.5\]"),
+        (("[8]", "8"), r"hidden_sizes must be \[a whole number of at least 1, \.\.\.\], not 8"),
         (("reward_scale = 2.0", "reward_scale = 'x'"), r"reward_scale must be a number that is finite, not 'x'"),
         (('agent = "bc"', 'agent = "bd"'), "unknown agent 'bd'"),
         (('agent = "bc"', ""), r'does not name its agent; add a line agent = "\.\.\." at the top'),
@@ -161,8 +161,8 @@ def test_overrides_are_read_as_toml_and_plain_text():
     for wrong, message in (
         ("lambda_", "'lambda_' is no setting; write name=value"),
         ("lambda=1", r"no field 'lambda'; did you mean lambda_\?"),
-        ("num_values=1.5", "num_values must be a whole number, not 1.5"),
-        ("lambda_=none", "lambda_ must be a number, not 'none'"),
+        ("num_values=1.5", "num_values must be a whole number of at least 1, not 1.5"),
+        ("lambda_=none", r"lambda_ must be a number in \(0, 1\), not 'none'"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_overrides(config_class, [wrong])
@@ -179,7 +179,7 @@ def test_overrides_are_read_as_toml_and_plain_text():
             "reward_transform must be one of none, return_range, goal_penalty, not 'nothing'",
         ),
         ({"overrides": {"learning_rat": 1.0}}, r"no field 'learning_rat'; did you mean learning_rate\?"),
-        ({"overrides": {"fraction": 2.0}}, r"fraction must lie in \(0, 1\], not 2\.0"),
+        ({"overrides": {"fraction": 2.0}}, r"fraction must be a number in \(0, 1\], not 2\.0"),
         ({"device": "tpu9"}, "device 'tpu9' cannot be used here"),
         ({"compile": "fast"}, "compile must be auto, on or off, not 'fast'"),
         ({"seeds": []}, "seeds must be a positive number or distinct integers"),
