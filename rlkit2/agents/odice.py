@@ -22,7 +22,7 @@ released code, which this agent reproduces number for number at the default opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,14 +30,20 @@ import torch
 from torch import Tensor
 
 from rlkit2.agents.base import Agent, PolicyOptions
-from rlkit2.agents.metrics import Derived, Metrics
+from rlkit2.agents.metrics import Metrics
+from rlkit2.agents.odice_diagnostics import (
+    batch_statistics,
+    coadaptation,
+    derived_metrics,
+    sample_share,
+    signs_of_trouble,
+)
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.divergences import (
     Divergence,
     WeightKind,
-    f_conjugate,
     f_conjugate_grad,
     policy_weight,
     resolve_divergence,
@@ -121,6 +127,27 @@ class ODICEConfig(PolicyOptions):
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """One evaluation of V: R_f and (orthogonal rule) R_b as `[1 or 2, S, M, B]`, (f*)' at them, V(s), and the pullback of V on rows [s; s']."""
+
+    both: Tensor
+    slopes: Tensor
+    value: Tensor
+    bootstrap: Tensor
+    pullback: Pullback
+
+    @property
+    def forward(self) -> Tensor:
+        """R_f, `[S, M, B]`; the one residual of the other rules."""
+        return self.both[0]
+
+    @property
+    def backward(self) -> Tensor | None:
+        """R_b, `[S, M, B]`."""
+        return self.both[1] if len(self.both) == 2 else None
+
+
+@dataclass(frozen=True)
 class ODICETerms:
     """Residuals and weights of a batch, each `[S, M, B]`; residuals include `residual_scale`."""
 
@@ -145,27 +172,6 @@ class ODICEGradients:
     coefficient: Tensor
 
 
-@dataclass(frozen=True)
-class _Residuals:
-    """One evaluation of V: R_f and (orthogonal rule) R_b as `[1 or 2, S, M, B]`, (f*)' at them, V(s), and the pullback of V on rows [s; s']."""
-
-    both: Tensor
-    slopes: Tensor
-    value: Tensor
-    bootstrap: Tensor
-    pullback: Pullback
-
-    @property
-    def forward(self) -> Tensor:
-        """R_f, `[S, M, B]`; the one residual of the other rules."""
-        return self.both[0]
-
-    @property
-    def backward(self) -> Tensor | None:
-        """R_b, `[S, M, B]`."""
-        return self.both[1] if len(self.both) == 2 else None
-
-
 class ODICE(Agent):
     """O-DICE for S seeds; arguments as for `Agent`."""
 
@@ -177,28 +183,33 @@ class ODICE(Agent):
         value_options = {"members": config.num_values, "layer_norm": config.value_layer_norm}
         self._build_value(config.value_widths, config.value_learning_rate, **value_options)
         self.value_target = target_copy(self.value_network)
-        self._register({"value_target": self.value_target})
         actor = self._likelihood_actor(config.policy_widths)
         self.actor = self._build_policy(actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
-        self._derived = _derived_metrics(config)
+        self._register({"value_target": self.value_target})
+        self._derived = derived_metrics(config)
         self.adaptive = config.target_effective_sample_share is not None
         if self.adaptive:
-            self.residual_scale = torch.full(
-                (len(self.seeds),), config.residual_scale, dtype=self.dtype, device=self.device
-            )
-            self._register(buffers={"residual_scale": self.residual_scale})
+            scale = torch.full((len(self.seeds),), config.residual_scale, dtype=self.dtype, device=self.device)
+            self._register(buffers={"residual_scale": scale})
+            self.residual_scale = scale
 
-    # The terms of the objective
+    # The terms of the objective, on normalised batches. Tests and variants change the method by overriding one of these.
 
-    def _residuals(self, batch: Batch) -> _Residuals:
-        """R_f and R_b of a normalised batch, each once per head: online heads apart, target heads by their minimum."""
+    @torch.no_grad()
+    def target_value(self, observations: Tensor) -> Tensor:
+        """min over heads of V_target, `[S, 1, n]`."""
+        minimum: Tensor = self.value_target(observations).amin(1, keepdim=True)
+        return minimum
+
+    def residuals(self, batch: Batch) -> Residuals:
+        """R_f = r + gamma V_target(s') - V(s) and R_b = r + gamma V(s') - V_target(s), online heads apart; gamma counts as 0 at a termination."""
         rows = batch.rewards.shape[1]
         rewards = batch.rewards.unsqueeze(1)
         discount = self.config.discount
         bootstrap = torch.rsub(batch.terminations, discount, alpha=discount).unsqueeze(1)  # gamma (1 - terminated)
         if self.config.gradient_rule == "semi":
             value, pullback = vjp(self.value_network, batch.observations)
-            here, ahead = value.unsqueeze(0), self._target(batch.next_observations)
+            here, ahead = value.unsqueeze(0), self.target_value(batch.next_observations)
         else:
             both = torch.cat([batch.observations, batch.next_observations], 1)
             values, pullback = vjp(self.value_network, both)
@@ -206,25 +217,31 @@ class ODICE(Agent):
             if self.config.gradient_rule == "true":
                 here, ahead = value.unsqueeze(0), next_value
             else:
-                target, next_target = self._target(both).expand_as(values).split_with_sizes([rows, rows], -1)
+                target, next_target = self.target_value(both).expand_as(values).split_with_sizes([rows, rows], -1)
                 here, ahead = torch.stack([value, target]), torch.stack([next_target, next_value])
         residuals = self._scaled(torch.addcmul(rewards, bootstrap, ahead) - here)
-        return _Residuals(residuals, self._slope(residuals), value, bootstrap, pullback)
+        return Residuals(residuals, self.optimal_weight(residuals), value, bootstrap, pullback)
 
-    @torch.no_grad()
-    def _target(self, observations: Tensor) -> Tensor:
-        minimum: Tensor = self.value_target(observations).amin(1, keepdim=True)
-        return minimum
+    def optimal_weight(self, residual: Tensor) -> Tensor:
+        """(f*)'(R), as V's gradient uses it."""
+        return f_conjugate_grad(self.config.divergence, self.clipped(residual), alpha=self.config.alpha)
+
+    def clipped(self, residual: Tensor) -> Tensor:
+        """R, at most `residual_clip`."""
+        return residual if self.config.residual_clip is None else residual.clamp(max=self.config.residual_clip)
 
     def _scaled(self, residual: Tensor) -> Tensor:
         if self.adaptive:
             return residual * self.residual_scale.view(-1, 1, 1)
         return residual if self.config.residual_scale == 1.0 else residual * self.config.residual_scale
 
-    def _cotangents(self, residuals: _Residuals) -> tuple[float, Tensor, Tensor | None]:
-        """Derivatives of the objective: of (1 - lambda) mean V with respect to each V(s); of lambda mean f*(R) with respect to V(s) and V(s')."""
+    def cotangents(self, residuals: Residuals) -> tuple[float, Tensor, Tensor | None]:
+        """Derivatives of L(V) by the values, as means over heads and batch: what the pullback turns into g_0, g_f and g_b.
+
+        Of (1 - lambda) E[V(s)] by each V(s), one number; of lambda E[f*(R)] by V(s) and by V(s'), `[S, M, B]` (None: not by V(s')).
+        """
         config = self.config
-        share = 1.0 / (residuals.value.shape[1] * residuals.value.shape[2])  # means over heads and batch
+        share = 1.0 / (residuals.value.shape[1] * residuals.value.shape[2])
         at_value = residuals.slopes[0] * (-config.lambda_ * share)
         at_next = None
         if config.gradient_rule == "true":
@@ -233,15 +250,36 @@ class ODICE(Agent):
             at_next = residuals.bootstrap * residuals.slopes[1] * (config.lambda_ * config.eta * share)
         return (1.0 - config.lambda_) * share, at_value, at_next
 
-    def _slope(self, residual: Tensor) -> Tensor:
-        """(f*)'(R), the optimal weight, as V's gradient uses it."""
-        return f_conjugate_grad(self.config.divergence, self._clipped(residual), alpha=self.config.alpha)
+    def orthogonal(self, g_f: Tensor, g_b: Tensor, g_1: Tensor, mean_term: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """g_0 + g_f + (g_b - c g_f) of vectors `[S, P]`, c = <g_f, g_b> / <g_f, g_f> per seed; g_0 = `mean_term` g_1. In place of g_f."""
+        norm_f, norm_b = (torch.linalg.vector_norm(gradient, dim=1) for gradient in (g_f, g_b))
+        dot, square = torch.linalg.vecdot(g_f, g_b), norm_f * norm_f
+        c = (dot / square.clamp(min=self.config.projection_guard)).nan_to_num(0.0, 0.0, 0.0)
+        perpendicular = torch.addcmul(g_b, g_f, c.unsqueeze(1), value=-1.0)
+        metrics = {
+            "projection/forward_norm": norm_f,
+            "projection/backward_norm": norm_b,
+            "projection/dot": dot,
+            "projection/perpendicular_norm": torch.linalg.vector_norm(perpendicular, dim=1),
+            "value/dot_after_projection": torch.linalg.vecdot(g_f, perpendicular),
+            "projection/coefficient": c,
+        }
+        return g_f.add_(perpendicular).add_(g_1, alpha=mean_term), metrics
 
-    def _clipped(self, residual: Tensor) -> Tensor:
-        return residual if self.config.residual_clip is None else residual.clamp(max=self.config.residual_clip)
+    def value_gradient(self, residuals: Residuals) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of L(V) by the rule of the config, `[S, P]`, and what went into it."""
+        pullback, rows = residuals.pullback, residuals.value.shape[2]
+        mean_term, at_value, at_next = self.cotangents(residuals)
+        if at_next is None:
+            return pullback(at_value + mean_term), {}
+        if self.config.gradient_rule == "true":
+            return pullback(torch.cat([at_value + mean_term, at_next], 2)), {}
+        here, there = slice(0, rows), slice(rows, 2 * rows)
+        g_f, g_b, g_1 = pullback(at_value, here), pullback(at_next, there), pullback(None, here)
+        return self.orthogonal(g_f, g_b, g_1, mean_term)
 
-    def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Policy weights before and after normalisation and clamp."""
+    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """w(R) before and after normalisation and clamp, `[S, M, B]`."""
         config = self.config
         raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
         weight = raw
@@ -250,70 +288,38 @@ class ODICE(Agent):
             weight = finite / finite.mean((1, 2), keepdim=True).clamp(min=1e-3)
         return raw, weight if config.weight_clamp is None else weight.clamp(max=config.weight_clamp)
 
-    # The value gradient
-
-    def _value_gradient(self, residuals: _Residuals) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient `[S, P]` given to V's optimiser, and what went into it."""
-        pullback, rows = residuals.pullback, residuals.value.shape[2]
-        mean_term, at_value, at_next = self._cotangents(residuals)
-        if at_next is None:
-            return pullback(at_value + mean_term), {}
-        if self.config.gradient_rule == "true":
-            return pullback(torch.cat([at_value + mean_term, at_next], 2)), {}
-        here, there = slice(0, rows), slice(rows, 2 * rows)
-        forward = pullback(at_value, here)
-        perpendicular, projection = self._project(forward, pullback(at_next, there))
-        return forward.add_(perpendicular).add_(pullback(None, here), alpha=mean_term), projection
-
-    def _project(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """g_b - c g_f for vectors `[S, P]`, c per seed; with the metrics of the projection."""
-        guard = self.config.projection_guard
-        forward_norm, backward_norm = (torch.linalg.vector_norm(gradient, dim=1) for gradient in (forward, backward))
-        dot, square = torch.linalg.vecdot(forward, backward), forward_norm * forward_norm
-        coefficient = (dot / square.clamp(min=guard)).nan_to_num(0.0, 0.0, 0.0)
-        perpendicular = torch.addcmul(backward, forward, coefficient.unsqueeze(1), value=-1.0)
-        perpendicular_norm = torch.linalg.vector_norm(perpendicular, dim=1)
-        return perpendicular, {
-            "projection/forward_norm": forward_norm,
-            "projection/backward_norm": backward_norm,
-            "projection/dot": dot,
-            "projection/perpendicular_norm": perpendicular_norm,
-            "value/dot_after_projection": torch.linalg.vecdot(forward, perpendicular),
-            "projection/coefficient": coefficient,
-        }
-
     # One update
 
     def update(self, batch: Batch) -> Metrics:
         """Value step, target step, then the policy step on weights of the residual before the value step."""
         batch = self.normalize(batch)
-        residuals = self._residuals(batch)
-        gradient, metrics = self._value_gradient(residuals)
+        residuals = self.residuals(batch)
+        gradient, metrics = self.value_gradient(residuals)
         value_gradient_norm = torch.linalg.vector_norm(gradient, dim=1)
         if self.config.max_gradient_norm is not None:
             gradient = gradient * (self.config.max_gradient_norm / value_gradient_norm).clamp(max=1.0).unsqueeze(1)
         self.value_optimizer.step(gradient)
         lerp_(self.value_target, self.value_network, self.config.target_update_rate)
 
-        raw, weight = self._weights(residuals.forward)
+        raw, weight = self.weights(residuals.forward)
         log_prob = self.actor.log_prob(batch.observations, batch.actions)
         policy_loss = (log_prob * (weight.mean(1) * (-1.0 / log_prob.shape[1]))).sum(1)
         policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
 
         if self.adaptive:
             metrics["temperature/residual_scale"] = self.residual_scale.clone()
-            self._adapt_scale(raw)
+            self.adapt_scale(raw)
         self.step += 1
         made = {
             "value/grad_norm": value_gradient_norm,
             "policy/loss": policy_loss.detach(),
             "policy/grad_norm": policy_gradient_norm,
             **metrics,
-            **self._metrics(batch, residuals, weight),
+            **batch_statistics(self.config, batch.rewards, residuals, self.clipped(residuals.both), weight),
         }
         return Metrics(made, self._derived)
 
-    def _adapt_scale(self, raw: Tensor) -> None:
+    def adapt_scale(self, raw: Tensor) -> None:
         """Move log residual_scale towards the target share of the unclamped weights, at most `residual_scale_rate` per update.
 
         Scaling the residual r + gamma V(s') - V(s) rather than the reward leaves V in units of reward: a change of scale moves what V should be
@@ -323,67 +329,37 @@ class ODICE(Agent):
         target = self.config.target_effective_sample_share
         assert target is not None
         raw = raw / raw.amax((1, 2), keepdim=True)  # against under- and overflow of the squares
-        share = _share(raw.mean((1, 2)), raw.square().mean((1, 2))).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6)
+        share = sample_share(raw.mean((1, 2)), raw.square().mean((1, 2))).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6)
         error = (share / target).log().clamp(-1.0, 1.0)
         self.residual_scale.mul_((self.config.residual_scale_rate * error).exp()).clamp_(1e-4, 1e4)
-
-    def _metrics(self, batch: Batch, residuals: _Residuals, weight: Tensor) -> dict[str, Tensor]:
-        """Statistics of the batch before the step, in few operations on small tensors."""
-        config, residual, value = self.config, residuals.forward, residuals.value
-        lowest, highest = value.aminmax(dim=1, keepdim=True)
-        duals = f_conjugate(config.divergence, self._clipped(residuals.both), alpha=config.alpha)
-        samples = {  # [S, M, B] each, averaged together
-            "value/mean": value,
-            "residual/mean": residual,
-            "weight/mean": weight,
-            "reward/mean": batch.rewards.unsqueeze(1).expand_as(value),
-            "value/head_gap": (highest - lowest).expand_as(value),
-            "residual/conjugate_forward": duals[0],
-            "weight/conjugate_mean": residuals.slopes[0],
-            "weight/zero_share": weight == 0.0,
-            "weight/mean_square": weight * weight,
-        }
-        if residuals.backward is not None:
-            samples["residual/conjugate_backward"] = duals[1]
-        if config.weight_clamp is not None:
-            samples["weight/clamp_share"] = weight == config.weight_clamp
-        if config.residual_clip is not None:
-            samples["residual/clip_share"] = residual > config.residual_clip
-        stacked = torch.stack(list(samples.values())).flatten(2)
-        metrics = dict(zip(samples, stacked.mean(2), strict=True))
-        smallest, largest = stacked[:4].aminmax(dim=2)
-        metrics["value/min"], metrics["residual/min"], _, metrics["reward/min"] = smallest
-        metrics["value/max"], metrics["residual/max"], metrics["weight/max"], metrics["reward/max"] = largest
-        return metrics
 
     # What it offers to others
 
     def terms(self, batch: Batch) -> ODICETerms:
         """Residuals, weights and values of a raw batch, without an update."""
-        residuals = self._residuals(self.normalize(batch))
-        raw, weight = self._weights(residuals.forward)
+        residuals = self.residuals(self.normalize(batch))
+        raw, weight = self.weights(residuals.forward)
         return ODICETerms(residuals.forward, residuals.backward, raw, weight, residuals.value)
 
     def value_gradients(self, batch: Batch) -> ODICEGradients:
         """The parts of V's gradient on a raw batch (before `max_gradient_norm`), without an update."""
-        residuals = self._residuals(self.normalize(batch))
+        residuals = self.residuals(self.normalize(batch))
         pullback, rows = residuals.pullback, residuals.value.shape[2]
         here, there = slice(0, rows), slice(rows, 2 * rows)
-        mean_term, at_value, at_next = self._cotangents(residuals)
-        total, metrics = self._value_gradient(residuals)
-        value_term = pullback(None, here) * mean_term
-        if residuals.backward is None or at_next is None:
-            forward, backward = total - value_term, None
-        else:
-            forward, backward = pullback(at_value, here), pullback(at_next, there)
+        mean_term, at_value, at_next = self.cotangents(residuals)
+        total, metrics = self.value_gradient(residuals)
+        g_0 = pullback(None, here) * mean_term
+        g_f, g_b = total - g_0, None
+        if residuals.backward is not None and at_next is not None:
+            g_f, g_b = pullback(at_value, here), pullback(at_next, there)
 
         def parts(vector: Tensor) -> list[Tensor]:
             return unflatten(self.value_network, vector)
 
         return ODICEGradients(
-            parts(forward),
-            None if backward is None else parts(backward),
-            parts(value_term),
+            parts(g_f),
+            None if g_b is None else parts(g_b),
+            parts(g_0),
             parts(total),
             metrics.get("projection/coefficient", total.new_zeros(len(self.seeds))),
         )
@@ -395,88 +371,11 @@ class ODICE(Agent):
 
     @torch.no_grad()
     def coadaptation(self, batch: Batch) -> dict[str, Tensor]:
-        """<sum_b grad V(s_b), sum_b grad V(s'_b)> / B^2 and its cosine, `[S]`: the feature co-adaptation that the projection should lower."""
+        """See `rlkit2.agents.odice_diagnostics.coadaptation`; on a raw batch."""
         batch = self.normalize(batch)
-        gradients = []
-        for observations in (batch.observations, batch.next_observations):
-            values, pullback = vjp(self.value_network, observations)
-            gradients.append(pullback(torch.full_like(values, 1.0 / values.shape[2])))
-        here, there = gradients
-        product = torch.linalg.vecdot(here, there)
-        norms = torch.linalg.vector_norm(here, dim=1) * torch.linalg.vector_norm(there, dim=1)
-        return {"coadaptation/product": product, "coadaptation/cosine": _ratio(product, norms)}
+        return coadaptation(self.value_network, batch.observations, batch.next_observations)
 
     @classmethod
     def warnings(cls, config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Signs of trouble in one seed's metrics: dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
-        found = {}
-        if metrics.get("weight/zero_share", 0.0) > 0.95:
-            found["zero_weights"] = (
-                "more than 95 % of the policy weights are zero; use weight = 'conjugate_grad', a smaller lambda_ or a larger residual_scale"
-            )
-        if metrics.get("weight/clamp_share", 0.0) > 0.5:
-            found["clamped_weights"] = (
-                "more than half of the policy weights are at the clamp; use weight_normalization = 'mean' or a smaller residual_scale"
-            )
-        mass = (1.0 - config.lambda_) / (config.lambda_ * max(1.0 - config.discount, 1e-12))
-        if config.gradient_rule == "true" and mass > 20.0:
-            found["true_offset"] = (
-                f"gradient_rule = 'true' fixes the mean weight at {mass:.0f}; use lambda_ near {1.0 / (2.0 - config.discount):.3f}"
-            )
-        if resolve_divergence(config.divergence) == "rkl" and metrics.get("residual/max", 0.0) > 80.0:
-            found["overflow"] = (
-                "an rkl residual is above 80, near the overflow of exp in float32; set residual_clip or a smaller residual_scale"
-            )
-        if metrics.get("projection/coefficient", 0.0) < -2.0:
-            found["projection"] = (
-                "the projection coefficient is below -2 (about -1 once V settles): V runs ahead of its target; raise target_update_rate"
-            )
-        return found
-
-
-def _derived_metrics(config: ODICEConfig) -> Derived:
-    """Metrics that follow from those which an update makes."""
-
-    def dual(m: Mapping[str, Tensor], name: str, factor: float) -> Tensor:
-        """A term of the scaled objective, (1/scale) f*(scale R), in units of V."""
-        scale = m.get("temperature/residual_scale", config.residual_scale)
-        return factor * m[name] / scale
-
-    found: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
-        "weight/effective_sample_share": lambda m: _share(m["weight/mean"], m["weight/mean_square"]),
-        "value/mean_term": lambda m: (1.0 - config.lambda_) * m["value/mean"],
-        "value/dual_forward": lambda m: dual(m, "residual/conjugate_forward", config.lambda_),
-    }
-    if config.discount < 1.0:  # what a return can be at least and at most by the rewards of the batch
-        found["value/bound_min"] = lambda m: m["reward/min"] / (1.0 - config.discount)
-        found["value/bound_max"] = lambda m: m["reward/max"] / (1.0 - config.discount)
-    if config.gradient_rule != "orthogonal":
-        return found
-
-    def cosine(m: Mapping[str, Tensor]) -> Tensor:
-        return _ratio(m["projection/dot"], m["projection/forward_norm"] * m["projection/backward_norm"])
-
-    def cosine_after(m: Mapping[str, Tensor]) -> Tensor:
-        return _ratio(
-            m["value/dot_after_projection"], m["projection/forward_norm"] * m["projection/perpendicular_norm"]
-        )
-
-    return found | {
-        "value/dual_backward": lambda m: dual(m, "residual/conjugate_backward", config.lambda_ * config.eta),
-        "projection/cosine": cosine,
-        "projection/cosine_after": cosine_after,
-        "projection/removed_share": lambda m: cosine(m).square(),
-        "projection/flow_discount": lambda m: config.discount * config.eta / (1.0 - m["projection/coefficient"]),
-        "projection/guard_active": lambda m: m["projection/forward_norm"].square() < config.projection_guard,
-    }
-
-
-def _share(mean: Tensor, mean_square: Tensor) -> Tensor:
-    """Effective sample share (sum w)^2 / (n sum w^2) of n weights, `[S]`; 0 where all are zero."""
-    share: Tensor = mean * mean / mean_square.clamp(min=torch.finfo(mean.dtype).tiny)
-    return share
-
-
-def _ratio(dot: Tensor, norms: Tensor) -> Tensor:
-    """Cosine from an inner product and the product of the norms; 0 where a norm is 0."""
-    return dot / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        """Dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
+        return signs_of_trouble(config, metrics)

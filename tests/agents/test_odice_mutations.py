@@ -9,37 +9,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkit2.agents.odice import ODICE, _Residuals
+from rlkit2.agents.odice import ODICE, Residuals
 from rlkit2.data import Batch
 from rlkit2.nn import lerp_, unflatten
 from tests.agents.test_odice_reference import follow
 from tests.reference import ReferenceUpdates, odice_files
 
 
-def with_residuals(agent: ODICE, found: _Residuals, both: list[Tensor]) -> _Residuals:
+def with_residuals(agent: ODICE, found: Residuals, both: list[Tensor]) -> Residuals:
     """`found` with other residuals."""
     stacked = torch.stack(both)
-    return replace(found, both=stacked, slopes=agent._slope(stacked))
+    return replace(found, both=stacked, slopes=agent.optimal_weight(stacked))
 
 
 class MeanTarget(ODICE):
     """Targets take the mean of the heads instead of their minimum."""
 
     @torch.no_grad()
-    def _target(self, observations: Tensor) -> Tensor:
+    def target_value(self, observations: Tensor) -> Tensor:
         return self.value_target(observations).mean(1, keepdim=True)
 
 
 class OnlineMinimum(ODICE):
     """The online value is the smaller head instead of both."""
 
-    def _residuals(self, batch: Batch) -> _Residuals:
-        found = super()._residuals(batch)
+    def residuals(self, batch: Batch) -> Residuals:
+        found = super().residuals(batch)
         excess = found.value - found.value.amin(1, keepdim=True)
         return with_residuals(self, found, [found.both[0] + excess, *found.both[1:]])
 
-    def _cotangents(self, residuals: _Residuals) -> Any:
-        mean, at_value, at_next = super()._cotangents(residuals)
+    def cotangents(self, residuals: Residuals) -> Any:
+        mean, at_value, at_next = super().cotangents(residuals)
         smaller = residuals.value == residuals.value.amin(1, keepdim=True)
         return mean, at_value * smaller * residuals.value.shape[1], at_next
 
@@ -50,15 +50,9 @@ class ProjectedMutant(ODICE):
     def total(self, forward: Tensor, backward: Tensor, mean: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _value_gradient(self, residuals: _Residuals) -> tuple[Tensor, dict[str, Tensor]]:
-        _, metrics = super()._value_gradient(residuals)
-        mean_term, at_value, at_next = self._cotangents(residuals)
-        assert at_next is not None
-        rows = at_value.shape[2]
-        here, there = slice(0, rows), slice(rows, 2 * rows)
-        pullback = residuals.pullback
-        mean = pullback(torch.full_like(at_value, mean_term), here)
-        return self.total(pullback(at_value, here), pullback(at_next, there), mean), metrics
+    def orthogonal(self, g_f: Tensor, g_b: Tensor, g_1: Tensor, mean_term: float) -> tuple[Tensor, dict[str, Tensor]]:
+        _, metrics = super().orthogonal(g_f.clone(), g_b, g_1, mean_term)
+        return self.total(g_f, g_b, mean_term * g_1), metrics
 
 
 def off(vector: Tensor, direction: Tensor) -> Tensor:
@@ -122,27 +116,27 @@ class ProjectForwardOffBackward(ProjectedMutant):
 class OnlineBackwardResidual(ODICE):
     """R_b bootstraps from the online V(s) instead of its target."""
 
-    def _residuals(self, batch: Batch) -> _Residuals:
-        found = super()._residuals(batch)
+    def residuals(self, batch: Batch) -> Residuals:
+        found = super().residuals(batch)
         assert found.backward is not None
-        backward = found.backward + self._target(batch.observations) - found.value
+        backward = found.backward + self.target_value(batch.observations) - found.value
         return with_residuals(self, found, [found.forward, backward])
 
 
 class SmallerHeadWeight(ODICE):
     """The policy weight comes from the smaller head (the larger residual)."""
 
-    def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return super()._weights(residual.amax(1, keepdim=True).expand_as(residual))
+    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return super().weights(residual.amax(1, keepdim=True).expand_as(residual))
 
 
 class WeightAfterStep(ODICE):
     """The policy weight comes from V after its update."""
 
-    def _weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self.batch is not None:
-            residual = self._residuals(self.batch).forward
-        return super()._weights(residual)
+            residual = self.residuals(self.batch).forward
+        return super().weights(residual)
 
     batch: Batch | None = None
 
@@ -185,9 +179,9 @@ class DecoupledDecay(ODICE):
 class SummedHeads(ODICE):
     """The loss sums over heads instead of averaging."""
 
-    def _cotangents(self, residuals: _Residuals) -> Any:
+    def cotangents(self, residuals: Residuals) -> Any:
         heads = residuals.value.shape[1]
-        mean, at_value, at_next = super()._cotangents(residuals)
+        mean, at_value, at_next = super().cotangents(residuals)
         return mean * heads, at_value * heads, at_next * heads
 
 

@@ -165,13 +165,14 @@ def test_the_projected_gradient_leaves_the_forward_loss_alone_to_first_order() -
     perturb(agent, 0.1)
     steps = torch.logspace(-2, -4, 5, dtype=torch.float64)
     # the flat parameter's order is head by head, that of `value_gradients` tensor by tensor: take the vectors of the update itself
-    residuals = agent._residuals(agent.normalize(batch))
-    _, at_value, at_next = agent._cotangents(residuals)
+    residuals = agent.residuals(agent.normalize(batch))
+    _, at_value, at_next = agent.cotangents(residuals)
     assert at_next is not None
     rows = at_value.shape[2]
     forward = residuals.pullback(at_value, slice(0, rows))
     backward = residuals.pullback(at_next, slice(rows, 2 * rows))
-    perpendicular, _ = agent._project(forward, backward)
+    total, _ = agent.orthogonal(forward.clone(), backward, torch.zeros_like(forward), 0.0)
+    perpendicular = total - forward
     at_zero = dual_at(agent, batch, backward, torch.zeros(1))
     assert slope(steps, dual_at(agent, batch, perpendicular, steps) - at_zero) == pytest.approx(2.0, abs=0.05)
     assert slope(steps, dual_at(agent, batch, backward, steps) - at_zero) == pytest.approx(1.0, abs=0.05)

@@ -249,12 +249,12 @@ def fit(problems: Problems, rule: str, lam: float, start: float = 0.0, steps: in
     network, optimizer = agent.value_network, agent.value_optimizer
     columns = slice(0, states)  # the bias stays at zero: one parameter per state
     for _ in range(steps):
-        residuals = agent._residuals(batch)
-        gradient, _ = agent._value_gradient(residuals)
+        residuals = agent.residuals(batch)
+        gradient, _ = agent.value_gradient(residuals)
         gradient[:, states:] = 0.0
         optimizer.step(gradient)
         agent.value_target.flat.data[:, columns].copy_(network.flat.detach()[:, columns])
-    return agent._residuals(batch).forward[:, 0]
+    return agent.residuals(batch).forward[:, 0]
 
 
 def regret(problems: Problems, weights: Tensor) -> float:
