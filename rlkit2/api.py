@@ -89,7 +89,7 @@ def train(
         eval_every: updates between evaluations (default: one, at the end; 0: none).
         eval_episodes: episodes per evaluation and seed (default 10).
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
-        resume: a run to go on with from its newest checkpoint; its own agent, dataset and options hold.
+        resume: a run to resume from its newest checkpoint; its own agent, dataset and options hold.
         batch_size: transitions per update and seed (default 256).
         log_every, checkpoint_every: updates between lines of metrics, and between checkpoints.
         normalize_observations: standardise observations by the statistics of the dataset (inside the policy).
@@ -100,7 +100,7 @@ def train(
         env: environment to evaluate in; default: the dataset's.
         compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
         loggers: any of `tensorboard`, `wandb`, `trackio`.
-        progress: show a table (lines, where there is no terminal) on standard error.
+        progress: show a table (lines, without a terminal) on standard error.
 
     Returns:
         The run. Seeds whose loss became non-finite are in `run.manifest["stopped"]`; the others are trained to the end.
@@ -226,7 +226,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Open the folder of a run.
 
     Raises:
-        RunError: the folder is no run.
+        RunError: the folder is not a run.
     """
     return Run(path)
 
@@ -332,7 +332,7 @@ def _plan(
 def _continued(
     run: Run, agent: Any, dataset: Source | None, seeds: int | Sequence[int], options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], TransitionDataset]:
-    """The config of a run that goes on, and its dataset, unchanged; more steps may be asked for, nothing else."""
+    """The config of a resumed run, and its dataset, unchanged; more steps may be asked for, nothing else."""
     from rlkit2.agents.base import as_seeds
 
     plan = run.config

@@ -83,7 +83,9 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
             and getattr(candidate, "config_class", None) is type(name_or_config)
         ):
             return candidate
-    raise ConfigError(f"{type(name_or_config).__name__} is no agent's config; give one of: {', '.join(list_agents())}")
+    raise ConfigError(
+        f"{type(name_or_config).__name__} is not an agent's config; give one of: {', '.join(list_agents())}"
+    )
 
 
 def plain_name(name: str) -> str:

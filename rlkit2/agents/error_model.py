@@ -1,6 +1,6 @@
 """The model that ensemble critics have of their TD errors: what every member is fitted with, and how members and samples are weighted.
 
-Every member i has outputs (q, rho, lambda) and the law GGD(q, alpha, beta) for its target y:
+Every member i has outputs (q, rho, lambda) and the distribution GGD(q, alpha, beta) for its target y:
 
     beta  = min(0.3 + softplus(rho + 1.498), 8)            (2, Gaussian, at the start)
     alpha = s exp(clamp(lambda, -7, 7)),                   s = running mean of |q - y| per seed

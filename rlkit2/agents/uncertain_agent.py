@@ -46,8 +46,8 @@ class Uncertainty:
 
 
 @dataclass(frozen=True)
-class TDErrors:
-    """Targets of a batch and the law each member gives them, all `[S, M, B]`."""
+class PredictedTargets:
+    """Targets of a batch and the distribution each member gives them, all `[S, M, B]`."""
 
     targets: Tensor
     heads: Heads
@@ -110,7 +110,7 @@ class UncertainAgent(Agent):
             )
 
     @torch.no_grad()
-    def td_errors(self, batch: Batch) -> TDErrors:
+    def predicted_targets(self, batch: Batch) -> PredictedTargets:
         """Targets by the current target networks, and the heads at a raw batch's actions: `critic_targets` draws its noise from the agent's step.
 
         Raises:
@@ -121,7 +121,7 @@ class UncertainAgent(Agent):
         targets = self.critic_targets(batch)
         heads = self.errors.heads(self.critic.outputs(batch.observations, batch.actions))
         targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
-        return TDErrors(targets.expand_as(heads.q), heads)
+        return PredictedTargets(targets.expand_as(heads.q), heads)
 
     @torch.no_grad()
     def heads_at(self, observations: Any, actions: Any = None) -> Heads:

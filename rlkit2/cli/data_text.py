@@ -33,7 +33,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def console() -> Console:
-    """Standard output; wide where it is no terminal, so that nothing is wrapped in a file."""
+    """Standard output; wide where it is not a terminal, so that nothing is wrapped in a file."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 

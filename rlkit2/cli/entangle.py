@@ -189,7 +189,7 @@ def _load(
 
     transformers = require("transformers", extra="trl")
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; give the folder of a model saved with save_pretrained")
+        raise ConfigError(f"{folder} is not a folder; give the folder of a model saved with save_pretrained")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -268,7 +268,7 @@ def toy(
     """Toy.
 
     Args:
-        out: folder of finished runs, toy.json, toy.svg and toy.png; an interrupted study goes on there.
+        out: folder of finished runs, toy.json, toy.svg and toy.png; an interrupted study is resumed there.
         suffixes: words shared by both completions, 0 to 12; the remedies are tried on the last.
         remedies: any of normalised, band, likelihood, dpop, token_mask.
         seeds: independent runs.

@@ -75,7 +75,7 @@ def name_values(texts: Sequence[str], option: str) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{option} {text!r} is no setting; write name=value")
+            raise ConfigError(f"{option} {text!r} is not a setting; write name=value")
         try:
             found[name] = json.loads(value)
         except ValueError:

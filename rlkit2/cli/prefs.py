@@ -64,7 +64,7 @@ def label(
 
     Args:
         dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
-        out: folder of the labels; with --serve, labels that are there are gone on with.
+        out: folder of the labels; with --serve, labels that are there are kept and added to.
         teacher: oracle, mistake, noisy, myopic, skip or equal.
         count: pairs to label.
         length: steps of a segment.
@@ -293,7 +293,7 @@ def study(
 
     Args:
         dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder; it needs reference returns.
-        out: folder of the study; run the same command again to go on with one that was stopped, or with more teachers or budgets.
+        out: folder of the study; run the same command again to resume one that was stopped, or with more teachers or budgets.
         teachers: scripted teachers.
         budgets: labels.
         seeds: seeds of every teacher and budget, trained together.

@@ -214,7 +214,7 @@ def study(
     """Study.
 
     Args:
-        out: folder for table.csv, distance_and_regret.svg and the comparisons; a study that was stopped goes on there.
+        out: folder for table.csv, distance_and_regret.svg and the comparisons; a study that was stopped is resumed there.
         mdps: random processes.
         pairs: pairs of random rewards in each.
         steps: rewards on the way from one to the other.

@@ -1,4 +1,4 @@
-"""`rlkit2 sweep FILE`: many runs from one file; what is finished is skipped, what is half done goes on."""
+"""`rlkit2 sweep FILE`: many runs from one file; what is finished is skipped, what is half done is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
 from rlkit2.training import Run
 
 DESCRIPTION = """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
-finished runs are skipped, half-done ones go on from their newest checkpoint.
+finished runs are skipped, half-done ones are resumed from their newest checkpoint.
 
 Example: rlkit2 sweep sweep.toml --jobs 2"""
 
@@ -72,7 +72,7 @@ def sweep(
             failed = any(status != "finished" for status in statuses.values())
         except KeyboardInterrupt:
             console.print(
-                f"interrupted; the runs are saved, the same command goes on: rlkit2 sweep {file} --out {out}",
+                f"interrupted; the runs are saved, resume with the same command: rlkit2 sweep {file} --out {out}",
                 soft_wrap=True,
             )
             raise

@@ -1,4 +1,4 @@
-"""`rlkit2 train AGENT --dataset ID`: train an agent, several seeds together, or go on with a run that was stopped."""
+"""`rlkit2 train AGENT --dataset ID`: train an agent, several seeds together, or resume a run that was stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMAND = {
     "seeds": ("N", "number of seeds trained together, or the seeds themselves: 3,7 (default: 1)"),
     "recipe": ("FILE", "TOML with agent, dataset and options (default: the shipped one for agent and dataset, if any)"),
     "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),
-    "resume": ("RUN", "go on with this run from its newest checkpoint; --steps N prolongs it to N in all"),
+    "resume": ("RUN", "resume this run from its newest checkpoint; --steps N prolongs it to N in all"),
     "env": ("ID", "environment to evaluate in (default: the dataset's)"),
     "device": ("NAME", "auto, cpu, cuda or cuda:1 (default: auto)"),
     "compile": (

@@ -52,7 +52,7 @@ def to_minari(
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
         raise DatasetError(
-            f"{dataset_id!r} is no dataset id; it must have the form namespace/name-v0, two letters or more each"
+            f"{dataset_id!r} is not a dataset id; it must have the form namespace/name-v0, two letters or more each"
         ) from error
     root = minari_root().absolute()
     folder = root / dataset_id

@@ -93,7 +93,7 @@ def _download(dataset_id: str) -> Path:
 
     known = list(local_datasets())
     if not re.search(r"-v\d+$", dataset_id):
-        reason = "it is no complete Minari id, which ends in a version such as -v0"
+        reason = "it is not a complete Minari id, which ends in a version such as -v0"
     elif not _online():
         reason = "there is no network to download it"
     else:

@@ -190,7 +190,7 @@ def select_parameters(params: Mapping[str, Tensor] | None, scores: Sequence[Sequ
     """The parameters to take gradients of: the given ones (a tied tensor once, under its first name) or those of the score.
 
     Raises:
-        ConfigError: none are known, or a name is no parameter of the module.
+        ConfigError: none are known, or a name is not a parameter of the module.
     """
     if params is None:
         if not scores:
@@ -204,7 +204,7 @@ def select_parameters(params: Mapping[str, Tensor] | None, scores: Sequence[Sequ
         buffers = {name for name, _ in module.named_buffers()}
         unknown = [name for name in given if name not in canonical and name not in buffers]
         if unknown:
-            raise ConfigError(f"{unknown[0]!r} is no parameter of the model; see model.named_parameters()")
+            raise ConfigError(f"{unknown[0]!r} is not a parameter of the model; see model.named_parameters()")
         given = {canonical[name]: p for name, p in given.items() if name in canonical}
     if not given:
         raise ConfigError("no floating-point parameter to take gradients of")

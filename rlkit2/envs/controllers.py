@@ -26,7 +26,7 @@ def pendulum_controller(
         env: unused.
         pump: torque per unit of missing energy and of velocity; smaller is slower.
         stiffness, damping: torque per radian and per radian/s near the top.
-        catch: angle from the top, in radians, within which the linear law takes over.
+        catch: angle from the top, in radians, within which the linear rule takes over.
     """
 
     def act(observations: Array, generator: Generator) -> Array:
@@ -44,7 +44,7 @@ def pendulum_controller(
 def cart_pole_controller(
     env: gymnasium.Env[Any, Any], position: float = 0.1, velocity: float = 0.3, angle: float = 3.0, rate: float = 1.0
 ) -> Controller:
-    """Sign of a linear law for CartPole-v1: push right when the weighted sum of the four state variables is positive."""
+    """Sign of a linear rule for CartPole-v1: push right when the weighted sum of the four state variables is positive."""
     weights = np.array([position, velocity, angle, rate])
 
     def act(observations: Array, generator: Generator) -> Array:
@@ -73,7 +73,7 @@ def grid_controller(tables: GridTables, discount: float) -> Controller:
 
 
 def maze_controller(env: gymnasium.Env[Any, Any], stiffness: float = 10.0, damping: float = 1.0) -> Controller:
-    """Shortest cell path to the goal with a proportional-derivative law on the next waypoint, for Gymnasium-Robotics' point mazes."""
+    """Shortest cell path to the goal with a proportional-derivative controller on the next waypoint, for Gymnasium-Robotics' point mazes."""
     maze = env.unwrapped.maze  # type: ignore[attr-defined]
     walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
 

@@ -73,7 +73,7 @@ def four_rooms_tables(slip: float = 0.1, goal: tuple[int, int] = (3, 9)) -> Grid
         goal: row and column of the goal cell.
 
     Raises:
-        ConfigError: slip out of range, or a goal that is no free cell.
+        ConfigError: slip out of range, or a goal that is not a free cell.
     """
     if not 0 <= slip < 1:
         raise ConfigError(f"gridworld: slip must lie in [0, 1), not {slip}")
@@ -82,7 +82,7 @@ def four_rooms_tables(slip: float = 0.1, goal: tuple[int, int] = (3, 9)) -> Grid
     index = np.full(free.shape, -1)
     index[tuple(cells.T)] = np.arange(len(cells))
     if not (0 <= goal[0] < free.shape[0] and 0 <= goal[1] < free.shape[1] and free[tuple(goal)]):
-        raise ConfigError(f"gridworld: goal {goal} is no free cell (row, column)")
+        raise ConfigError(f"gridworld: goal {goal} is not a free cell (row, column)")
     goal_state = int(index[tuple(goal)])
 
     reached = index[tuple(np.moveaxis(cells[:, None] + MOVES, -1, 0))]

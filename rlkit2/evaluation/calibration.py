@@ -1,4 +1,4 @@
-"""Are an agent's error bars true? Its laws of the TD errors held against held-out episodes, and its ignorance against unknown actions.
+"""Are an agent's error bars true? Its distributions of the TD errors held against held-out episodes, and its ignorance against unknown actions.
 
 Use episodes the agent was not trained on (`rlkit2 train --held-out 0.1`): on its own data a critic's errors are too small.
 """
@@ -39,8 +39,8 @@ class TDDiagnostics:
     """
 
     error: Array  # `[S, M, T]`
-    pit: Array  # `[S, M, T]`: the member's distribution function at its target; uniform on [0, 1] if the law is true
-    z_quantile: Array  # `[S, M, T]`: standard normal quantiles of `pit`; standard normal if the law is true
+    pit: Array  # `[S, M, T]`: the member's distribution function at its target; uniform on [0, 1] if the distribution is true
+    z_quantile: Array  # `[S, M, T]`: standard normal quantiles of `pit`; standard normal if the distribution is true
     standardized: Array  # `[S, M, T]`: d / sigma(s, a)
     nll: Array  # mean negative log-density of the targets (with log 2)
     nll_gaussian: Array  # of the best constant Gaussian: its deviation fitted to these very errors
@@ -139,20 +139,22 @@ def _measure(
     agent: UncertainAgent, episodes: TransitionDataset, index: Tensor, generator: np.random.Generator
 ) -> dict[str, Array]:
     batch = episodes.gather(index.expand(len(agent.seeds), -1)).to(agent.device)
-    found = agent.td_errors(batch)
+    found = agent.predicted_targets(batch)
     heads = found.heads
-    law = GeneralizedNormal(heads.q.double(), heads.log_scale.double().exp(), heads.shape.double(), validate_args=False)
+    noise = GeneralizedNormal(
+        heads.q.double(), heads.log_scale.double().exp(), heads.shape.double(), validate_args=False
+    )
     targets = found.targets.double()
-    below, above = law.cdf(targets), law.sf(targets)
+    below, above = noise.cdf(targets), noise.sf(targets)
     quantile = torch.where(below < 0.5, torch.special.ndtri(below), -torch.special.ndtri(above))
-    error = targets - law.loc
+    error = targets - noise.loc
     unknown = agent.heads_at(batch.observations, random_actions(episodes, len(index), generator))
     return {
         "error": _array(error),
         "pit": _array(below),
         "z_quantile": _array(quantile),
-        "standardized": _array(error / law.stddev),
-        "nll": _array(-law.log_prob(targets)),
+        "standardized": _array(error / noise.stddev),
+        "nll": _array(-noise.log_prob(targets)),
         "known": _array(_spread(heads.q)),
         "unknown": _array(_spread(unknown.q)),
     }
@@ -212,9 +214,9 @@ def _summarise(joined: Mapping[str, Array]) -> TDDiagnostics:
     )
 
 
-def constant_log_density(law: GeneralizedNormal, samples: Array) -> Array:
-    """Mean log-density of `samples [S, n]` under laws of batch shape `[S]`."""
-    density = GeneralizedNormal(law.loc.unsqueeze(-1), law.scale.unsqueeze(-1), law.shape.unsqueeze(-1)).log_prob(
+def constant_log_density(noise: GeneralizedNormal, samples: Array) -> Array:
+    """Mean log-density of `samples [S, n]` under distributions of batch shape `[S]`."""
+    density = GeneralizedNormal(noise.loc.unsqueeze(-1), noise.scale.unsqueeze(-1), noise.shape.unsqueeze(-1)).log_prob(
         samples
     )
     mean: Array = np.mean(density, 1)

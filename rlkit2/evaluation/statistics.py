@@ -46,7 +46,7 @@ def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> Array:
     means = values[..., cut : values.shape[-1] - cut].mean(axis=-1)
     return np.asarray(
         np.where(np.isnan(values[..., -1]), np.nan, means)
-    )  # NaN sorts last; a diverged seed is no outlier to drop
+    )  # NaN sorts last; a diverged seed is not an outlier to drop
 
 
 def pooled_mean(tasks: Sequence[Array]) -> Array:

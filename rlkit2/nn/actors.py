@@ -33,7 +33,7 @@ class Actor(nn.Module):
         raise NotImplementedError
 
     def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The mode, or a sample driven by `noise` (shape and law of `draw_noise`)."""
+        """The mode, or a sample driven by `noise` (shape and distribution of `draw_noise`)."""
         raise NotImplementedError
 
     def draw_noise(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -141,7 +141,7 @@ def _to_mark(stack: list[Any]) -> list[Any]:
 def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
     """What a call of a known constructor stands for; nothing is called."""
     if not isinstance(function, _Name):
-        raise ValueError("it calls something that is no name")
+        raise ValueError("it calls something that is not a name")
     if function == "_codecs.encode" and arguments[1] == "latin1":  # how protocol 2 writes bytes
         return str(arguments[0]).encode("latin1")
     root, _, kind = str(function).rpartition(".")

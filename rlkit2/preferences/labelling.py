@@ -54,7 +54,7 @@ class LabellingSession:
 
     Args:
         dataset: where the segments are.
-        out: folder of the labels; a session that is there is gone on with.
+        out: folder of the labels; a session that is there is resumed.
         count: pairs in all; a larger number prolongs a session.
         length, stride: see `SegmentIndex`.
         sampler, model, seed: see `sample_pairs`.

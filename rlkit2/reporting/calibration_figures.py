@@ -39,7 +39,9 @@ def calibration_figure(found: TDDiagnostics, seeds: Sequence[int]) -> Figure:
     diagonal = [found.qq[..., 0].min(), found.qq[..., 0].max()]
     qq.plot(diagonal, diagonal, color="0.6", linewidth=1)
     qq.set(
-        xlabel="standard normal quantile", ylabel="of the targets, by the agent's law", title="QQ (diagonal if true)"
+        xlabel="standard normal quantile",
+        ylabel="of the targets, by the agent's distribution",
+        title="QQ (diagonal if true)",
     )
     grid = np.linspace(-8, 8, 200)
     tails.plot(grid, np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi), color="0.6", linewidth=1)

@@ -2,7 +2,7 @@
 
 A model is fitted to sentences of which 30 % carry the wrong sentiment word, then trained by DPO on pairs that differ in that word alone
 and share a suffix of 0, 2 or 12 words. The longer the suffix, the larger the cosine between the two gradients and the earlier the chosen
-log-probability falls; the remedies act against that. Every finished run is kept in the output folder, so an interrupted study goes on
+log-probability falls; the remedies act against that. Every finished run is kept in the output folder, so an interrupted study continues
 where it stopped.
 """
 

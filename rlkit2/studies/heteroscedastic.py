@@ -71,8 +71,8 @@ def _draw(shape: float, seeds: int, count: int, seed: int) -> tuple[Tensor, Tens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x = 2.0 * torch.rand(seeds, count, dtype=torch.float64) - 1.0
-        law = GeneralizedNormal(0.0, 1.0, shape)
-        noise = law.sample((seeds, count)) / law.stddev
+        density = GeneralizedNormal(0.0, 1.0, shape)
+        noise = density.sample((seeds, count)) / density.stddev
     return x, torch.sin(3.0 * x) + true_sd(x) * noise
 
 
@@ -155,15 +155,15 @@ def _judge(shape: float, method: str, found: Heads, grid: Tensor, new: Heads, ne
     nothing = np.full(len(rmse), np.nan)
     if method.startswith("squared error"):
         return RegressionResult(shape, method, rmse.numpy(), *([nothing] * 5))
-    law = GeneralizedNormal(new.q, new.log_scale.exp(), new.shape, validate_args=False)
-    central = (2.0 * law.cdf(new_y) - 1.0).abs()
+    density = GeneralizedNormal(new.q, new.log_scale.exp(), new.shape, validate_args=False)
+    central = (2.0 * density.cdf(new_y) - 1.0).abs()
     shares = (central.unsqueeze(-1) <= LEVELS).double().mean(1)
     sd = found.variance.sqrt()
     return RegressionResult(
         noise_shape=shape,
         method=method,
         rmse=rmse.numpy(),
-        nll=-law.log_prob(new_y).mean(1).numpy(),
+        nll=-density.log_prob(new_y).mean(1).numpy(),
         calibration_error=(shares - LEVELS).abs().mean(1).numpy(),
         sd_ratio=(sd / truth).median(1).values.numpy(),
         sd_rank=np.array([_spearman(row, truth) for row in sd]),
@@ -201,9 +201,9 @@ def run_weighting(seeds: int = 200, *, seed: int = 0) -> list[dict[str, float]]:
         torch.manual_seed(seed)
         features = torch.randn(seeds, 300, 20, dtype=torch.float64)
         truth = torch.randn(seeds, 20, 1, dtype=torch.float64) / 20**0.5
-        law = GeneralizedNormal(0.0, 1.0, 0.7)
+        density = GeneralizedNormal(0.0, 1.0, 0.7)
         sd = torch.where(torch.arange(300) < 150, 3.0, 0.3).double().expand(seeds, -1)
-        noise = sd * law.sample((seeds, 300)) / law.stddev
+        noise = sd * density.sample((seeds, 300)) / density.stddev
     y = features @ truth + noise.unsqueeze(-1)
     rows = []
     for xi in (None, 0.0, 1.0, 5.0):

@@ -102,10 +102,10 @@ def _noise(kind: str, loud: Tensor, generator: torch.Generator, seed: int) -> Te
         hits = (torch.rand(shape, generator=generator, dtype=torch.float64) < 0.1).double()
         return (hits - 0.1) / 0.3 * torch.where(loud, 1.0, 0.1).unsqueeze(-1)
     beta = 2.0 if kind == "gaussian" else 0.7
-    law = GeneralizedNormal(0.0, 1.0, beta)
+    density = GeneralizedNormal(0.0, 1.0, beta)
     with torch.random.fork_rng(devices=[]):  # the gamma sampler knows the global generator alone
         torch.manual_seed(seed)
-        unit = law.sample(shape) / law.stddev
+        unit = density.sample(shape) / density.stddev
     return unit * torch.where(loud, 3.0, 0.3).unsqueeze(-1)
 
 

@@ -180,7 +180,7 @@ def run_study(
     options: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> StudyResult:
-    """Run (or go on with) a study: a folder below `out/cells` for every teacher and budget, each one piece of work of the sweep engine.
+    """Run (or resume) a study: a folder below `out/cells` for every teacher and budget, each one piece of work of the sweep engine.
 
     A finished cell is never computed again, so a killed study loses the cells it was in, and more teachers or budgets can be added.
 
@@ -195,7 +195,7 @@ def run_study(
     Raises:
         ConfigError: a setting is out of range, or an unknown engine. DatasetError: no reference returns, so no scale of regret.
         RunError: `out` holds a study with other settings, or a cell ended with an error; the others are done.
-        KeyboardInterrupt: the same call goes on.
+        KeyboardInterrupt: the same call resumes.
     """
     check_engine(engine, jobs)
     folder = Path(out).resolve()

@@ -223,7 +223,7 @@ def run_study(
 ) -> StudyResult:
     """Run the study in `workers` processes and write its table, figure and comparisons to the folder `out`.
 
-    Results are written every few processes: started again in the same folder with the same configuration, a killed study goes on, to the
+    Results are written every few processes: started again in the same folder with the same configuration, a killed study continues, to the
     same numbers. Raises `RunError` where `out` holds another study.
     """
     out.mkdir(parents=True, exist_ok=True)

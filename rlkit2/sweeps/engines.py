@@ -38,7 +38,7 @@ def run_sweep(
     options: Mapping[str, Any] | None = None,
     report: Callable[[Experiment, str], None] = lambda experiment, status: None,
 ) -> dict[Experiment, str]:
-    """Train every run of a sweep that is not finished; what was half done goes on from its newest checkpoint.
+    """Train every run of a sweep that is not finished; what was half done is resumed from its newest checkpoint.
 
     Args:
         sweep: from `load_sweep`.
@@ -55,7 +55,7 @@ def run_sweep(
     Raises:
         ConfigError, DatasetError: an unknown engine, or a dataset that cannot be opened, before anything is trained.
         MissingExtraError: the engine is not installed.
-        KeyboardInterrupt: the runs that were going on are saved; the same call goes on.
+        KeyboardInterrupt: the runs in progress are saved; the same call resumes them.
     """
     check_engine(engine, jobs)
     root = Path(out).resolve() / sweep.name

@@ -83,12 +83,12 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
     except FileNotFoundError as error:
         raise ConfigError(f"sweep {path} does not exist") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"sweep {path} is no readable TOML: {error}") from error
+        raise ConfigError(f"sweep {path} is not readable TOML: {error}") from error
     try:
         _check_names(content, ("name", "base", "grid", "runs"), "the file")
         settings = [*_grid(content.get("base", {}), content.get("grid", {})), *_listed(content)]
         if "grid" not in content and "runs" in content:
-            settings = settings[1:]  # the base alone is no run
+            settings = settings[1:]  # the base alone is not a run
         experiments = tuple(_experiment(values, label) for values, label in settings)
     except ConfigError as error:
         raise ConfigError(f"sweep {path}: {error}") from error

@@ -22,7 +22,7 @@ SETTINGS = "experiment.json"
 
 
 def train_experiment(folder: Path) -> str:
-    """Train what `experiment.json` in the folder says: begin it, go on with it, or leave it alone if it is finished.
+    """Train what `experiment.json` in the folder says: begin it, resume it, or leave it alone if it is finished.
 
     Returns:
         The status of the run: `finished` or `failed` (all seeds stopped).
@@ -51,7 +51,7 @@ def work_name(work: Callable[[Path], str]) -> str:
     """`module:function`, by which another process finds the function.
 
     Raises:
-        ConfigError: it is no function at the top level of a module of rlkit2.
+        ConfigError: it is not a function at the top level of a module of rlkit2.
     """
     name = f"{work.__module__}:{work.__qualname__}"
     if find_work(name) is not work:
@@ -68,7 +68,7 @@ def find_work(name: str) -> Callable[[Path], str]:
     module, _, function = name.partition(":")
     found = getattr(import_module(module), function, None) if module.startswith("rlkit2.") else None
     if not callable(found):
-        raise ConfigError(f"{name} is no function of rlkit2")
+        raise ConfigError(f"{name} is not a function of rlkit2")
     return found  # type: ignore[no-any-return]
 
 
@@ -83,7 +83,7 @@ def carry_out(name: str, folder: str) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Interrupt this process when its parent is gone: what was killed must not go on beside what is started in its place."""
+    """Interrupt this process when its parent is gone: what was killed must not run on beside what is started in its place."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGINT)

@@ -76,7 +76,7 @@ def place_dataset(dataset: TransitionDataset, device: torch.device) -> Transitio
 
 
 def check_config(config: Any) -> Any:
-    """The config itself, or `ConfigError` where it is no dataclass that an agent names as its own."""
+    """The config itself, or `ConfigError` where it is not a dataclass that an agent names as its own."""
     agent_class(config)
     return config
 

@@ -20,7 +20,7 @@ from rlkit2.training.run_files import read_json, sync_folder, write_synced, writ
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on as if it had never stopped.
+    """Everything a run needs to continue as if it had never stopped.
 
     Attributes:
         step: updates done.

@@ -49,7 +49,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     except FileNotFoundError as error:
         raise ConfigError(f"recipe {path} does not exist") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"recipe {path} is no readable TOML: {error}") from error
+        raise ConfigError(f"recipe {path} is not readable TOML: {error}") from error
     for name in ("agent", "dataset"):
         if not isinstance(content.get(name), str):
             raise ConfigError(f'recipe {path} does not name its {name}; add a line {name} = "..." at the top')
@@ -91,7 +91,7 @@ def read_overrides(config_class: type[Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r} is no setting; write name=value")
+            raise ConfigError(f"{override!r} is not a setting; write name=value")
         try:
             values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -43,7 +43,7 @@ class Run:
         path: the folder.
 
     Raises:
-        RunError: the folder is no run, or is damaged.
+        RunError: the folder is not a run, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

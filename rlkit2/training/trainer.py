@@ -123,7 +123,7 @@ class Trainer:
             except WriteError as error:
                 if not self.run.checkpoints:
                     raise
-                mend = f"its checkpoints are intact, go on with: rlkit2 train --resume {self.run.path}"
+                mend = f"its checkpoints are intact; resume it with: rlkit2 train --resume {self.run.path}"
                 raise WriteError(f"{error}; {mend}") from error
             finally:
                 self.progress.stop()
@@ -214,7 +214,7 @@ class Trainer:
     # ---- seeds that stop ----------------------------------------------------------------------------------------------
 
     def _stop_seeds(self, bad: Mapping[int, tuple[int, str]]) -> None:
-        """Take seeds with a non-finite metric out of the run, back to their last finite checkpoint; the others go on."""
+        """Take seeds with a non-finite metric out of the run, back to their last finite checkpoint; the others continue."""
         state, generators = self._states()
         for seed, (step, metric) in bad.items():
             rows = BatchIndices(self.dataset, [seed], self.options.batch_size).at(step)[0]
@@ -401,7 +401,9 @@ class Trainer:
                 f"seed {seed} stopped at step {record['step']} ({record['metric']} was not finite); see manifest.json"
             )
         if status == "interrupted":
-            self.progress.message(f"interrupted at step {self.step}; go on with: rlkit2 train --resume {self.run.path}")
+            self.progress.message(
+                f"interrupted at step {self.step}; resume it with: rlkit2 train --resume {self.run.path}"
+            )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -234,7 +234,7 @@ def test_plain_critics_say_that_they_know_no_noise(name: str) -> None:
     with pytest.raises(ConfigError, match="critic = 'ggd'"):
         agent.uncertainty(torch.zeros(2, OBS))
     with pytest.raises(ConfigError, match="critic = 'ggd'"):
-        agent.td_errors(random_batch(1, 4, OBS, ACT, discrete=agent.discrete))
+        agent.predicted_targets(random_batch(1, 4, OBS, ACT, discrete=agent.discrete))
 
 
 @every_agent

@@ -72,7 +72,7 @@ def test_model(capsys, tmp_path):
     assert call("rm", "--loss", "bradley_terry") == 0
     capsys.readouterr()
     for message, name, arguments in (
-        ("is no folder", "absent", ()),
+        ("is not a folder", "absent", ()),
         ("has no hyper-parameter 'bta'", "lm", ("--hyper", "bta=1")),
         ("must be name=number", "lm", ("--hyper", "beta")),
         ("a reward model has one", "classifier", ()),

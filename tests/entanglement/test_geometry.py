@@ -316,7 +316,7 @@ def test_bad_input_is_named(toy):
         "use loop or vmap for a bare function": lambda: pair_geometry(
             lambda p, i: p["x"], {"x": ones}, pairs, method="ghost"
         ),
-        "is no parameter of the model": lambda: pair_geometry(logp, {"nope": ones}, pairs),
+        "is not a parameter of the model": lambda: pair_geometry(logp, {"nope": ones}, pairs),
         "group_by='layers'": lambda: pair_geometry(logp, None, pairs, group_by="layers"),
         "microbatch=0": lambda: pair_geometry(logp, None, pairs, microbatch=0),
         "pair=9 is not one of the batch's 5 pairs": lambda: token_geometry(logp, None, pairs, pair=9),

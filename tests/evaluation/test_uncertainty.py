@@ -16,7 +16,7 @@ import rlkit2
 from rlkit2.agents import make_agent
 from rlkit2.agents.error_model import Heads
 from rlkit2.agents.iql import IQL, IQLConfig
-from rlkit2.agents.uncertain_agent import TDErrors
+from rlkit2.agents.uncertain_agent import PredictedTargets
 from rlkit2.cli.main import main
 from rlkit2.data import Batch, TransitionDataset, dataset_from_arrays
 from rlkit2.envs.noisy_rooms import noise_scale, noise_shape
@@ -56,13 +56,13 @@ class Oracle(IQL):
         q = 1e-9 * members * spread
         return Heads(q, shape.expand_as(q), (self.factor * scale).log().expand_as(q))
 
-    def td_errors(self, batch: Batch) -> TDErrors:
+    def predicted_targets(self, batch: Batch) -> PredictedTargets:
         heads = self._heads(batch.observations, batch.actions)
         scale = (heads.log_scale.exp() / self.factor)[:, 0]
         targets = GeneralizedNormal(torch.zeros_like(scale), scale, heads.shape[:, 0]).sample()
         if self.skewed:
             targets = targets.exp()
-        return TDErrors(targets.unsqueeze(1).expand_as(heads.q), heads)
+        return PredictedTargets(targets.unsqueeze(1).expand_as(heads.q), heads)
 
     def heads_at(self, observations: Any, actions: Any = None) -> Heads:
         observed = torch.as_tensor(observations).expand(1, -1, -1)

@@ -93,7 +93,7 @@ def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
         (("[1e-3, 1e-2]", "[0.1, 0.1]"), r"holds the same run twice: learning_rate=0\.1-"),
         (("steps = 30", "steps = 0"), "steps must be a whole number of at least 1"),
         (("seeds = 2", "seeds = [1, 1]"), "seeds must be a positive number or distinct integers"),
-        (('name = "tiny"', "name ="), "is no readable TOML"),
+        (('name = "tiny"', "name ="), "is not readable TOML"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_before_anything_is_trained(tmp_path, capsys, change, message):
@@ -222,11 +222,11 @@ def test_every_engine_is_named_in_the_help(capsys):
 def test_work_is_a_function_that_other_processes_find():
     assert find_work(work_name(train_experiment)) is train_experiment
     for work in (lambda folder: "finished", written):
-        with pytest.raises(ConfigError, match="is no function of rlkit2"):
+        with pytest.raises(ConfigError, match="is not a function of rlkit2"):
             run_folders(work, [])
-    with pytest.raises(ConfigError, match="os:system is no function of rlkit2"):
+    with pytest.raises(ConfigError, match="os:system is not a function of rlkit2"):
         find_work("os:system")
-    with pytest.raises(ConfigError, match=r"rlkit2\.sweeps\.worker:SETTINGS is no function of rlkit2"):
+    with pytest.raises(ConfigError, match=r"rlkit2\.sweeps\.worker:SETTINGS is not a function of rlkit2"):
         find_work("rlkit2.sweeps.worker:SETTINGS")
 
 

@@ -79,7 +79,7 @@ def test_a_recipe_trains_and_what_is_given_beside_it_wins(tmp_path):
         (('agent = "bc"', ""), r'does not name its agent; add a line agent = "\.\.\." at the top'),
         (('dataset = "tiny/walk-v0"', ""), "does not name its dataset"),
         (("[data]", "data = 3\n[other]"), "data must be a section|unknown entry"),
-        (("agent =", "agent"), "is no readable TOML"),
+        (("agent =", "agent"), "is not readable TOML"),
     ],
 )
 def test_a_wrong_recipe_names_the_file_the_field_and_the_mend(tmp_path, change, message):
@@ -159,7 +159,7 @@ def test_overrides_are_read_as_toml_and_plain_text():
         "residual_clip": None,
     }
     for wrong, message in (
-        ("lambda_", "'lambda_' is no setting; write name=value"),
+        ("lambda_", "'lambda_' is not a setting; write name=value"),
         ("lambda=1", r"no field 'lambda'; did you mean lambda_\?"),
         ("num_values=1.5", "num_values must be a whole number of at least 1, not 1.5"),
         ("lambda_=none", r"lambda_ must be a number in \(0, 1\), not 'none'"),

@@ -199,7 +199,7 @@ def test_ctrl_c_prints_the_resume_command_and_keeps_the_policy(tmp_path, capsys,
     assert main([*command, "--hidden-sizes", "8"]) == 130
     text = capsys.readouterr().err
     (path,) = tmp_path.glob("bc-*")
-    assert f"go on with: rlkit2 train --resume {path}\n" in text
+    assert f"resume it with: rlkit2 train --resume {path}\n" in text
     step = Run(path).checkpoint().step
     assert step >= 10
     assert rlkit2.load_policy(path).metadata["step"] == step
