@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json as json_format
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import evaluate, load_run
+from rlkit2.cli import output
 from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.parsing import command
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.reporting.comparison import compare as compare_runs
 from rlkit2.training.run import Run
-
-DESCRIPTION = """Compare the final scores of runs: mean, IQM, 95 % intervals and probability of improvement over a baseline.
-
-Example: rlkit2 compare runs/bc-* runs/odice-* --baseline bc"""
 
 
 def compare(
@@ -32,7 +25,9 @@ def compare(
     json: bool = False,
     markdown: bool = False,
 ) -> int:
-    """Compare.
+    """Compare the final scores of runs: mean, IQM, 95 % intervals and probability of improvement over a baseline.
+
+    Example: rlkit2 compare runs/bc-* runs/odice-* --baseline bc
 
     Args:
         runs: folders of runs.
@@ -50,23 +45,17 @@ def compare(
 
     scorer = None if episodes is None else score
     comparison = compare_runs([load_run(path) for path in runs], baseline=baseline, last=last, evaluate=scorer)
-    out = Console(width=None if sys.stdout.isatty() else 160)
     if json:
-        out.print_json(json_format.dumps(comparison.to_dict(), allow_nan=False))
+        output.print_json(comparison.to_dict())
     elif markdown:
-        out.print(comparison.markdown(), end="", markup=False, highlight=False, soft_wrap=True)
+        output.say(comparison.markdown().rstrip("\n"))
     else:
-        table = Table()
-        for index, name in enumerate(comparison.header):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for cells in comparison.cells():
-            table.add_row(*cells)
-        out.print(table)
+        output.print_table(comparison.header, comparison.cells(), left=2)
         for note in comparison.notes:
-            out.print(note, highlight=False)
+            output.say(note)
     return 0
 
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(compare, arguments, prog="rlkit2 compare", description=DESCRIPTION)
+    return command(compare, arguments, prog="rlkit2 compare")

@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from rlkit2.api import load_dataset
 from rlkit2.cli import data_text as text
+from rlkit2.cli import output
 from rlkit2.cli.parsing import subcommand
 from rlkit2.data import audit, read_dataset
 from rlkit2.data.folders import minari_root
@@ -31,7 +32,9 @@ Text = Annotated[str | None, arg(metavar="TEXT")]
 
 
 def list_datasets(*, json: bool = False) -> int:
-    """List.
+    """Built-in datasets and those in Minari's root.
+
+    Example: rlkit2 data list
 
     Args:
         json: print JSON.
@@ -39,14 +42,16 @@ def list_datasets(*, json: bool = False) -> int:
     found = [text.summary(name, data_root() / name / "data", recipe) for name, recipe in builtin_recipes().items()]
     found += [text.summary(name, path) for name, path in local_datasets().items()]
     if json:
-        text.print_json({"minari_root": str(minari_root()), "builtin_root": str(data_root()), "datasets": found})
+        output.print_json({"minari_root": str(minari_root()), "builtin_root": str(data_root()), "datasets": found})
     else:
         text.print_list(found)
     return 0
 
 
 def info(source: Source, *, observation_keys: Keys = None, json: bool = False, markdown: bool = False) -> int:
-    """Info.
+    """What a dataset holds.
+
+    Example: rlkit2 data info builtin/rooms
 
     Args:
         source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
@@ -57,7 +62,7 @@ def info(source: Source, *, observation_keys: Keys = None, json: bool = False, m
     dataset = load_dataset(source, observation_keys=observation_keys)
     described = text.describe(dataset, source)
     if json:
-        text.print_json(described)
+        output.print_json(described)
     elif markdown:
         text.print_card(described)
     else:
@@ -72,7 +77,9 @@ def check(
     figure: File = None,
     json: bool = False,
 ) -> int:
-    """Check.
+    """Check a dataset before training; exit status 1 where something is wrong.
+
+    Example: rlkit2 data check mujoco/hopper/medium-v0 --figure hopper.png
 
     Args:
         source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
@@ -85,11 +92,11 @@ def check(
         report = audit(dataset, progress=progress)
     drawn = report.figure(figure) if figure is not None else None
     if json:
-        text.print_json(report.to_dict())
+        output.print_json(report.to_dict())
     else:
         text.print_report(report)
         if drawn is not None:
-            text.say(f"figure: {drawn}")
+            output.say(f"figure: {drawn}")
     return 0 if report.ok else 1
 
 
@@ -100,7 +107,9 @@ def build(
     all: bool = False,
     rebuild: bool = False,
 ) -> int:
-    """Build.
+    """Build built-in datasets, or one from a recipe of yours.
+
+    Example: rlkit2 data build builtin/rooms
 
     Args:
         names: built-in ids or families, such as builtin/rooms.
@@ -113,7 +122,7 @@ def build(
     if recipe is not None:
         with progress_bar(f"building {recipe}") as progress:
             dataset = build_recipe(recipe, progress=progress, rebuild=rebuild)
-        text.say(text.built(dataset))
+        output.say(text.built(dataset))
     for name in builtin_recipes() if all else map(builtin_id, names):
         with progress_bar(f"building {name}") as progress:
             try:
@@ -121,9 +130,9 @@ def build(
             except ImportError as error:
                 if not all:
                     raise
-                text.say(f"{name} is left out: {error}")
+                output.say(f"{name} is left out: {error}")
                 continue
-        text.say(text.built(dataset))
+        output.say(text.built(dataset))
     return 0
 
 
@@ -138,7 +147,9 @@ def import_file(
     description: Text = None,
     format: Literal["hdf5", "arrow"] = "hdf5",
 ) -> int:
-    """Import.
+    """Make a Minari dataset of a D4RL-style file.
+
+    Example: rlkit2 data import hopper_medium.hdf5 my/hopper/medium-v0 --env Hopper-v5
 
     Args:
         file: D4RL-style HDF5 file (observations, actions, rewards, terminals, timeouts, with or without next_observations).
@@ -165,11 +176,11 @@ def import_file(
             description=description or f"imported from {file.name}",
             provenance={"imported_from": file.name, "content_hash": dataset.spec.content_hash},
         )
-    text.say(text.built(written))
+    output.say(text.built(written))
     for line in text.note_lines(dataset.spec.notes):
-        text.say(line)
+        output.say(line)
     if spec is None:
-        text.say(
+        output.say(
             f"no --env: spaces are those the arrays allow, actions {text.short(dataset.spec.action_space)}; evaluation will need an environment"
         )
     return 0
@@ -199,7 +210,9 @@ def relabel(
     description: Text = None,
     format: Literal["hdf5", "arrow"] = "hdf5",
 ) -> int:
-    """Relabel.
+    """Make a Minari dataset with other rewards.
+
+    Example: rlkit2 data relabel builtin/rooms my/rooms/distance-v0 --reward rewards.py:distance
 
     Args:
         source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
@@ -222,32 +235,22 @@ def relabel(
             description=description or f"{dataset.spec.id} with the rewards of {reward}",
             provenance={"relabelled_from": dataset.spec.id, "content_hash": dataset.spec.content_hash, **origin},
         )
-    text.say(text.built(written))
+    output.say(text.built(written))
     low, high = (f"{float(value):g}" for value in (relabelled.rewards.min(), relabelled.rewards.max()))
-    text.say(f"rewards {low} to {high}, mean {float(relabelled.rewards.mean()):g}; all else is as in {dataset.spec.id}")
+    output.say(
+        f"rewards {low} to {high}, mean {float(relabelled.rewards.mean()):g}; all else is as in {dataset.spec.id}"
+    )
     return 0
 
 
 # name -> (function, one-line help, example)
-SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
-    "list": (list_datasets, "built-in datasets and those in Minari's root", "rlkit2 data list"),
-    "info": (info, "what a dataset holds", "rlkit2 data info builtin/rooms"),
-    "check": (
-        check,
-        "check a dataset before training; exit status 1 where something is wrong",
-        "rlkit2 data check mujoco/hopper/medium-v0 --figure hopper.png",
-    ),
-    "build": (build, "build built-in datasets, or one from a recipe of yours", "rlkit2 data build builtin/rooms"),
-    "import": (
-        import_file,
-        "make a Minari dataset of a D4RL-style file",
-        "rlkit2 data import hopper_medium.hdf5 my/hopper/medium-v0 --env Hopper-v5",
-    ),
-    "relabel": (
-        relabel,
-        "make a Minari dataset with other rewards",
-        "rlkit2 data relabel builtin/rooms my/rooms/distance-v0 --reward rewards.py:distance",
-    ),
+SUBCOMMANDS: dict[str, Callable[..., int]] = {
+    "list": list_datasets,
+    "info": info,
+    "check": check,
+    "build": build,
+    "import": import_file,
+    "relabel": relabel,
 }
 
 

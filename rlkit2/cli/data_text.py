@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from minari import MinariDataset
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlkit2.cli.output import console, say
 from rlkit2.data import AuditReport, TransitionDataset
 from rlkit2.data.audit.checks import NOTES
 from rlkit2.data.audit.findings import Distribution
@@ -30,30 +29,6 @@ HEIGHT = 4  # lines of a histogram
 BAR = 3  # characters of one bin
 MOST_ACTIONS = 12  # action columns shown
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
-
-
-def console() -> Console:
-    """Standard output; wide where it is not a terminal, so that nothing is wrapped in a file."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-
-
-def say(line: str) -> None:
-    """Print one line as it is."""
-    console().print(line, markup=False, soft_wrap=True)
-
-
-def print_json(values: Mapping[str, Any]) -> None:
-    """Print JSON; numbers that are not finite become null."""
-    console().print_json(json.dumps(finite(values), allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(space: spaces.Space[Any]) -> str:

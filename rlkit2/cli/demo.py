@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.studies.demo import run_demo
 
-DESCRIPTION = """Build a dataset, audit it, train O-DICE and behaviour cloning with several seeds, compare them and draw what was learnt.
-
-Example: rlkit2 demo --seeds 4"""
-
 
 def demo(*, seeds: int = 4, steps: int | None = None, out: Path = Path("runs/demo"), device: str = "auto") -> int:
-    """Demo.
+    """Build a dataset, audit it, train O-DICE and behaviour cloning with several seeds, compare them and draw what was learnt.
+
+    Example: rlkit2 demo --seeds 4
 
     Args:
         seeds: training runs per agent, trained together.
@@ -29,22 +24,14 @@ def demo(*, seeds: int = 4, steps: int | None = None, out: Path = Path("runs/dem
     """
     began = time.perf_counter()
     result = run_demo(out, seeds=seeds, steps=steps, device=device)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    table = Table()
-    for index, name in enumerate(result.comparison.header):
-        table.add_column(name, justify="left" if index < 2 else "right")
-    for cells in result.comparison.cells():
-        table.add_row(*cells)
-    console.print(table)
-    console.print(
+    output.print_table(result.comparison.header, result.comparison.cells(), left=2)
+    output.say(
         "scores: per cent of the way from a random policy to an expert; no episode of the data leads from the start to the goal"
     )
-    console.print(
-        f"picture {result.picture}\npage    {result.page}\n{time.perf_counter() - began:.0f} s", soft_wrap=True
-    )
+    output.say(f"picture {result.picture}\npage    {result.page}\n{time.perf_counter() - began:.0f} s")
     return 0
 
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(demo, arguments, prog="rlkit2 demo", description=DESCRIPTION)
+    return command(demo, arguments, prog="rlkit2 demo")

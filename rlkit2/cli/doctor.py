@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import json as json_format
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff
 
+from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.data.cache import cache_folder
 from rlkit2.data.folders import minari_root
@@ -27,9 +26,6 @@ from rlkit2.envs.builtin import builtin_recipes, data_root
 from rlkit2.errors import first_line
 from rlkit2.nn.matmul import onednn_is_better
 
-DESCRIPTION = """Show versions, optional parts, devices, dataset roots and write access; exit status 1 where something needed is missing.
-
-Example: rlkit2 doctor --json > installation.json"""
 # distribution -> module
 NEEDED = {
     "torch": "torch",
@@ -60,15 +56,17 @@ EXTRAS = {
 
 
 def doctor(*, json: bool = False) -> int:
-    """Doctor.
+    """Show versions, optional parts, devices, dataset roots and write access; exit status 1 where something needed is missing.
+
+    Example: rlkit2 doctor --json > installation.json
 
     Args:
         json: print JSON.
     """
     found = examine()
-    out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    out = output.console()
     if json:
-        out.print_json(json_format.dumps(found))
+        output.print_json(found)
     else:
         _print(out, found)
     return 1 if found["problems"] else 0
@@ -189,4 +187,4 @@ def _print(out: Console, found: dict[str, Any]) -> None:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(doctor, arguments, prog="rlkit2 doctor", description=DESCRIPTION, config=(FlagCreatePairsOff,))
+    return command(doctor, arguments, prog="rlkit2 doctor", config=(FlagCreatePairsOff,))

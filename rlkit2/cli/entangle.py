@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, arg
 
+from rlkit2.cli import output
 from rlkit2.cli.parsing import subcommand
 from rlkit2.errors import ConfigError, first_line, require
 from rlkit2.progress import progress_bar
@@ -34,7 +34,9 @@ def losses(
     norm_rejected: float = 1.2,
     json: bool = False,
 ) -> int:
-    """Losses.
+    """Table of the margin losses: coefficients, conditions and bounds for one pair.
+
+    Example: rlkit2 entangle losses --cosine 0.95 --only dpo simpo cpo
 
     Args:
         only: names of losses; default: all.
@@ -59,7 +61,7 @@ def losses(
         cosine=cosine,
         norms=(norm_chosen, norm_rejected),
     )
-    out = Console(width=None if sys.stdout.isatty() else 160)
+    out = output.console()
     if json:
         out.print_json(json_format.dumps(rows))
         return 0
@@ -103,7 +105,9 @@ def model(
     out: Path = Path("entanglement"),
     json: bool = False,
 ) -> int:
-    """Model.
+    """Gradients of preference pairs under a language model or reward model.
+
+    Example: rlkit2 entangle model --model ./my-model --pairs pairs.jsonl --loss dpo --hyper beta=0.1
 
     Args:
         model: folder of a causal language model or a reward model (one label) that transformers loads; nothing is downloaded.
@@ -169,7 +173,7 @@ def model(
     page = write_model_page(
         report, out / "report.html", title=f"entanglement of {model.name} on {pairs.name}", labels=labels
     )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = output.console()
     if json:
         console.print_json(json_format.dumps(report))
     else:
@@ -265,7 +269,9 @@ def toy(
     workers: int | None = None,
     json: bool = False,
 ) -> int:
-    """Toy.
+    """Train small language models that show the effect and its remedies.
+
+    Example: rlkit2 entangle toy --out toy
 
     Args:
         out: folder of finished runs, toy.json, toy.svg and toy.png; an interrupted study is resumed there.
@@ -297,7 +303,7 @@ def toy(
     drawn = figure(summary)
     for name in ("toy.svg", "toy.png"):
         drawn.savefig(out / name, dpi=130)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = output.console()
     if json:
         console.print_json(json_format.dumps(summary))
         return 0
@@ -314,22 +320,10 @@ def toy(
 
 
 # name -> (function, one-line help, example)
-SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
-    "losses": (
-        losses,
-        "table of the margin losses: coefficients, conditions and bounds for one pair",
-        "rlkit2 entangle losses --cosine 0.95 --only dpo simpo cpo",
-    ),
-    "model": (
-        model,
-        "gradients of preference pairs under a language model or reward model",
-        "rlkit2 entangle model --model ./my-model --pairs pairs.jsonl --loss dpo --hyper beta=0.1",
-    ),
-    "toy": (
-        toy,
-        "train small language models that show the effect and its remedies",
-        "rlkit2 entangle toy --out toy",
-    ),
+SUBCOMMANDS: dict[str, Callable[..., int]] = {
+    "losses": losses,
+    "model": model,
+    "toy": toy,
 }
 
 

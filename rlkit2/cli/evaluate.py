@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +13,12 @@ from tyro.conf import Positional
 
 from rlkit2.api import evaluate as evaluate_policy
 from rlkit2.api import load_policy, load_run
+from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.nn.policy import Policy
 from rlkit2.training.run import Run
-
-DESCRIPTION = """Play episodes with every seed of a trained policy and print its returns and scores.
-
-Example: rlkit2 evaluate runs/odice-zoo-hopper-medium-v0-001 --episodes 100"""
 
 
 def evaluate(
@@ -38,7 +33,9 @@ def evaluate(
     max_steps: int | None = None,
     json: bool = False,
 ) -> int:
-    """Evaluate.
+    """Play episodes with every seed of a trained policy and print its returns and scores.
+
+    Example: rlkit2 evaluate runs/odice-zoo-hopper-medium-v0-001 --episodes 100
 
     Args:
         run: folder of a run, or of a saved policy.
@@ -63,20 +60,17 @@ def evaluate(
             max_steps=max_steps,
             progress=progress,
         )
-    out = Console(width=None if sys.stdout.isatty() else 160)
     if json:
-        out.print_json(
-            json_format.dumps({"run": str(run), "checkpoint": checkpoint, **result.to_dict()}, allow_nan=False)
-        )
+        output.print_json({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
     else:
-        _print(out, result, checkpoint)
+        _print(output.console(), result, checkpoint)
     return 0
 
 
 @contextmanager
 def episode_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over episodes on a terminal's standard error, nothing elsewhere; gives what to call with (done, total)."""
-    console = Console(stderr=True)
+    console = output.console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -151,4 +145,4 @@ def _number(value: float | None) -> str:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(evaluate, arguments, prog="rlkit2 evaluate", description=DESCRIPTION)
+    return command(evaluate, arguments, prog="rlkit2 evaluate")

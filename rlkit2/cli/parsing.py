@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import sys
@@ -17,10 +18,8 @@ import tyro
 from rlkit2.errors import ConfigError
 
 
-def command(
-    function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, description: str, **options: Any
-) -> int | None:
-    """Call `function` with what the arguments say; its signature and docstring are the options and their help.
+def command(function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, **options: Any) -> int | None:
+    """Call `function` with what the arguments say; its signature is the options, its docstring the help and their meaning.
 
     Args:
         options: further arguments of `tyro.cli`.
@@ -34,24 +33,26 @@ def command(
     def bind(*values: Any, **options: Any) -> Callable[[], int | None]:
         return lambda: function(*values, **options)
 
-    bound: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=description, **options)
+    bound: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=help_text(function), **options)
     return bound()
 
 
+def help_text(function: Callable[..., Any]) -> str:
+    """A function's docstring up to its arguments: what the command does, and an example."""
+    return (inspect.getdoc(function) or "").partition("\n\nArgs:")[0].strip()
+
+
 def subcommand(
-    group: str,
-    commands: Mapping[str, tuple[Callable[..., int | None], str, str]],
-    arguments: Sequence[str],
-    **options: Any,
+    group: str, commands: Mapping[str, Callable[..., int | None]], arguments: Sequence[str], **options: Any
 ) -> int | None:
-    """Find one command of a group (`commands`: name -> function, one-line help, example) and call it as `command` does.
+    """Find one command of a group and call it as `command` does.
 
     Raises:
         ConfigError: unknown command, or as `command`.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, commands))
-        lines = [f"  {name:<{width}}  {help}" for name, (_, help, _) in commands.items()]
+        lines = [f"  {name:<{width}}  {summary(function)}" for name, function in commands.items()]
         more = f"rlkit2 {group} COMMAND --help explains a command and shows an example."
         sys.stdout.write("\n".join([f"usage: rlkit2 {group} COMMAND [OPTIONS]", "", *lines, "", more, ""]))
         return 0 if arguments else 2
@@ -60,9 +61,13 @@ def subcommand(
         close = get_close_matches(name, commands, 1)
         hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(commands)}"
         raise ConfigError(f"unknown command '{group} {name}'; {hint}")
-    function, help, example = commands[name]
-    description = f"{help[0].upper()}{help[1:]}.\n\nExample: {example}"
-    return command(function, rest, prog=f"rlkit2 {group} {name}", description=description, **options)
+    return command(commands[name], rest, prog=f"rlkit2 {group} {name}", **options)
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """The first line of a function's docstring as a phrase."""
+    first = help_text(function).partition("\n")[0].rstrip(".")
+    return first[0].lower() + first[1:]
 
 
 def name_values(texts: Sequence[str], option: str) -> dict[str, Any]:

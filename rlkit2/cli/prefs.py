@@ -11,7 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import load_dataset
-from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.cli.output import console, print_json, say
 from rlkit2.cli.parsing import name_values, subcommand
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
@@ -60,7 +60,9 @@ def label(
     people: Path | None = None,
     more: bool = False,
 ) -> int:
-    """Label.
+    """Label pairs of segments, by a scripted teacher or by hand in the browser.
+
+    Example: rlkit2 prefs label builtin/rooms --teacher oracle --count 500 --length 8 --out labels
 
     Args:
         dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
@@ -161,7 +163,9 @@ def fit(
     offset: str = "none",
     json: bool = False,
 ) -> int:
-    """Fit.
+    """Fit an ensemble of reward models to labels and hold it against the baselines.
+
+    Example: rlkit2 prefs fit labels --out reward --relabel-as my/rooms/learned-v0
 
     Args:
         labels: folder of labels (rlkit2 prefs label).
@@ -289,7 +293,9 @@ def study(
     figure: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Study.
+    """The loop from labels to regret: budgets, teachers and seeds in one table and picture.
+
+    Example: rlkit2 prefs study builtin/pendulum --out study --config critic_learning_rate=1e-3 value_learning_rate=1e-3 policy_learning_rate=1e-3
 
     Args:
         dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder; it needs reference returns.
@@ -379,22 +385,10 @@ def _print_study(result: StudyResult) -> None:
 
 
 # name -> (function, one-line help, example)
-SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
-    "label": (
-        label,
-        "label pairs of segments, by a scripted teacher or by hand in the browser",
-        "rlkit2 prefs label builtin/rooms --teacher oracle --count 500 --length 8 --out labels",
-    ),
-    "fit": (
-        fit,
-        "fit an ensemble of reward models to labels and hold it against the baselines",
-        "rlkit2 prefs fit labels --out reward --relabel-as my/rooms/learned-v0",
-    ),
-    "study": (
-        study,
-        "the loop from labels to regret: budgets, teachers and seeds in one table and picture",
-        "rlkit2 prefs study builtin/pendulum --out study --config critic_learning_rate=1e-3 value_learning_rate=1e-3 policy_learning_rate=1e-3",
-    ),
+SUBCOMMANDS: dict[str, Callable[..., int]] = {
+    "label": label,
+    "fit": fit,
+    "study": study,
 }
 
 

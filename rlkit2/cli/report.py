@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from tyro.conf import Positional
 
 from rlkit2.api import load_run
+from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.reporting.report import write_report
 
-DESCRIPTION = """Write one self-contained HTML page about runs: final scores, learning curves, diagnostics, configuration, manifest.
-
-Example: rlkit2 report runs/bc-* runs/odice-* --out report.html"""
-
 
 def report(runs: Positional[tuple[Path, ...]], *, out: Path = Path("report.html"), baseline: str | None = None) -> int:
-    """Report.
+    """Write one self-contained HTML page about runs: final scores, learning curves, diagnostics, configuration, manifest.
+
+    Example: rlkit2 report runs/bc-* runs/odice-* --out report.html
 
     Args:
         runs: folders of runs.
@@ -26,10 +24,10 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path = Path("report.html"
         baseline: agent, label or run folder the others are held against; default: the first run.
     """
     path = write_report([load_run(run) for run in runs], out, baseline=baseline)
-    Console().print(f"wrote {path}", highlight=False)
+    output.say(f"wrote {path}")
     return 0
 
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(report, arguments, prog="rlkit2 report", description=DESCRIPTION)
+    return command(report, arguments, prog="rlkit2 report")

@@ -15,7 +15,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from rlkit2.api import load_dataset
-from rlkit2.cli.data_text import console, print_json, say
+from rlkit2.cli.output import console, print_json, say
 from rlkit2.cli.parsing import subcommand
 from rlkit2.data.relabel import load_reward
 from rlkit2.errors import ConfigError, RewardError
@@ -53,7 +53,9 @@ def tabular(
     out: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Tabular.
+    """Exact distances between rewards in a finite process, and what they say about regret.
+
+    Example: rlkit2 starc tabular --env FrozenLake-v1
 
     Args:
         file: .npz file with transitions [S, A, S], discount, and rewards [K, S, A, S] with names [K] (or each reward under its own name).
@@ -142,7 +144,9 @@ def dataset(
     out: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Dataset.
+    """Distances between rewards on the transitions of a dataset, with intervals.
+
+    Example: rlkit2 starc dataset zoo/pendulum/mixed-v0 --reward rewards.py:upright --reward rewards.py:still --true
 
     Args:
         dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.
@@ -211,7 +215,9 @@ def study(
     rows: int = 43,
     json: bool = False,
 ) -> int:
-    """Study.
+    """Which distance predicts regret: the published study with exact values, in parallel.
+
+    Example: rlkit2 starc study --mdps 384 --out starc-study
 
     Args:
         out: folder for table.csv, distance_and_regret.svg and the comparisons; a study that was stopped is resumed there.
@@ -400,22 +406,10 @@ def _say_saved(saved: list[str]) -> None:
         say(f"wrote {', '.join(saved)}")
 
 
-SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, str]] = {
-    "tabular": (
-        tabular,
-        "exact distances between rewards in a finite process, and what they say about regret",
-        "rlkit2 starc tabular --env FrozenLake-v1",
-    ),
-    "dataset": (
-        dataset,
-        "distances between rewards on the transitions of a dataset, with intervals",
-        "rlkit2 starc dataset zoo/pendulum/mixed-v0 --reward rewards.py:upright --reward rewards.py:still --true",
-    ),
-    "study": (
-        study,
-        "which distance predicts regret: the published study with exact values, in parallel",
-        "rlkit2 starc study --mdps 384 --out starc-study",
-    ),
+SUBCOMMANDS: dict[str, Callable[..., int]] = {
+    "tabular": tabular,
+    "dataset": dataset,
+    "study": study,
 }
 
 

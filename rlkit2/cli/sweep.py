@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import join, quote
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from rlkit2.cli import output
 from rlkit2.cli.parsing import command, name_values
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
 from rlkit2.training import Run
-
-DESCRIPTION = """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
-finished runs are skipped, half-done ones are resumed from their newest checkpoint.
-
-Example: rlkit2 sweep sweep.toml --jobs 2"""
 
 
 def sweep(
@@ -31,7 +26,10 @@ def sweep(
     option: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> int:
-    """Sweep.
+    """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
+    finished runs are skipped, half-done ones are resumed from their newest checkpoint.
+
+    Example: rlkit2 sweep sweep.toml --jobs 2
 
     Args:
         file: TOML with [base], [grid] and [[runs]].
@@ -43,7 +41,7 @@ def sweep(
         dry_run: show the runs and how far they are, train nothing.
     """
     plan = load_sweep(file)
-    console = Console(stderr=True, highlight=False)
+    console = output.console(stderr=True)
     failed = False
     if not dry_run:
         done = [run for run in sweep_runs(out, plan).values() if run is not None and _over(run)]
@@ -72,7 +70,7 @@ def sweep(
             failed = any(status != "finished" for status in statuses.values())
         except KeyboardInterrupt:
             console.print(
-                f"interrupted; the runs are saved, resume with the same command: rlkit2 sweep {file} --out {out}",
+                f"interrupted; the runs are saved, resume with the same command: {join(['rlkit2', 'sweep', str(file), '--out', str(out)])}",
                 soft_wrap=True,
             )
             raise
@@ -97,12 +95,9 @@ def _print(plan: Sweep, out: Path) -> None:
             continue
         steps = f"{max(run.checkpoints, default=0)}/{run.config['training']['steps']}"
         table.add_row(label, run.manifest["status"], steps, _score(run), str(run.path))
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+    output.console().print(table)
     if any(run is not None for run in runs.values()):
-        console.print(
-            f"next: rlkit2 compare {out / plan.name}/*/*-[0-9][0-9][0-9]", highlight=False, markup=False, soft_wrap=True
-        )
+        output.say(f"next: rlkit2 compare {quote(str(out / plan.name))}/*/*-[0-9][0-9][0-9]")
 
 
 def _score(run: Run) -> str:
@@ -116,4 +111,4 @@ def _score(run: Run) -> str:
 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
-    return command(sweep, arguments, prog="rlkit2 sweep", description=DESCRIPTION)
+    return command(sweep, arguments, prog="rlkit2 sweep")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from rlkit2.agents import agent_class, list_agents, make_config
 from rlkit2.api import train
+from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.scores import score_summary
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int | None:
         **_section(DataOptions, given),
         **given,
     )
-    _print(Console(width=None if sys.stdout.isatty() else 160, highlight=False), done)
+    _print(output.console(), done)
     return 1 if done.manifest["status"] == "failed" else 0
 
 
@@ -203,4 +203,4 @@ def _print(out: Console, done: Run) -> None:
                 f"final {summary['unit']}: {final['mean']:.1f} (95 % interval {low:.1f} to {high:.1f}), "
                 f"seeds {', '.join(map(str, seeds))}, {final['episodes']} episodes each"
             )
-    out.print(f"next: rlkit2 evaluate {done.path}", soft_wrap=True)
+    output.say_next("rlkit2", "evaluate", done.path)

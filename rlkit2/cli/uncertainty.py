@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json as json_format
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlkit2.api import load_dataset, load_run
-from rlkit2.cli.data_text import finite
+from rlkit2.cli import output
+from rlkit2.cli.output import finite
 from rlkit2.cli.parsing import command
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
@@ -30,15 +30,6 @@ from rlkit2.training.run_files import write_atomically, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DESCRIPTION = """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
-
-Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
-
-`rlkit2 uncertainty study --help`: the losses on problems whose noise is known.
-
-Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1
-         rlkit2 uncertainty runs/iql-builtin-noisy-rooms-explore-v0-001"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,14 @@ def uncertainty(
     out: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Uncertainty.
+    """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
+
+    Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
+
+    `rlkit2 uncertainty study --help`: the losses on problems whose noise is known.
+
+    Example: rlkit2 train iql --dataset builtin/noisy-rooms --critic ggd --held-out 0.1
+             rlkit2 uncertainty runs/iql-builtin-noisy-rooms-explore-v0-001
 
     Args:
         run: folder of a run.
@@ -86,9 +84,9 @@ def uncertainty(
     }
     report: dict[str, Any] = finite(values)
     folder = _write(out or opened.path / "uncertainty", report, found, known, opened.config["seeds"])
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = output.console()
     if json:
-        console.print_json(json_format.dumps(report, allow_nan=False))
+        output.print_json(report)
     else:
         _print(console, opened, episodes, found, known)
         console.print(f"figures and numbers: {folder}")
@@ -159,13 +157,10 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
         console.print(f"warning: {warning}")
 
 
-STUDY = """Known noise, all losses: tabular MDPs ("noisy-mdp"), regression ("regression", minutes) or linear weighting ("weighting").
-
-Example: rlkit2 uncertainty study noisy-mdp --out study"""
-
-
 def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, out: Path | None = None) -> int:
-    """Study.
+    """Known noise, all losses: tabular MDPs ("noisy-mdp"), regression ("regression", minutes) or linear weighting ("weighting").
+
+    Example: rlkit2 uncertainty study noisy-mdp --out study
 
     Args:
         name: which one.
@@ -193,7 +188,7 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
         table.add_row(
             *(f"{value:.3f}".replace("nan", "") if isinstance(value, float) else str(value) for value in row.values())
         )
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = output.console()
     console.print(table)
     if out is not None:
         write_atomically(out / f"{name}.json", json_format.dumps(finite(rows), indent=1, allow_nan=False) + "\n")
@@ -206,5 +201,5 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
 def run(arguments: Sequence[str]) -> int | None:
     """Entry of the command line."""
     if list(arguments[:1]) == ["study"]:
-        return command(study, arguments[1:], prog="rlkit2 uncertainty study", description=STUDY)
-    return command(uncertainty, arguments, prog="rlkit2 uncertainty", description=DESCRIPTION)
+        return command(study, arguments[1:], prog="rlkit2 uncertainty study")
+    return command(uncertainty, arguments, prog="rlkit2 uncertainty")

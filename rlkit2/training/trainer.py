@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ class Trainer:
             except WriteError as error:
                 if not self.run.checkpoints:
                     raise
-                mend = f"its checkpoints are intact; resume it with: rlkit2 train --resume {self.run.path}"
+                mend = f"its checkpoints are intact; resume it with: rlkit2 train --resume {quote(str(self.run.path))}"
                 raise WriteError(f"{error}; {mend}") from error
             finally:
                 self.progress.stop()
@@ -402,7 +403,7 @@ class Trainer:
             )
         if status == "interrupted":
             self.progress.message(
-                f"interrupted at step {self.step}; resume it with: rlkit2 train --resume {self.run.path}"
+                f"interrupted at step {self.step}; resume it with: rlkit2 train --resume {quote(str(self.run.path))}"
             )
 
     @contextmanager

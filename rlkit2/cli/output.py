@@ -1,0 +1,57 @@
+"""What every command prints with: one place decides about width, colours, JSON and hints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 160  # characters where standard output is not a terminal, so that nothing is wrapped in a file
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Standard output, or standard error for what is said while work goes on."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+def say(line: str, *, stderr: bool = False) -> None:
+    """Print one line as it is."""
+    console(stderr=stderr).print(line, markup=False, soft_wrap=True)
+
+
+def say_next(*words: object) -> None:
+    """Print the command that usually follows, quoted so that it can be pasted."""
+    say(f"next: {shlex.join(map(str, words))}")
+
+
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, title: str | None = None
+) -> None:
+    """Print a table whose first `left` columns are words and whose others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < left else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    console().print(table)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print JSON; numbers that are not finite become null."""
+    console().print_json(json.dumps(finite(values), allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,68 @@
+"""One place prints, one place explains: no command makes a console of its own or says twice what it does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlkit2.cli import main, output, parsing
+from rlkit2.cli.main import COMMANDS
+
+FILES = sorted(Path(main.__file__).parent.glob("*.py"))
+GROUPS = {
+    name: module for name, (module, _) in COMMANDS.items() if hasattr(importlib.import_module(module), "SUBCOMMANDS")
+}
+FUNCTIONS = {
+    f"{group} {name}": function
+    for group, module in GROUPS.items()
+    for name, function in importlib.import_module(module).SUBCOMMANDS.items()
+}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "output.py"], ids=lambda path: path.name)
+def test_consoles_are_made_in_one_place(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "Console"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_commands_docstring_is_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = parsing.help_text(FUNCTIONS[name])
+    first = text.partition("\n")[0]
+    assert first.endswith(".")
+    assert len(first.split()) >= 4  # a sentence, not "Fit."
+    assert f"Example: rlkit2 {name} " in f"{text} "
+    with pytest.raises(SystemExit) as ended:
+        main.main([*name.split(), "--help"])
+    assert not ended.value.code
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert " ".join(first.split()) in shown
+    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            assert f"--{parameter.name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_groups_help_lists_the_first_lines(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([group, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, function in importlib.import_module(GROUPS[group]).SUBCOMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(parsing.summary(function))}$", shown, re.M)
+
+
+@pytest.mark.parametrize("path", ["runs/a", "runs/my run's", "a $HOME `x`", "-x"])
+def test_hints_can_be_pasted(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output.say_next("rlkit2", "evaluate", Path(path))
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert shlex.split(line.removeprefix("next: ")) == ["rlkit2", "evaluate", path]
+
+
+def test_json_has_null_for_what_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"a": [1.0, float("nan")], "b": {"c": (float("inf"), "x")}})
+    assert "".join(capsys.readouterr().out.split()) == '{"a":[1.0,null],"b":{"c":[null,"x"]}}'
