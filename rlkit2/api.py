@@ -81,7 +81,8 @@ def train(
     `agent` is a recipe file, or when `agents/<agent>/` has one for the dataset.
 
     Args:
-        agent: a name of `rlkit2.agents.list_agents()`, a config object, or a recipe file.
+        agent: a name of `rlkit2.agents.list_agents()`, a config object, a recipe file, or an agent of your own as
+            `my_agents.py:MyAgent` or `package.module:MyAgent`.
         dataset: a `TransitionDataset` or anything `load_dataset` takes; default: that of the recipe.
         steps: updates per seed (default 100 000); with `resume`, a larger number prolongs the run.
         seeds: n for seeds 0 to n - 1, or the integers themselves.
@@ -110,9 +111,11 @@ def train(
         RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
         KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
     """
+    from rlkit2.agents import import_agent
     from rlkit2.training.building import (
         agent_config,
         agent_factory,
+        class_name,
         place_dataset,
         prepare_dataset,
         unreachable_actions,
@@ -139,8 +142,14 @@ def train(
         reward_scale=reward_scale,
         held_out=held_out,
     )
+    source = agent if isinstance(agent, str) and ":" in agent else None
+    if source is not None:
+        agent = class_name(import_agent(source))
     if resume is None:
         plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown)
+        if source is not None:
+            place, _, name = source.rpartition(":")
+            plan["agent_source"] = f"{Path(place).resolve()}:{name}" if place.endswith(".py") else source
         run = None
     else:
         run = resume if isinstance(resume, Run) else Run(resume)

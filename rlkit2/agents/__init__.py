@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,10 +18,20 @@ from gymnasium import spaces
 
 from rlkit2.agents.base import Agent, as_seeds
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import ConfigError
+from rlkit2.errors import ConfigError, first_line
+from rlkit2.fields import closest
 from rlkit2.nn import Normalizer
 
-__all__ = ["Agent", "agent_class", "list_agents", "make_agent", "make_config", "make_normalizer", "plain_name"]
+__all__ = [
+    "Agent",
+    "agent_class",
+    "import_agent",
+    "list_agents",
+    "make_agent",
+    "make_config",
+    "make_normalizer",
+    "plain_name",
+]
 
 
 @dataclass(frozen=True)
@@ -60,18 +75,79 @@ _REGISTRY = {
 }
 
 
+ENTRY_POINTS = "rlkit2.agents"
+"""Group under which an installed package offers agents of its own: name = "module:Class"."""
+
+
 def list_agents() -> list[str]:
-    """Names that `make_agent` knows, in alphabetical order."""
-    return sorted(_REGISTRY)
+    """Names that `make_agent` knows, those of installed packages included, in alphabetical order."""
+    return sorted({*_REGISTRY, *entry_points(group=ENTRY_POINTS).names})
+
+
+def import_agent(name: str) -> type[Agent]:
+    """An agent of the user's own, by its file (`path/my_agents.py:MyAgent`) or its module (`package.module:MyAgent`); runs that code.
+
+    To be called with what a user has typed, never with what a file says. The file's module is called by its stem, so that configs and
+    runs find it again.
+
+    Raises:
+        ConfigError: no such file, module or class, another module of that name is loaded, or the code fails.
+    """
+    place, _, class_name = name.rpartition(":")
+    if not place or not class_name:
+        raise ConfigError(f"{name!r} does not name an agent; write my_agents.py:MyAgent or package.module:MyAgent")
+    try:
+        module = _file_module(Path(place)) if place.endswith(".py") else _module(place)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        known = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Agent)]
+        own = [key for key in known if vars(module)[key].__module__ == module.__name__]
+        raise ConfigError(f"{place} has no agent {class_name!r}; it has {', '.join(own) or 'none'}")
+    return found
+
+
+def _file_module(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) and Path(str(loaded.__file__)).resolve() == path:
+            return loaded
+        raise ConfigError(f"the name {path.stem} is taken by another module; rename {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # the command is a script: Python puts its folder there, not the current one
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
 
 
 def agent_class(name_or_config: str | object) -> type[Agent]:
-    """The class of a registered name, or of a config object (any `Agent` in the config's own module that names its class).
+    """The class of a registered name, of `module:Class` where that module is loaded (nothing is imported because a run, recipe or
+    sweep names it: see `import_agent`), or of a config object (any `Agent` in the config's own module that names its class).
 
     Raises:
         ConfigError: unknown name, or no agent has this config.
     """
     if isinstance(name_or_config, str):
+        if ":" in name_or_config:
+            return _loaded(name_or_config)
         entry = _entry(name_or_config)
         found: type[Agent] = getattr(importlib.import_module(entry.module), entry.name)
         return found
@@ -88,14 +164,29 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
     )
 
 
+def _loaded(name: str) -> type[Agent]:
+    place, _, class_name = name.rpartition(":")
+    module = Path(place).stem if place.endswith(".py") else place
+    found = getattr(sys.modules.get(module), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ConfigError(
+            f"{class_name} of {place} is not loaded, and what a file names is not imported; name it yourself: "
+            f"rlkit2 train {place if place.endswith('.py') else place + '.py'}:{class_name} ... (in Python: import it first)"
+        )
+    return found
+
+
 def plain_name(name: str) -> str:
     """The name of the agent that `name` is a preset of: "odice" for "sdice", "bc" for "bc10"; a plain agent's own name.
 
     Raises:
         ConfigError: unknown name.
     """
+    if ":" in name:
+        return name
     entry = _entry(name)
-    return next(plain for plain, other in _REGISTRY.items() if other.name == entry.name and not other.preset)
+    plain = (plain for plain, other in _REGISTRY.items() if other.name == entry.name and not other.preset)
+    return next(plain, name)
 
 
 def make_config(name: str, **overrides: Any) -> Any:
@@ -106,7 +197,8 @@ def make_config(name: str, **overrides: Any) -> Any:
     """
     config_class: Any = agent_class(name).config_class
     try:
-        return config_class(**{**_entry(name).preset, **overrides})
+        preset = {} if ":" in name else _entry(name).preset
+        return config_class(**{**preset, **overrides})
     except TypeError as error:
         raise ConfigError(
             f"{name}: {error}; its fields are: {', '.join(f.name for f in fields(config_class))}"
@@ -175,6 +267,10 @@ def make_normalizer(
 
 def _entry(name: str) -> _Entry:
     name = name.replace("-", "_")  # as it is typed, and as runs from before the names agreed have it
-    if name not in _REGISTRY:
-        raise ConfigError(f"unknown agent {name!r}; choose one of: {', '.join(list_agents())}")
-    return _REGISTRY[name]
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        return _Entry(point.module, point.attr)
+    raise ConfigError(
+        f"unknown agent {name!r}{closest(name, list_agents())}, or an agent of your own: my_agents.py:MyAgent"
+    )

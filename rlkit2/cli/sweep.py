@@ -9,6 +9,7 @@ from shlex import join, quote
 from rich.table import Table
 from tyro.conf import Positional
 
+from rlkit2.agents import import_agent
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command, name_values
 from rlkit2.evaluation.scores import score_summary
@@ -24,6 +25,7 @@ def sweep(
     out: Path = Path("runs"),
     device: str = "auto",
     option: tuple[str, ...] = (),
+    agent: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> int:
     """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
@@ -38,8 +40,11 @@ def sweep(
         out: folder in which the sweep's own folder is made.
         device: auto, cpu, cuda or cuda:1.
         option: settings of the engine, name=value: for slurm those of submitit (partition=gpu timeout_min=240), for ray those of ray.init.
+        agent: agents of your own that the file names: my_agents.py:MyAgent. A file alone makes nothing run.
         dry_run: show the runs and how far they are, train nothing.
     """
+    for name in agent:
+        import_agent(name)
     plan = load_sweep(file)
     console = output.console(stderr=True)
     failed = False

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypedDict
 import tyro
 from rich.console import Console
 
-from rlkit2.agents import agent_class, list_agents, make_config
+from rlkit2.agents import agent_class, import_agent, list_agents, make_config
 from rlkit2.api import train
 from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
@@ -65,10 +65,9 @@ def run(arguments: Sequence[str]) -> int | None:
 def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The agent, whose fields are options (the first word, or that of the recipe), and the other arguments."""
     if arguments and not arguments[0].startswith("-"):
-        if arguments[0] not in list_agents():
-            close = get_close_matches(arguments[0], list_agents(), 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(list_agents())}"
-            raise ConfigError(f"unknown agent {arguments[0]!r}; {hint}")
+        if ":" in arguments[0]:
+            import_agent(arguments[0])
+        agent_class(arguments[0])  # an unknown name is said before anything else
         return arguments[0], list(arguments[1:])
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

@@ -43,7 +43,8 @@ def train_experiment(folder: Path) -> str:
             **settings["training"],
         )
     elif run.manifest["status"] not in ("finished", "failed"):
-        run = train(resume=run, device=settings["device"], progress=False)
+        own = settings["agent"] if ":" in settings["agent"] else None
+        run = train(own, resume=run, device=settings["device"], progress=False)
     return str(run.manifest["status"])
 
 

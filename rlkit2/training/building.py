@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from rlkit2.agents import Agent, agent_class, list_agents, make_agent, make_norm
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import RunError
 from rlkit2.fields import read_fields
 from rlkit2.training.options import DataOptions, TrainingOptions
 
@@ -24,24 +22,13 @@ AgentFactory = Callable[[Sequence[int], "torch.device | str"], Agent]
 
 def agent_name(config: object) -> str:
     """The registered name for a config object, or `module:Class` for an agent of the user's own."""
-    cls = agent_class(config)
+    return class_name(agent_class(config))
+
+
+def class_name(cls: type[Agent]) -> str:
+    """The registered name of an agent's class, or `module:Class`."""
     names = [name for name in list_agents() if agent_class(name) is cls]
     return min(names, key=len) if names else f"{cls.__module__}:{cls.__qualname__}"
-
-
-def find_agent_class(name: str) -> type[Agent]:
-    """What `agent_name` named.
-
-    Raises:
-        RunError: an agent of the user's own whose module is not imported; nothing is imported because a file says so.
-    """
-    module, colon, qualname = name.partition(":")
-    if not colon:
-        return agent_class(name)
-    found = getattr(sys.modules.get(module), qualname, None)
-    if not (isinstance(found, type) and issubclass(found, Agent)):
-        raise RunError(f"the run was trained with {qualname} of module {module}; import that module first")
-    return found
 
 
 def prepare_dataset(
@@ -83,7 +70,7 @@ def check_config(config: Any) -> Any:
 
 def agent_config(run_config: Mapping[str, Any]) -> Any:
     """The agent's config object of a run."""
-    config_class = find_agent_class(run_config["agent"]).config_class
+    config_class = agent_class(run_config["agent"]).config_class
     return config_class(**read_fields(config_class, run_config["config"]))
 
 
@@ -139,6 +126,7 @@ def run_config(
     training: TrainingOptions,
     env: str | None,
     recipe: str | None,
+    agent_source: str | None = None,
 ) -> dict[str, Any]:
     """The content of `config.json`: all that decides the numbers of a run.
 
@@ -146,10 +134,12 @@ def run_config(
         source: what `load_dataset` can find the dataset by again.
         env: id of the environment to evaluate in, where it is not the dataset's.
         recipe: the file that the hyper-parameters came from.
+        agent_source: `file.py:Class` or `module:Class` of an agent of the user's own, for people to read and never to import.
     """
     return {
         "format": 1,
         "agent": agent,
+        **({} if agent_source is None else {"agent_source": agent_source}),
         "config": dataclasses.asdict(config),
         "dataset": {
             "id": dataset.spec.id,

@@ -9,6 +9,7 @@ dataset = "zoo/hopper/medium-replay-v0"
 
 from __future__ import annotations
 
+import inspect
 import os
 import tomllib
 from collections.abc import Sequence
@@ -68,15 +69,21 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def find_recipe(agent: str, dataset: str) -> Recipe | None:
-    """The shipped recipe `agents/<agent>/*.toml` for a dataset, or None; a preset without a folder of its own shares its agent's."""
+    """The recipe of an agent for a dataset, or None.
+
+    Shipped ones are `agents/<agent>/*.toml`; a preset without a folder of its own shares its agent's. Those of an agent of the user's own
+    are `recipes/*.toml` beside its file.
+    """
+    wanted = agent_class(agent)
     try:
-        folder = recipe_folder("agents")
+        folder = recipe_folder("agents") / (agent if (recipe_folder("agents") / agent).is_dir() else plain_name(agent))
     except ConfigError:
-        return None
-    name = agent if (folder / agent).is_dir() else plain_name(agent)
-    for path in sorted((folder / name).glob("*.toml")):
+        folder = Path()
+    if ":" in agent:  # an agent of the user's own
+        folder = Path(inspect.getfile(wanted)).parent / "recipes"
+    for path in sorted(folder.glob("*.toml")):
         recipe = load_recipe(path)
-        if recipe.dataset == dataset and recipe.agent == name:
+        if recipe.dataset == dataset and (recipe.agent == folder.name or agent_class(recipe.agent) is wanted):
             return recipe
     return None
 

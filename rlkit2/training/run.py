@@ -87,6 +87,12 @@ class Run:
         return cls(path)
 
     @property
+    def resume_command(self) -> str:
+        """The command line that trains on from the newest checkpoint."""
+        own = [self.config["agent_source"]] if "agent_source" in self.config else []
+        return shlex.join(["rlkit2", "train", *own, "--resume", str(self.path)])
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """Status, times, versions, platform, dataset, seeds and commands, as last written."""
         return read_json(self.path / "manifest.json")

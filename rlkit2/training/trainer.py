@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +123,7 @@ class Trainer:
             except WriteError as error:
                 if not self.run.checkpoints:
                     raise
-                mend = f"its checkpoints are intact; resume it with: rlkit2 train --resume {quote(str(self.run.path))}"
+                mend = f"its checkpoints are intact; resume it with: {self.run.resume_command}"
                 raise WriteError(f"{error}; {mend}") from error
             finally:
                 self.progress.stop()
@@ -402,9 +401,7 @@ class Trainer:
                 f"seed {seed} stopped at step {record['step']} ({record['metric']} was not finite); see manifest.json"
             )
         if status == "interrupted":
-            self.progress.message(
-                f"interrupted at step {self.step}; resume it with: rlkit2 train --resume {quote(str(self.run.path))}"
-            )
+            self.progress.message(f"interrupted at step {self.step}; resume it with: {self.run.resume_command}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

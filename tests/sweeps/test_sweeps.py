@@ -87,7 +87,7 @@ def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
         (('agent = "bc"', ""), "names no agent; add agent ="),
         (('dataset = "tiny/walk-v0"', ""), "names no dataset"),
         (('"config.learning_rate"', '"config.learning_rat"'), r"no field 'learning_rat'; did you mean learning_rate\?"),
-        (("[1e-3, 1e-2]", '["a"]'), r"run 'learning_rate=a': learning_rate must be a number, not 'a'"),
+        (("[1e-3, 1e-2]", '["a"]'), r"run 'learning_rate=a': learning_rate must be a number of at least 0, not 'a'"),
         (("[1e-3, 1e-2]", "0.1"), r"grid: config\.learning_rate must be a list of values, not 0\.1"),
         (("[1e-3, 1e-2]", "[]"), "must be a list of values"),
         (("[1e-3, 1e-2]", "[0.1, 0.1]"), r"holds the same run twice: learning_rate=0\.1-"),
