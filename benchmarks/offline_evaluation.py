@@ -41,19 +41,28 @@ def rows_of(dataset_id: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     began = time.time()
     found = judge(candidates, dataset, methods=methods, discount=DISCOUNT, options=options)
     rows = [row(dataset_id, method, found, truth) for method in methods]
-    facts = {"seconds": time.time() - began, "truth": {key: {k: float(np.mean(v)) for k, v in one.items()} for key, one in truth.items()}}
+    facts = {
+        "seconds": time.time() - began,
+        "truth": {key: {k: float(np.mean(v)) for k, v in one.items()} for key, one in truth.items()},
+    }
     file.write_text(json.dumps({"rows": rows, **facts, **found.to_dict()}))
     return rows
 
 
-def row(dataset_id: str, method: str, found: OfflineEvaluation, truth: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+def row(
+    dataset_id: str, method: str, found: OfflineEvaluation, truth: dict[str, dict[str, list[float]]]
+) -> dict[str, Any]:
     """The figures of one method on one dataset."""
     estimates = found.estimates[method]
     values = np.array([one.value for one in estimates])
-    discounted, plain = (np.array([np.mean(truth[label][kind]) for label in found.labels]) for kind in ("discounted", "undiscounted"))
+    discounted, plain = (
+        np.array([np.mean(truth[label][kind]) for label in found.labels]) for kind in ("discounted", "undiscounted")
+    )
     known = np.isfinite(values)
     spread = float(np.ptp(discounted))
-    inside = [one.low <= value <= one.high for one, value in zip(estimates, discounted, strict=True) if np.isfinite(one.value)]
+    inside = [
+        one.low <= value <= one.high for one, value in zip(estimates, discounted, strict=True) if np.isfinite(one.value)
+    ]
     against, beside = agreement(values, discounted), agreement(values, plain)
     return {
         "dataset": dataset_id,

@@ -33,6 +33,10 @@ class Process:
     def value(self, policy: Array) -> float:
         return float(policy_return(policy, self.reward, self.mdp))
 
+    def value_from(self, state: int, policy: Array) -> float:
+        start = np.eye(self.sizes[0])[state]
+        return float(policy_return(policy, self.reward, TabularMDP(self.mdp.transitions, self.mdp.discount, start)))
+
 
 def random_process(
     seed: int, *, states: int = 5, actions: int = 3, discount: float = 0.9, ending: float = 0.1, offset: float = 0.5
@@ -69,7 +73,14 @@ def sample(
             action = rng.choice(actions, p=behavior[state])
             following = rng.choice(states, p=tau[state, action])
             over = following == states - 1
-            values = (state, action, process.reward[state, action, following], following, over, step == limit - 1 and not over)
+            values = (
+                state,
+                action,
+                process.reward[state, action, following],
+                following,
+                over,
+                step == limit - 1 and not over,
+            )
             for name, value in zip(rows, values, strict=True):
                 rows[name].append(value)
             if over:
@@ -78,9 +89,13 @@ def sample(
     s, a, n = (np.array(rows[name], int) for name in "san")
     eye = np.eye(states, dtype=np.float32)
     spec = DatasetSpec(
-        observation_space=spaces.Box(0.0, 1.0, (states,), np.float32), action_space=spaces.Discrete(actions), id="process"
+        observation_space=spaces.Box(0.0, 1.0, (states,), np.float32),
+        action_space=spaces.Discrete(actions),
+        id="process",
     )
-    dataset = dataset_from_arrays(eye[s], a, np.array(rows["r"]), eye[n], np.array(rows["term"], bool), np.array(rows["trunc"], bool), spec)
+    dataset = dataset_from_arrays(
+        eye[s], a, np.array(rows["r"]), eye[n], np.array(rows["term"], bool), np.array(rows["trunc"], bool), spec
+    )
     return dataset, np.log(behavior[s, a])
 
 

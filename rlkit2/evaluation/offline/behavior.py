@@ -10,7 +10,7 @@ from rlkit2.agents.bc import BCConfig
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.options import OfflineOptions
-from rlkit2.evaluation.offline.problem import CHUNK, Problem
+from rlkit2.evaluation.offline.problem import Problem, chunks
 from rlkit2.nn import Normalizer, Policy
 
 
@@ -50,7 +50,7 @@ def policy_log_probs(problem: Problem) -> Tensor:
 def _log_densities(policy: Policy, dataset: TransitionDataset) -> Tensor:
     parameter = next(policy.actor.parameters())
     parts = []
-    for rows in torch.arange(len(dataset)).split(CHUNK):
+    for rows in chunks(len(dataset)):
         shape = (len(policy.seeds), len(rows), -1)
         observations = dataset.observations[rows].to(parameter.dtype).expand(shape)
         actions = dataset.actions[rows]

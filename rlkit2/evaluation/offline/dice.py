@@ -3,12 +3,13 @@
     max_zeta min_nu  (1 - gamma) E_{s0, a0 ~ pi} nu(s0, a0) + E_D[ zeta(s, a) (gamma (1 - terminated) E_{a' ~ pi} nu(s', a') - nu(s, a)) ]
         + 1/2 |nu|^2 - lambda/2 E_D[ (zeta(s, a) - 1)^2 ]
 
-The minimum over nu makes the flow of visits that `zeta` implies balance, so zeta = d_pi / d_D where the data reach; then J = E_D[zeta r] / (1 - gamma).
-Source: Yang, Nachum, Dai, Li, Schuurmans, "Off-Policy Evaluation via the Regularized Lagrangian" (NeurIPS 2020), with both sides regularised, no
-reward inside and the dual estimate. Here nu and zeta are linear in the same random features phi (whitened; Rahimi and Recht, 2007), so that the
+The minimum over nu makes the flow of visits that `zeta` implies balance, so zeta = d_pi / d_D where the data reach; then
+J = E_D[zeta r] / (1 - gamma). Source: Yang, Nachum, Dai, Li, Schuurmans, "Off-Policy Evaluation via the Regularized Lagrangian" (NeurIPS 2020),
+with both sides regularised, no reward inside and the dual estimate. Here nu and zeta are linear in the same random features phi (whitened; Rahimi and Recht, 2007), so that the
 saddle point is one linear system instead of a game between two networks, which does not settle:
 
-    C = E_D[ (phi - gamma (1 - terminated) phi'_pi) phi^T ],   b = (1 - gamma) E phi_pi(s0),   theta = argmin |C theta - b|^2 + lambda E_D (zeta - 1)^2
+    C = E_D[ (phi - gamma (1 - terminated) phi'_pi) phi^T ],   b = (1 - gamma) E phi_pi(s0),
+    theta = argmin |C theta - b|^2 + lambda E_D (zeta - 1)^2
 
 The price: weights are not kept positive. The paper's multiplier for E_D[zeta] = 1 is here the balance for nu = 1, which holds with terminations
 too and is imposed at the end: J = E_D[zeta r] / E_D[zeta (1 - gamma (1 - terminated))].
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from rlkit2.evaluation.offline.estimate import Replicates
 from rlkit2.evaluation.offline.options import OfflineOptions
-from rlkit2.evaluation.offline.problem import CHUNK, Problem, Resamples
+from rlkit2.evaluation.offline.problem import Problem, Resamples, chunks
 
 UNBALANCED = 0.1  # of a feature's deviation: by how much the start that the weights imply may miss the true one
 NEGATIVE = 0.2  # share of the weights' mass below zero
@@ -61,7 +62,9 @@ class OccupancyRatios:
         reasons: list[list[str]] = [[] for _ in self.imbalance]
         for policy, (missed, negative) in enumerate(zip(self.imbalance.tolist(), self.negative.tolist(), strict=True)):
             if not missed <= UNBALANCED:
-                reasons[policy].append(f"the weights imply another start ({missed:.2g} standard deviations off): the data do not hold this policy's visits")
+                reasons[policy].append(
+                    f"the weights imply another start ({missed:.2g} standard deviations off): the data do not hold this policy's visits"
+                )
             if not negative <= NEGATIVE:
                 reasons[policy].append(f"{100 * negative:.0f} % of the weights' mass is negative")
         return Replicates(members.mean(1), members, reasons)
@@ -90,7 +93,7 @@ class Features:
 
     def all(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The same in chunks."""
-        return torch.cat([self.of(o, a) for o, a in zip(observations.split(CHUNK), actions.split(CHUNK), strict=True)])
+        return torch.cat([self.of(observations[rows], actions[rows]) for rows in chunks(len(observations))])
 
 
 def data_actions(problem: Problem) -> Tensor:
@@ -101,7 +104,9 @@ def data_actions(problem: Problem) -> Tensor:
 
 
 @torch.no_grad()
-def fit_ratios(problem: Problem, options: OfflineOptions, progress: Callable[[int, int], None] | None = None) -> OccupancyRatios:
+def fit_ratios(
+    problem: Problem, options: OfflineOptions, progress: Callable[[int, int], None] | None = None
+) -> OccupancyRatios:
     """Solve the saddle point for every policy and member."""
     resamples = problem.resamples(options.members, options.seed)
     phi, held_out = Features(problem, options.features, options.seed), Features(problem, 64, options.seed + 1)
@@ -120,7 +125,9 @@ def fit_ratios(problem: Problem, options: OfflineOptions, progress: Callable[[in
         for counts, inflow in zip(resamples.episodes, start, strict=True):
             rows = counts[problem.episode]
             balance = (flow.T @ (here * rows.unsqueeze(1)) / rows.sum()).double()
-            own.append(here @ _solve(balance, inflow.double(), here.mean(0).double(), options.regularization * rate**2).float())
+            own.append(
+                here @ _solve(balance, inflow.double(), here.mean(0).double(), options.regularization * rate**2).float()
+            )
         weights = torch.stack(own)
         counts = resamples.episodes[:, problem.episode]
         scale = _scale(weights, counts, 1.0 - continued.squeeze(1), rate)
@@ -145,13 +152,15 @@ def _whitening(features: Tensor) -> Tensor:
     moments = (features.T @ features / len(features)).double()
     variances, directions = torch.linalg.eigh(moments)
     kept = variances > SMALLEST * variances[-1]
-    return (directions[:, kept] / variances[kept].sqrt()).float()
+    whitening: Tensor = directions[:, kept] / variances[kept].sqrt()
+    return whitening.float()
 
 
 def _solve(balance: Tensor, inflow: Tensor, one: Tensor, penalty: float) -> Tensor:
     """theta `[D]`; `one` are the coefficients of zeta = 1, towards which the penalty pulls."""
     system = balance.T @ balance + penalty * torch.eye(len(one), dtype=torch.float64)
-    return one + torch.linalg.solve(system, balance.T @ (inflow - balance @ one))
+    moved: Tensor = torch.linalg.solve(system, balance.T @ (inflow - balance @ one))
+    return one + moved
 
 
 def _scale(weights: Tensor, counts: Tensor, outflow: Tensor, rate: float) -> Tensor:

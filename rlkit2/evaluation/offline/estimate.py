@@ -83,5 +83,7 @@ def estimates(
             reasons.append("one episode gives no interval")
         if not math.isfinite(value):
             value, width = math.nan, math.nan
-        listed.append(ValueEstimate(method, float(value), float(value - width), float(value + width), confidence, tuple(reasons)))
+        listed.append(
+            ValueEstimate(method, float(value), float(value - width), float(value + width), confidence, tuple(reasons))
+        )
     return listed

@@ -27,7 +27,9 @@ from rlkit2.evaluation.offline.support import outside_share
 from rlkit2.nn import Policy
 
 METHODS = ("fqe", "dice", "is", "dr", "own")
-FAR = 0.5  # share of states with actions outside the data beyond which a model of the data is asked about something else
+FAR = (
+    0.5  # share of states with actions outside the data beyond which a model of the data is asked about something else
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,8 +64,12 @@ def judge(
     initial_observations: ArrayLike | Tensor | None = None,
     options: OfflineOptions | None = None,
     progress: Progress | None = None,
+    notes: Sequence[str] = (),
 ) -> OfflineEvaluation:
-    """Estimate the discounted return of every seed of every candidate, all stacked along one axis; see `rlkit2.offline_evaluate`."""
+    """Estimate the discounted return of every seed of every candidate, all stacked along one axis.
+
+    Arguments and errors as for `rlkit2.offline_evaluate`; `notes` go in front of the result's own.
+    """
     options = OfflineOptions() if options is None else options
     for method in methods:
         if method not in METHODS:
@@ -84,10 +90,18 @@ def judge(
     resamples = problem.resamples(options.resamples, options.seed)
     outside = outside_share(problem, options.neighbors, options.seed)
     far = [
-        [f"{100 * share:.0f} % of the policy's actions are unlike any taken at such states: the estimate is an extrapolation"] if share > FAR else []
+        [
+            f"{100 * share:.0f} % of the policy's actions are unlike any taken at such states: the estimate is an extrapolation"
+        ]
+        if share > FAR
+        else []
         for share in outside
     ]
-    raw_initial = dataset.observations[problem.starts[:-1]] if initial_observations is None else torch.as_tensor(initial_observations)
+    raw_initial = (
+        dataset.observations[problem.starts[:-1]]
+        if initial_observations is None
+        else torch.as_tensor(initial_observations)
+    )
     found: dict[str, Replicates] = {}
     for method in methods:
         if method == "fqe":
@@ -95,7 +109,11 @@ def judge(
         elif method == "dice":
             found[method] = shared.occupancy.estimate()
         elif method == "is":
-            tails = shared.fitted.next_values if bool(problem.cut.any()) else torch.zeros_like(problem.rewards)
+            tails = (
+                shared.fitted.next_values
+                if bool(problem.cut.any())
+                else torch.zeros(problem.num_policies, len(dataset))
+            )
             found[method] = importance_sampling(shared.ratios, tails, resamples)
         elif method == "dr":
             found[method] = doubly_robust(shared.fitted, shared.ratios, resamples)
@@ -116,7 +134,13 @@ def judge(
         labels=labels,
         estimates={
             method: tuple(
-                estimates(method, own, units.get(method, problem.num_episodes), options.confidence, far if method in ("fqe", "dice") else None)
+                estimates(
+                    method,
+                    own,
+                    units.get(method, problem.num_episodes),
+                    options.confidence,
+                    far if method in ("fqe", "dice") else None,
+                )
             )
             for method, own in found.items()
         },
@@ -128,8 +152,10 @@ def judge(
         data_return=float(returns.mean()),
         outside=tuple(outside.tolist()),
         effective_episodes=tuple(shared.made["ratios"].effective.tolist()) if "ratios" in shared.made else None,
-        effective_transitions=tuple(shared.made["occupancy"].effective.tolist()) if "occupancy" in shared.made else None,
-        notes=tuple(_notes(problem, shared, options)),
+        effective_transitions=tuple(shared.made["occupancy"].effective.tolist())
+        if "occupancy" in shared.made
+        else None,
+        notes=(*notes, *_notes(problem, shared, options)),
     )
 
 
@@ -179,9 +205,18 @@ def _check_fit(candidate: Candidate, dataset: TransitionDataset) -> None:
     if sizes != wanted:
 
         def said(size: tuple[Any, ...]) -> str:
-            return f"{size[0]} observation columns and {size[1]} " + ("discrete actions" if size[2] else "action columns")
+            return f"{size[0]} observation columns and {size[1]} " + (
+                "discrete actions" if size[2] else "action columns"
+            )
 
         raise ConfigError(f"{candidate.label} takes {said(sizes)}, the dataset {spec.id} has {said(wanted)}")
+    for parameter in candidate.policy.actor.parameters():  # the largest of NaNs is an action like any other
+        broken = (~parameter.isfinite()).flatten(1).any(1)
+        if bool(broken.any()):
+            seeds = [seed for seed, bad in zip(candidate.policy.seeds, broken.tolist(), strict=True) if bad]
+            raise ConfigError(
+                f"{candidate.label}: weights of seed {', '.join(map(str, seeds))} are not finite; leave these seeds out"
+            )
 
 
 def _notes(problem: Problem, shared: _Shared, options: OfflineOptions) -> list[str]:
@@ -191,7 +226,9 @@ def _notes(problem: Problem, shared: _Shared, options: OfflineOptions) -> list[s
         + ("; with so few episodes they cover less" if problem.num_episodes < 30 else ""),
     ]
     if problem.own_starts:
-        notes.append("initial states: the first observations of the data's episodes; give others where the policy will start elsewhere")
+        notes.append(
+            "initial states: the first observations of the data's episodes; give others where the policy will start elsewhere"
+        )
     if bool(problem.cut.any()):
         notes.append(f"{int(problem.cut.sum())} episodes were truncated: what follows is estimated, as in training")
     if "ratios" in shared.made and shared.known is None:

@@ -10,6 +10,7 @@ Fitted Q-Evaluation for Off-Policy Inference", ICML 2021): their spread is the i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,23 +20,31 @@ from torch import Tensor
 
 from rlkit2.evaluation.offline.estimate import Replicates
 from rlkit2.evaluation.offline.options import OfflineOptions
-from rlkit2.evaluation.offline.problem import CHUNK, EpisodeSampler, Problem, Resamples
+from rlkit2.evaluation.offline.problem import EpisodeSampler, Problem, Resamples, chunks
 from rlkit2.nn import Adam, Critic, lerp_, target_copy
 
-UNSETTLED = 0.1  # of the spread of returns: an estimate that still moves so much over the last third of the fit has not arrived
+REMAINING = 0.05  # share of the distance from the start that may be left
+UNSETTLED = (
+    0.1  # of the spread of returns: an estimate that still moves so much over the last third of the fit has not arrived
+)
 
 
 @dataclass(frozen=True)
 class FittedQ:
-    """Q of P policies by M members. Value = `center + scale * network`; `drift [P]`: how far the estimate moved over the last third of the fit."""
+    """Q of P policies by M members. Value = `center + scale * network`.
+
+    `backups`: Bellman backups made, updates times the target's rate. `drift [P]`: how far the estimate moved over the last third of the fit, and
+    `clipped [P]` the share of the last targets outside the possible returns, the former in units of `scale`.
+    """
 
     problem: Problem
     critic: Critic
     resamples: Resamples
     center: float
     scale: float
+    backups: float
     drift: Tensor
-    clipped: Tensor  # share of the last targets outside the possible returns, `[P]`
+    clipped: Tensor
 
     @cached_property
     def initial_values(self) -> Tensor:
@@ -51,15 +60,14 @@ class FittedQ:
     @torch.no_grad()
     def data_values(self) -> Tensor:
         """Q of the data's steps, `[P, N]`, each by the members that did not see its episode."""
-        rows = torch.arange(len(self.problem.rewards)).split(CHUNK)
+        rows = chunks(len(self.problem.rewards))
         found = torch.cat([self.problem.at_data(self.critic, part) for part in rows], -1)
         return self._unseen(self.center + self.scale * found)
 
     @torch.no_grad()
     def _values(self, observations: Tensor, chosen: Tensor) -> Tensor:
-        rows = torch.arange(len(observations)).split(CHUNK)
-        found = torch.cat([self.problem.at_policy(self.critic, observations, chosen, part) for part in rows], -1)
-        return self.center + self.scale * found
+        parts = [self.problem.at_policy(self.critic, observations, chosen, rows) for rows in chunks(len(observations))]
+        return self.center + self.scale * torch.cat(parts, -1)
 
     def _unseen(self, values: Tensor) -> Tensor:
         """Mean over the members `[P, M, N]` whose resample lacks the row's episode (over all, for an episode that every one has)."""
@@ -72,11 +80,21 @@ class FittedQ:
         weights = self.resamples.initial
         members = (self.initial_values * weights).sum(-1) / weights.sum(-1)
         reasons: list[list[str]] = [[] for _ in self.drift]
+        left = self.problem.discount**self.backups
         for policy, (drift, clipped) in enumerate(zip(self.drift.tolist(), self.clipped.tolist(), strict=True)):
+            if left > REMAINING:
+                needed = math.ceil(math.log(REMAINING) / math.log(left))
+                reasons[policy].append(
+                    f"{self.backups:.0f} backups reach {100 * (1 - left):.0f} % of the horizon; use {needed} times the steps"
+                )
             if drift > UNSETTLED:
-                reasons[policy].append(f"still moving: {drift:.2g} of the returns' spread in the last third of the fit; use more steps")
+                reasons[policy].append(
+                    f"still moving: {drift:.2g} of the returns' spread in the last third of the fit; use more steps"
+                )
             if clipped > 0.01:
-                reasons[policy].append(f"{100 * clipped:.0f} % of the targets lie beyond every possible return: Q runs away")
+                reasons[policy].append(
+                    f"{100 * clipped:.0f} % of the targets lie beyond every possible return: Q runs away"
+                )
         return Replicates(members.mean(1), members, reasons)
 
 
@@ -131,7 +149,18 @@ def fit_q(problem: Problem, options: OfflineOptions, progress: Callable[[int, in
             clipped += outside.float().mean((1, 2)) / min(100, options.steps)
         if step in (options.steps * 2 // 3, options.steps - 1):
             with torch.no_grad():
-                path.append(problem.at_policy(target, problem.initial_observations, problem.initial, everyone).mean((1, 2)))
+                path.append(
+                    problem.at_policy(target, problem.initial_observations, problem.initial, everyone).mean((1, 2))
+                )
         if progress is not None:
             progress(step + 1, options.steps)
-    return FittedQ(problem, target, resamples, center, scale, (path[-1] - path[0]).abs(), clipped)
+    return FittedQ(
+        problem,
+        target,
+        resamples,
+        center,
+        scale,
+        options.steps * options.target_update_rate,
+        (path[-1] - path[0]).abs(),
+        clipped,
+    )

@@ -19,6 +19,7 @@ from rlkit2.evaluation.offline.estimate import Replicates
 from rlkit2.evaluation.offline.problem import Problem, Resamples
 
 FEW = 10.0  # effective episodes below which weighted episodes say nothing
+COVERED = 0.5  # mean one-step ratio below which the weights are those of another policy, however even
 ENOUGH = 50.0  # below which their interval is too narrow: the weights that matter most have not been drawn yet
 
 
@@ -30,20 +31,32 @@ class Ratios:
         weights: rho_t, `[P, E, T]`, an ended episode keeping its last; at every t divided by the largest of all episodes.
         effective: `[P]`, episodes that carry the estimate: (sum rho)^2 / sum rho^2 at every t, of which the harmonic mean with weights gamma^t is
             taken, as errors add up like 1 / effective.
+        covered: `[P]`, mean of the one-step ratios over the data: 1 for a policy whose actions the data hold, less by what they lack.
         missing: per policy why there are no weights, or None.
     """
 
     problem: Problem
     weights: Tensor
     effective: Tensor
+    covered: Tensor
     missing: list[str | None]
+
+    @property
+    def refused(self) -> Tensor:
+        """bool `[P]`: whose weights carry no estimate at all."""
+        missing = torch.tensor([reason is not None for reason in self.missing])
+        return missing | (self.effective < FEW) | (self.covered < COVERED)
 
     def reasons(self) -> list[list[str]]:
         """Per policy why its weights carry no estimate."""
         found = []
-        for effective, missing in zip(self.effective.tolist(), self.missing, strict=True):
+        for effective, covered, missing in zip(
+            self.effective.tolist(), self.covered.tolist(), self.missing, strict=True
+        ):
             if missing:
                 found.append([missing])
+            elif covered < COVERED:
+                found.append([f"the data's actions hold {100 * covered:.0f} % of what this policy may do"])
             elif effective < ENOUGH:
                 size = f"effective sample size {effective:.1f} of {self.problem.num_episodes} episodes"
                 found.append([f"{size}: the data hardly ever do what this policy does"])
@@ -67,7 +80,11 @@ def episode_ratios(problem: Problem, policy: Tensor, behavior: Tensor) -> Ratios
     effective = torch.where(squares > 0, weights.sum(1).square() / squares.clamp(min=1e-300), 0.0)
     decay = problem.discount ** torch.arange(weights.shape[-1], dtype=torch.float64)
     effective = decay.sum() / (decay / effective).sum(1)
-    return Ratios(problem, weights, effective, no_density(problem))
+    missing = no_density(problem)
+    if not problem.own_starts:
+        elsewhere = "importance weights belong to the start of the data's episodes, not to other initial observations"
+        missing = [reason or elsewhere for reason in missing]
+    return Ratios(problem, weights, effective, log_ratio.exp().mean(1), missing)
 
 
 def by_time(problem: Problem, values: Tensor) -> Tensor:
@@ -97,6 +114,4 @@ def importance_sampling(ratios: Ratios, next_values: Tensor, resamples: Resample
     problem = ratios.problem
     terms = problem.rewards + problem.discount * torch.where(problem.cut, next_values, 0.0)
     values, resampled = weighted_sum(ratios, terms, resamples)
-    reasons = ratios.reasons()
-    refused = torch.tensor([missing is not None for missing in ratios.missing]) | (ratios.effective < FEW)
-    return Replicates(torch.where(refused, torch.nan, values), resampled, reasons)
+    return Replicates(torch.where(ratios.refused, torch.nan, values), resampled, ratios.reasons())

@@ -23,7 +23,7 @@ class OfflineOptions(Checked):
     # Adam's step size at the start; it falls to zero along half a cosine
     learning_rate: Positive = 1e-3
     # Polyak rate of the target Q: the share of one Bellman backup that an update makes
-    target_update_rate: Rate = 0.05
+    target_update_rate: Rate = 0.1
     # random features of the occupancy ratios beside the observations and actions themselves; 0: linear
     features: Natural = 256
     # pull of the occupancy ratios towards 1 (the data as they are), in units of (1 - discount)^2

@@ -47,7 +47,9 @@ def own_values(
         else:
             observations = initial.expand(seeds, *initial.shape)
             policy: Any = agent
-            actions = agent.policy(observations, deterministic=deterministic, generator=torch.Generator().manual_seed(0))
+            actions = agent.policy(
+                observations, deterministic=deterministic, generator=torch.Generator().manual_seed(0)
+            )
             values.append(policy.q(observations, actions).float() / scale)
         reasons += [[missing or CAVEAT] for _ in range(seeds)]
     found = torch.cat(values)
@@ -62,7 +64,9 @@ def _unusable(agent: Agent | None, scale: float | None, discount: float) -> str 
     if isinstance(agent, PreferenceAgent | PIQL):
         return f"{name}'s values are in units of a learned reward"
     if not hasattr(agent, "q"):
-        return f"{name} has no Q of its policy" + (" (V of a DICE agent is a multiplier, not a value)" if hasattr(agent, "value") else "")
+        return f"{name} has no Q of its policy" + (
+            " (V of a DICE agent is a multiplier, not a value)" if hasattr(agent, "value") else ""
+        )
     if scale is None:
         return "the agent was trained on rewards that were transformed by more than a factor"
     if agent.config.discount != discount:

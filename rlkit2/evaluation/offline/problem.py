@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,12 @@ class Problem:
         return values.expand(self.num_policies, *values.shape)
 
 
+def chunks(count: int) -> Iterator[Tensor]:
+    """Row numbers 0 to `count` - 1 in parts that fit the memory."""
+    for first in range(0, count, CHUNK):
+        yield torch.arange(first, min(first + CHUNK, count))
+
+
 def _draw_counts(count: int, size: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(size, (count, size), generator=generator)
     return torch.zeros(count, size).scatter_add_(1, drawn, torch.ones(count, size))
@@ -168,8 +174,13 @@ def make_problem(
     def ask(observations: Tensor, stream: int) -> Tensor:
         generator = torch.Generator().manual_seed(options.seed + stream)
         parts = [
-            torch.cat([chosen_actions(p, part, normalizer, spec.action_size, deterministic, options.draws, generator) for p in policies])
-            for part in observations.split(CHUNK)
+            torch.cat(
+                [
+                    chosen_actions(p, part, normalizer, spec.action_size, deterministic, options.draws, generator)
+                    for p in policies
+                ]
+            )
+            for part in (observations[rows] for rows in chunks(len(observations)))
         ]
         chosen = torch.cat(parts, 1)
         if not bool(chosen.isfinite().all()):
@@ -187,7 +198,9 @@ def make_problem(
         deterministic=deterministic,
         observations=normalizer.observations(dataset.observations.float()).squeeze(0),
         next_observations=normalizer.observations(dataset.next_observations.float()).squeeze(0),
-        actions=normalizer.actions(dataset.actions if spec.discrete else dataset.actions.float().unsqueeze(0)).view(dataset.actions.shape),
+        actions=normalizer.actions(dataset.actions if spec.discrete else dataset.actions.float().unsqueeze(0)).view(
+            dataset.actions.shape
+        ),
         rewards=dataset.rewards,
         continues=1.0 - dataset.terminations.float(),
         cut=last & ~dataset.terminations,
@@ -217,7 +230,7 @@ def chosen_actions(
     inputs = observations.expand(seeds, *observations.shape)
     if not deterministic and policy.actor.head == "categorical":
         parameter = next(policy.actor.parameters())
-        logits = policy.actor.network(policy.normalizer.observations(inputs.to(parameter.dtype)))
+        logits: Tensor = policy.actor.network(policy.normalizer.observations(inputs.to(parameter.dtype)))
         return logits.softmax(-1).float()
     sampled = not deterministic and policy.actor.head in ("gaussian", "squashed_gaussian")
     drawn = [policy(inputs, deterministic=not sampled, generator=generator) for _ in range(draws if sampled else 1)]

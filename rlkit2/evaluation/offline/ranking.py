@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.estimate import ValueEstimate
+
+Array = NDArray[np.float64]
 
 
 def order(found: Sequence[ValueEstimate]) -> list[int]:
@@ -31,11 +33,11 @@ def rank_correlation(estimated: ArrayLike, true: ArrayLike) -> float:
     """Spearman's rank correlation over the policies that have an estimate; NaN with fewer than three, or where all are alike."""
     from scipy import stats
 
-    estimated, true = _both(estimated, true)
-    known = np.isfinite(estimated)
-    if known.sum() < 3 or np.ptp(estimated[known]) == 0 or np.ptp(true[known]) == 0:
+    values, truth = _both(estimated, true)
+    known = np.isfinite(values)
+    if known.sum() < 3 or np.ptp(values[known]) == 0 or np.ptp(truth[known]) == 0:
         return math.nan
-    return float(stats.spearmanr(estimated[known], true[known]).statistic)
+    return float(stats.spearmanr(values[known], truth[known]).statistic)
 
 
 def regret_at_k(estimated: ArrayLike, true: ArrayLike, k: int = 1) -> float:
@@ -46,13 +48,13 @@ def regret_at_k(estimated: ArrayLike, true: ArrayLike, k: int = 1) -> float:
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1, not {k}")
-    estimated, true = _both(estimated, true)
-    known = np.flatnonzero(np.isfinite(estimated))
+    values, truth = _both(estimated, true)
+    known = np.flatnonzero(np.isfinite(values))
     if not len(known):
         return math.nan
-    spread = np.ptp(true)
-    chosen = known[np.argsort(-estimated[known], kind="stable")[:k]]
-    return float((true.max() - true[chosen].max()) / spread) if spread > 0 else 0.0
+    spread = np.ptp(truth)
+    chosen = known[np.argsort(-values[known], kind="stable")[:k]]
+    return float((truth.max() - truth[chosen].max()) / spread) if spread > 0 else 0.0
 
 
 def agreement(estimated: ArrayLike, true: ArrayLike) -> dict[str, Any]:
@@ -65,10 +67,12 @@ def agreement(estimated: ArrayLike, true: ArrayLike) -> dict[str, Any]:
     }
 
 
-def _both(estimated: ArrayLike, true: ArrayLike) -> tuple[Any, Any]:
+def _both(estimated: ArrayLike, true: ArrayLike) -> tuple[Array, Array]:
     first, second = np.asarray(estimated, dtype=np.float64), np.asarray(true, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ConfigError(f"estimates {list(first.shape)} and true returns {list(second.shape)} must be one number per policy")
+        raise ConfigError(
+            f"estimates {list(first.shape)} and true returns {list(second.shape)} must be one number per policy"
+        )
     if not np.isfinite(second).all():
         raise ConfigError("a true return is not finite")
     return first, second
