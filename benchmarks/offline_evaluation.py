@@ -26,7 +26,7 @@ from rlkit2.evaluation.offline import METHODS, Candidate, OfflineEvaluation, Off
 
 def rows_of(dataset_id: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per method."""
-    file = given.out / dataset_id.replace("/", "-") / f"judged-{given.members}-{given.steps}.json"
+    file = given.out / dataset_id.replace("/", "-") / "judged.json"
     truth = make(dataset_id, given.out, given.episodes, 0)
     if file.is_file():
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
@@ -86,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+")
     parser.add_argument("--episodes", type=int, default=20, help="played for the truth of every policy")
-    parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.manual_seed(0)

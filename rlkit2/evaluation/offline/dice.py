@@ -5,8 +5,8 @@
 
 The minimum over nu makes the flow of visits that `zeta` implies balance, so zeta = d_pi / d_D where the data reach; then
 J = E_D[zeta r] / (1 - gamma). Source: Yang, Nachum, Dai, Li, Schuurmans, "Off-Policy Evaluation via the Regularized Lagrangian" (NeurIPS 2020),
-with both sides regularised, no reward inside and the dual estimate. Here nu and zeta are linear in the same random features phi (whitened; Rahimi and Recht, 2007), so that the
-saddle point is one linear system instead of a game between two networks, which does not settle:
+with both sides regularised, no reward inside and the dual estimate. Here nu and zeta are linear in the same random features phi
+(whitened; Rahimi and Recht, 2007), so that the saddle point is one linear system instead of a game between two networks, which does not settle:
 
     C = E_D[ (phi - gamma (1 - terminated) phi'_pi) phi^T ],   b = (1 - gamma) E phi_pi(s0),
     theta = argmin |C theta - b|^2 + lambda E_D (zeta - 1)^2

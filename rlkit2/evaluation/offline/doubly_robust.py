@@ -9,6 +9,8 @@ temporal differences. The Q of an episode's steps comes from the members that di
 
 from __future__ import annotations
 
+import torch
+
 from rlkit2.evaluation.offline.estimate import Replicates
 from rlkit2.evaluation.offline.fqe import FittedQ
 from rlkit2.evaluation.offline.importance import Ratios, weighted_sum
@@ -20,9 +22,12 @@ def doubly_robust(fitted: FittedQ, ratios: Ratios, resamples: Resamples) -> Repl
     problem = fitted.problem
     following = problem.discount * problem.continues * fitted.next_values
     correction, resampled = weighted_sum(ratios, problem.rewards + following - fitted.data_values, resamples)
-    initial = fitted.initial_values.mean(1)
-    starts = (resamples.initial @ initial.T / resamples.initial.sum(1, keepdim=True)).T
-    values = initial.mean(1) + correction
+    members = (
+        torch.arange(len(resamples)) % fitted.initial_values.shape[1]
+    )  # the interval holds the chance in Q's fit too
+    shares = resamples.initial / resamples.initial.sum(1, keepdim=True)
+    starts = torch.stack([(own[members] * shares).sum(1) for own in fitted.initial_values])
+    values = fitted.initial_values.mean((1, 2)) + correction
     for policy, missing in enumerate(ratios.missing):
         if missing:
             values[policy] = float("nan")

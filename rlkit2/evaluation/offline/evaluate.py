@@ -17,7 +17,7 @@ from rlkit2.evaluation.offline.behavior import checked_log_probs, cloned_log_pro
 from rlkit2.evaluation.offline.dice import OccupancyRatios, fit_ratios
 from rlkit2.evaluation.offline.doubly_robust import doubly_robust
 from rlkit2.evaluation.offline.estimate import Replicates, estimates
-from rlkit2.evaluation.offline.fqe import FittedQ, fit_q, returns_to_go
+from rlkit2.evaluation.offline.fqe import FittedQ, fit_q, possible_returns, returns_to_go
 from rlkit2.evaluation.offline.importance import Ratios, episode_ratios, importance_sampling
 from rlkit2.evaluation.offline.options import OfflineOptions
 from rlkit2.evaluation.offline.own_value import own_values
@@ -30,6 +30,8 @@ METHODS = ("fqe", "dice", "is", "dr", "own")
 FAR = (
     0.5  # share of states with actions outside the data beyond which a model of the data is asked about something else
 )
+
+SLACK = 0.02  # of the range of possible returns
 
 Progress = Callable[[str, int, int], None]
 
@@ -127,6 +129,7 @@ def judge(
                 deterministic,
                 resamples,
             )
+    found = {method: _within(possible_returns(problem), own) for method, own in found.items()}
     labels = tuple(label for candidate in candidates for label in candidate.labels)
     units = {"own": len(problem.initial_observations)}
     returns = returns_to_go(problem)[problem.starts[:-1]]
@@ -196,6 +199,18 @@ class _Shared:
         else:
             behavior = checked_log_probs(torch.as_tensor(self.known), self.problem)
         return episode_ratios(self.problem, policies, behavior)
+
+
+def _within(possible: tuple[float, float], found: Replicates) -> Replicates:
+    """Refuse values that no sequence of the data's rewards adds up to."""
+    low, high = possible
+    slack = SLACK * (high - low)
+    wrong = (found.values < low - slack) | (found.values > high + slack)
+    reasons = [
+        [*own, f"{value:.4g} lies beyond every possible return, {low:.4g} to {high:.4g}"] if bad else own
+        for own, bad, value in zip(found.reasons, wrong.tolist(), found.values.tolist(), strict=True)
+    ]
+    return Replicates(torch.where(wrong, torch.nan, found.values), found.resampled, reasons)
 
 
 def _check_fit(candidate: Candidate, dataset: TransitionDataset) -> None:

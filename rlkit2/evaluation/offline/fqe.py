@@ -23,6 +23,7 @@ from rlkit2.evaluation.offline.options import OfflineOptions
 from rlkit2.evaluation.offline.problem import EpisodeSampler, Problem, Resamples, chunks
 from rlkit2.nn import Adam, Critic, lerp_, target_copy
 
+RUNAWAY = 0.05  # of the range of possible returns: a target so far beyond it is no noise of the fit
 REMAINING = 0.05  # share of the distance from the start that may be left
 UNSETTLED = (
     0.1  # of the spread of returns: an estimate that still moves so much over the last third of the fit has not arrived
@@ -34,7 +35,7 @@ class FittedQ:
     """Q of P policies by M members. Value = `center + scale * network`.
 
     `backups`: Bellman backups made, updates times the target's rate. `drift [P]`: how far the estimate moved over the last third of the fit, and
-    `clipped [P]` the share of the last targets outside the possible returns, the former in units of `scale`.
+    `clipped [P]` the share of the last targets far outside the possible returns, the former in units of `scale`.
     """
 
     problem: Problem
@@ -93,7 +94,7 @@ class FittedQ:
                 )
             if clipped > 0.01:
                 reasons[policy].append(
-                    f"{100 * clipped:.0f} % of the targets lie beyond every possible return: Q runs away"
+                    f"{100 * clipped:.0f} % of the targets lie far beyond every possible return: Q runs away"
                 )
         return Replicates(members.mean(1), members, reasons)
 
@@ -145,7 +146,7 @@ def fit_q(problem: Problem, options: OfflineOptions, progress: Callable[[int, in
         optimizer.minimize(errors.square().mean(-1).sum(1))
         lerp_(target, critic, options.target_update_rate)
         if step >= options.steps - 100:
-            outside = (targets - bounded).abs() > 1e-3
+            outside = (targets - bounded).abs() > RUNAWAY * (high - low)
             clipped += outside.float().mean((1, 2)) / min(100, options.steps)
         if step in (options.steps * 2 // 3, options.steps - 1):
             with torch.no_grad():

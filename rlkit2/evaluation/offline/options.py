@@ -19,7 +19,7 @@ class OfflineOptions(Checked):
     # updates of Q and of the cloned behaviour
     steps: Count = 6000
     # transitions per update and member
-    batch_size: Count = 256
+    batch_size: Count = 128
     # Adam's step size at the start; it falls to zero along half a cosine
     learning_rate: Positive = 1e-3
     # Polyak rate of the target Q: the share of one Bellman backup that an update makes
