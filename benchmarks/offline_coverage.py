@@ -19,7 +19,7 @@ from common import report
 from rlkit2.evaluation.offline import Candidate, OfflineOptions, judge
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.evaluation.processes import random_policy, random_process, sample, table_policy  # noqa: E402
+from tests.evaluation.processes import random_policy, random_process, sample, table_policy
 
 METHODS = ("fqe", "dice", "is", "dr")
 POLICIES = 3
@@ -38,7 +38,9 @@ def covered(process_seed: int, episodes: int, members: int) -> dict[str, list[bo
         discount=0.8,
         deterministic=False,
         behavior_log_probs=log_probs,
-        options=OfflineOptions(hidden_sizes=(), features=0, steps=400, learning_rate=0.03, members=members, resamples=200),
+        options=OfflineOptions(
+            hidden_sizes=(), features=0, steps=400, learning_rate=0.03, members=members, resamples=200
+        ),
     )
     return {
         method: [
@@ -66,7 +68,9 @@ def main() -> None:
             row[method] = float(np.mean(inside)) if inside else None
             row[f"{method} refused"] = given.processes * POLICIES - len(inside)
         rows.append(row)
-    report("offline_coverage", rows, processes=given.processes, policies=POLICIES, members=given.members, confidence=0.95)
+    report(
+        "offline_coverage", rows, processes=given.processes, policies=POLICIES, members=given.members, confidence=0.95
+    )
 
 
 if __name__ == "__main__":

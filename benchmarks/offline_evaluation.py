@@ -3,8 +3,9 @@
     python benchmarks/offline_evaluation.py zoo/hopper/medium-replay-v0 zoo/pendulum/mixed-v0 --out runs/judged
 
 The policies and their truth are those of `offline_policies.py`, made first where they are missing. Every policy plays its mode; with continuous
-actions that leaves importance sampling and doubly robust out. The table and `results/offline_evaluation.json` have a row per dataset and method;
-`discounted` holds the estimates against what they estimate, `undiscounted` against the returns in the evaluation environment.
+actions that leaves importance sampling and doubly robust out. The table and `results/offline_evaluation.json` have a row per dataset and method:
+rank correlation and regret against the discounted returns that are estimated, and (", return") against the undiscounted ones in the evaluation
+environment.
 """
 
 from __future__ import annotations
@@ -21,64 +22,80 @@ from common import report
 from offline_policies import DISCOUNT, load, make, recipes
 
 import rlkit2
-from rlkit2.evaluation.offline import METHODS, Candidate, OfflineEvaluation, OfflineOptions, agreement, judge
+from rlkit2.evaluation.offline import METHODS, Candidate, OfflineOptions, agreement, judge
 
 
-def rows_of(dataset_id: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per method."""
-    file = given.out / dataset_id.replace("/", "-") / "judged.json"
-    truth = make(dataset_id, given.out, given.episodes, 0)
-    if file.is_file():
-        rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
-        return rows
-    dataset = rlkit2.load_dataset(dataset_id)
-    candidates = []
-    for name, step in recipes(dataset):
-        agent = load(name, step, dataset, file.parent)
-        candidates.append(Candidate(f"{name}-{step}", agent.policy, agent))
-    methods = METHODS if dataset.spec.discrete else tuple(name for name in METHODS if name not in ("is", "dr"))
-    options = OfflineOptions(members=given.members, steps=given.steps)
-    began = time.time()
-    found = judge(candidates, dataset, methods=methods, discount=DISCOUNT, options=options)
-    rows = [row(dataset_id, method, found, truth) for method in methods]
-    facts = {
-        "seconds": time.time() - began,
-        "truth": {key: {k: float(np.mean(v)) for k, v in one.items()} for key, one in truth.items()},
-    }
-    file.write_text(json.dumps({"rows": rows, **facts, **found.to_dict()}))
-    return rows
+def judged(dataset_id: str, given: argparse.Namespace) -> dict[str, Any]:
+    """All estimates of one dataset and the mean true returns, from the folder where they are there already."""
+    file: Path = given.out / dataset_id.replace("/", "-") / "judged.json"
+    if not file.is_file():
+        truth = make(dataset_id, given.out, given.episodes, 0)
+        dataset = rlkit2.load_dataset(dataset_id)
+        candidates = []
+        for name, step in recipes(dataset):
+            agent = load(name, step, dataset, file.parent)
+            candidates.append(Candidate(f"{name}-{step}", agent.policy, agent))
+        methods = METHODS if dataset.spec.discrete else tuple(name for name in METHODS if name not in ("is", "dr"))
+        began = time.time()
+        options = OfflineOptions(members=given.members, steps=given.steps)
+        found = judge(candidates, dataset, methods=methods, discount=DISCOUNT, options=options)
+        means = {key: {kind: float(np.mean(values)) for kind, values in one.items()} for key, one in truth.items()}
+        file.write_text(json.dumps({"seconds": time.time() - began, "truth": means, **found.to_dict()}))
+    found_before: dict[str, Any] = json.loads(file.read_text())
+    return found_before
 
 
-def row(
-    dataset_id: str, method: str, found: OfflineEvaluation, truth: dict[str, dict[str, list[float]]]
-) -> dict[str, Any]:
-    """The figures of one method on one dataset."""
-    estimates = found.estimates[method]
-    values = np.array([one.value for one in estimates])
+def row(dataset_id: str, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one method on one dataset; errors in units of the spread of the true discounted returns."""
+    estimates, labels = found["estimates"][method], found["policies"]
+    values = np.array([np.nan if one["value"] is None else one["value"] for one in estimates])
+    trusted = np.array([one["trusted"] for one in estimates])
     discounted, plain = (
-        np.array([np.mean(truth[label][kind]) for label in found.labels]) for kind in ("discounted", "undiscounted")
+        np.array([found["truth"][label][kind] for label in labels]) for kind in ("discounted", "undiscounted")
     )
     known = np.isfinite(values)
-    spread = float(np.ptp(discounted))
+    errors = (values - discounted) / np.ptp(discounted)
     inside = [
-        one.low <= value <= one.high for one, value in zip(estimates, discounted, strict=True) if np.isfinite(one.value)
+        one["low"] <= value <= one["high"]
+        for one, value in zip(estimates, discounted, strict=True)
+        if one["low"] is not None
     ]
     against, beside = agreement(values, discounted), agreement(values, plain)
-    return {
-        "dataset": dataset_id,
-        "method": method,
-        "policies": f"{int(known.sum())}/{len(values)}",
-        "trusted": int(sum(one.trusted for one in estimates)),
+
+    def median(numbers: Any) -> float | None:
+        return float(np.median(numbers)) if len(numbers) else None
+
+    figures = {
         "rank": against["rank_correlation"],
         "regret@1": against["regret@1"],
         "regret@5": against["regret@5"],
-        "rank (undiscounted)": beside["rank_correlation"],
-        "regret@1 (undiscounted)": beside["regret@1"],
-        "regret@5 (undiscounted)": beside["regret@5"],
-        "error / spread": float(np.median(np.abs(values - discounted)[known])) / spread if known.any() else None,
-        "bias / spread": float(np.median((values - discounted)[known])) / spread if known.any() else None,
+        "rank, return": beside["rank_correlation"],
+        "regret@1, return": beside["regret@1"],
+        "regret@5, return": beside["regret@5"],
+        "bias": median(errors[known]),
+        "error": median(np.abs(errors[known])),
+        "error, trusted": median(np.abs(errors[known & trusted])),
+        "error, in doubt": median(np.abs(errors[known & ~trusted])),
         "in interval": float(np.mean(inside)) if inside else None,
     }
+    return {
+        "dataset": dataset_id,
+        "method": method,
+        "estimates": f"{int(known.sum())}/{len(values)}",
+        "trusted": int(trusted.sum()),
+        **{name: None if value is None or np.isnan(value) else value for name, value in figures.items()},
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+
+    def text(value: Any) -> str:
+        return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([text(value) for value in one.values()] for one in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
@@ -91,9 +108,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.manual_seed(0)
-    rows = [row for dataset in given.datasets for row in rows_of(dataset, given)]
+    found = {dataset: judged(dataset, given) for dataset in given.datasets}
+    rows = [row(dataset, method, one) for dataset, one in found.items() for method in one["estimates"]]
     facts = {"episodes": given.episodes, "members": given.members, "steps": given.steps, "discount": DISCOUNT}
     report("offline_evaluation", rows, **facts)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import Candidate, OfflineOptions, judge
 from rlkit2.evaluation.offline import fqe as fqe_module
+from rlkit2.evaluation.offline import importance
 from rlkit2.evaluation.offline import problem as problem_module
+from rlkit2.evaluation.offline.behavior import policy_log_probs
 from rlkit2.nn import Normalizer, Policy
 from rlkit2.nn.actors import make_actor
 from tests.evaluation.processes import random_policy, random_process, sample, table_policy
@@ -247,8 +249,6 @@ def test_densities_are_per_unit_of_raw_actions():
     problem = problem_module.make_problem(
         [policy], dataset, 0.9, deterministic=False, initial_observations=None, options=OfflineOptions()
     )
-    from rlkit2.evaluation.offline.behavior import policy_log_probs
-
     expected = torch.distributions.Normal(-0.4 * dataset.observations[:, 0], 1.2).log_prob(dataset.actions[:, 0])
     torch.testing.assert_close(policy_log_probs(problem)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -294,3 +294,29 @@ def test_one_episode_gives_no_interval():
     assert math.isnan(found["fqe"].low)
     assert "one episode gives no interval" in found["fqe"].reasons
     assert found.to_dict()["estimates"]["fqe"][0]["low"] is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weighted_sums_are_what_the_formula_says(seed):
+    """sum_t gamma^t sum_e rho x / sum_e rho by loops; an ended episode keeps its last weight."""
+    process = random_process(seed, ending=0.2)
+    behavior, policy = random_policy(process, 20 + seed), random_policy(process, seed)
+    dataset, log_probs = sample(process, behavior, 12, 6, seed)
+    problem = problem_module.make_problem(
+        [table_policy(policy)], dataset, 0.9, deterministic=False, initial_observations=None, options=TABLES
+    )
+    ratios = importance.episode_ratios(problem, policy_log_probs(problem), torch.from_numpy(log_probs))
+    x = np.random.default_rng(seed).normal(size=len(dataset))
+    states, actions = dataset.observations.argmax(1).numpy(), dataset.actions.numpy()
+    one_step = policy[states, actions] / behavior[states, actions]
+    starts, expected = dataset.episode_starts.tolist(), 0.0
+    for time in range(int(dataset.episode_lengths.max())):
+        above = below = 0.0
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            weight = one_step[start : min(start + time + 1, stop)].prod()
+            below += weight
+            above += weight * x[start + time] if start + time < stop else 0.0
+        expected += 0.9**time * above / below
+    values, resampled = importance.weighted_sum(ratios, torch.from_numpy(x)[None], problem.resamples(20, 0))
+    assert float(values[0]) == pytest.approx(expected, rel=1e-5)
+    assert resampled.shape == (1, 20)

@@ -1,7 +1,7 @@
 """What an agent says itself: its Q of its own action, at the initial states.
 
 Not an evaluation of the policy: a Q that was pushed up by its own maximum says too much, one that is kept conservative too little, and its
-interval knows the start alone. It costs nothing and ranks checkpoints better than nothing.
+interval knows the start alone. Between agents it says who is the optimist.
 """
 
 from __future__ import annotations
