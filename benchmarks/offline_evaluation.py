@@ -22,7 +22,7 @@ from common import report
 from offline_policies import DISCOUNT, load, make, recipes
 
 import rlkit2
-from rlkit2.evaluation.offline import METHODS, Candidate, OfflineOptions, agreement, judge
+from rlkit2.evaluation.offline import METHODS, Candidate, OfflineOptions, agreement, judge, regret_at_k
 
 
 def judged(dataset_id: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def row(dataset_id: str, method: str, found: dict[str, Any]) -> dict[str, Any]:
         "rank": against["rank_correlation"],
         "regret@1": against["regret@1"],
         "regret@5": against["regret@5"],
+        "regret@1, trusted first": regret_at_k(values - 1e9 * ~trusted, discounted),
         "rank, return": beside["rank_correlation"],
         "regret@1, return": beside["regret@1"],
         "regret@5, return": beside["regret@5"],

@@ -13,9 +13,8 @@ from gymnasium import spaces
 from rlkit2.data.dataset import dataset_from_arrays
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
-from rlkit2.evaluation.offline import Candidate, OfflineOptions, judge
+from rlkit2.evaluation.offline import Candidate, OfflineOptions, importance, judge
 from rlkit2.evaluation.offline import fqe as fqe_module
-from rlkit2.evaluation.offline import importance
 from rlkit2.evaluation.offline import problem as problem_module
 from rlkit2.evaluation.offline.behavior import policy_log_probs
 from rlkit2.nn import Normalizer, Policy
