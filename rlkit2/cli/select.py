@@ -34,8 +34,8 @@ def select(
 ) -> int:
     """Rank the policies of runs by their estimated discounted return, without an environment.
 
-    What can be trusted comes first, what is in doubt after it, what was refused last. With --play the policies also play in their environment, and the
-    ranking is held against what they earn.
+    What can be trusted comes first, what is in doubt after it, what was refused last. With --play the policies also play in their environment, and
+    the ranking is held against what they earn.
 
     Example: rlkit2 select runs/iql-* runs/td3bc-*
 

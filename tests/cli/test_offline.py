@@ -17,7 +17,7 @@ from rlkit2.evaluation.offline import OfflineOptions
 
 COMMON = {"steps": 150, "eval_every": 0, "batch_size": 32, "progress": False}
 SMALL = {"hidden_sizes": (16,)}
-QUICK = OfflineOptions(hidden_sizes=(16,), steps=200, members=2, batch_size=32, features=32, target_update_rate=0.5)
+QUICK = OfflineOptions(hidden_sizes=(16,), steps=200, members=3, batch_size=32, features=32, target_update_rate=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def printed(capsys, *arguments):
 
 
 def test_evaluate_offline(capsys, runs):
-    quick = ["--offline", "--steps", "100", "--members", "2"]
+    quick = ["--offline", "--steps", "100", "--members", "3"]
     text = printed(capsys, "evaluate", runs[0].path, *quick, "--methods", "fqe", "own")
     assert "discount 0.99: the default, as the training had none" in text
     assert "own: BC has no Q of its policy" in text
@@ -63,7 +63,7 @@ def test_evaluate_offline(capsys, runs):
 
 
 def test_select_ranks_and_holds_the_ranking_against_the_truth(capsys, runs):
-    arguments = [run.path for run in runs] + ["--steps", "100", "--members", "2", "--discount", "0.9"]
+    arguments = [run.path for run in runs] + ["--steps", "100", "--members", "3", "--discount", "0.9"]
     content = json.loads(printed(capsys, "select", *arguments, "--play", "2", "--json"))
     labels = content["policies"]
     assert sorted(content["ranking"]) == sorted(labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -311,7 +312,7 @@ def test_weighted_sums_are_what_the_formula_says(seed):
     starts, expected = dataset.episode_starts.tolist(), 0.0
     for time in range(int(dataset.episode_lengths.max())):
         above = below = 0.0
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts):
             weight = one_step[start : min(start + time + 1, stop)].prod()
             below += weight
             above += weight * x[start + time] if start + time < stop else 0.0

@@ -15,7 +15,7 @@ class OfflineOptions(Checked):
     # hidden layers of Q and of the cloned behaviour; empty: linear, which is tabular for one-hot observations
     hidden_sizes: Widths = (64, 64)
     # estimates of Q and of the occupancy ratios, every one fitted to its own resample of the episodes
-    members: Annotated[int, Interval("[2, inf)")] = 8
+    members: Annotated[int, Interval("[3, inf)")] = 8
     # updates of Q and of the cloned behaviour
     steps: Count = 6000
     # transitions per update and member
