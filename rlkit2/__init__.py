@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from rlkit2.api import load_dataset as load_dataset
     from rlkit2.api import load_policy as load_policy
     from rlkit2.api import load_run as load_run
+    from rlkit2.api import offline_evaluate as offline_evaluate
     from rlkit2.api import train as train
 
-_LAZY = dict.fromkeys(("load_dataset", "train", "evaluate", "load_run", "load_policy"), "rlkit2.api")
+_LAZY = dict.fromkeys(
+    ("load_dataset", "train", "evaluate", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
+)
 _MODULES = (
     "agents",
     "data",
@@ -33,7 +36,7 @@ _MODULES = (
     "training",
 )
 
-__all__ = ["__version__", "evaluate", "load_dataset", "load_policy", "load_run", "train"]
+__all__ = ["__version__", "evaluate", "load_dataset", "load_policy", "load_run", "offline_evaluate", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The five functions most users need: load a dataset, train, evaluate, and open what was trained."""
+"""The functions most users need: load a dataset, train, evaluate with an environment or without, and open what was trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
+from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.load import Source, read_dataset
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
@@ -22,9 +25,9 @@ from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run
 
 if TYPE_CHECKING:
-    from rlkit2.data.dataset import TransitionDataset
     from rlkit2.evaluation import EnvSource, Evaluation
     from rlkit2.evaluation import Evaluator as EpisodeEvaluator
+    from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions
 
 
 def load_dataset(
@@ -228,6 +231,65 @@ def evaluate(
         num_envs=num_envs,
         max_steps=max_steps,
         progress=progress,
+    )
+
+
+def offline_evaluate(
+    policy_or_run: Run | Policy | str | os.PathLike[str] | Sequence[Run | Policy | str | os.PathLike[str]],
+    dataset: Source | None = None,
+    *,
+    methods: Sequence[str] = ("fqe", "dice"),
+    discount: float | None = None,
+    deterministic: bool = True,
+    behavior_log_probs: ArrayLike | Tensor | None = None,
+    initial_observations: ArrayLike | Tensor | None = None,
+    options: OfflineOptions | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> OfflineEvaluation:
+    """Estimate from data alone what every seed of a policy would earn: its discounted return, in the dataset's own rewards.
+
+    Args:
+        policy_or_run: a run, a policy, the folder of either, or several of them, which are then judged side by side.
+        dataset: a `TransitionDataset` or anything `load_dataset` takes; default: that of the runs.
+        methods: any of `fqe` (fitted Q evaluation), `dice` (marginal weights), `is` (importance sampling), `dr` (doubly robust), `own` (the
+            agent's own Q at the initial states).
+        discount: gamma in [0, 1); default: that of the training, else 0.99.
+        deterministic: judge the policy's mode, else its sampled actions.
+        behavior_log_probs: log-probabilities of the data's actions under what collected them, `[N]` (densities per unit of the raw actions);
+            default: a policy cloned from the data.
+        initial_observations: where episodes will start, raw `[I, obs]`; default: where the data's episodes do.
+        options: sizes and budgets, see `rlkit2.evaluation.offline.OfflineOptions`.
+        progress: called with (what, done, total).
+
+    Returns:
+        `result["fqe"]` (one policy) or `result.estimates["fqe"][k]`: value, interval and whether it can be trusted, with reasons if not.
+
+    Raises:
+        ConfigError: unknown method, no dataset, or policies that do not fit it.
+        RunError: a folder holds neither a run nor a policy.
+    """
+    from rlkit2.evaluation.offline import judge
+    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount
+
+    given = [policy_or_run] if isinstance(policy_or_run, Run | Policy | str | os.PathLike) else policy_or_run
+    sources = [as_run(source) for source in given]
+    source = common_dataset(sources) if dataset is None else dataset
+    transitions = source if isinstance(source, TransitionDataset) else load_dataset(source)
+    notes = []
+    if discount is None:
+        discount, origin = common_discount(sources)
+        notes.append(f"discount {discount:g}: {origin}")
+    return judge(
+        [as_candidate(run, transitions, index) for index, run in enumerate(sources)],
+        transitions,
+        methods=methods,
+        discount=discount,
+        deterministic=deterministic,
+        behavior_log_probs=behavior_log_probs,
+        initial_observations=initial_observations,
+        options=options,
+        progress=progress,
+        notes=notes,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -31,11 +32,20 @@ def evaluate(
     seed: int = 0,
     num_envs: int | None = None,
     max_steps: int | None = None,
+    offline: bool = False,
+    methods: tuple[str, ...] = ("fqe", "dice"),
+    dataset: str | None = None,
+    discount: float | None = None,
+    steps: int | None = None,
+    members: int | None = None,
     json: bool = False,
 ) -> int:
     """Play episodes with every seed of a trained policy and print its returns and scores.
 
+    With --offline nothing is played: the discounted return is estimated from data alone.
+
     Example: rlkit2 evaluate runs/odice-zoo-hopper-medium-v0-001 --episodes 100
+             rlkit2 evaluate runs/iql-zoo-hopper-medium-v0-001 --offline
 
     Args:
         run: folder of a run, or of a saved policy.
@@ -46,8 +56,24 @@ def evaluate(
         seed: which fixed set of evaluation episodes.
         num_envs: environments per seed stepped together; changes time and memory, never the result.
         max_steps: cut episodes there.
+        offline: estimate the discounted return from data instead of playing.
+        methods: with --offline: fqe, dice, is, dr, own.
+        dataset: with --offline: to judge on; default: that of the run.
+        discount: with --offline; default: that of the training, else 0.99.
+        steps: with --offline: updates of every fit; default: 6000.
+        members: with --offline: resamples of the episodes that every fit is repeated on; default: 8.
         json: print everything as JSON.
     """
+    if offline:
+        _refuse(
+            "--offline plays nothing and judges the final policy",
+            checkpoint=checkpoint,
+            env=env,
+            num_envs=num_envs,
+            max_steps=max_steps,
+        )
+        return _judge(run, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
+    _refuse("only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members)
     policy, own_env = _open(run, checkpoint)
     with episode_bar("episodes") as progress:
         result = evaluate_policy(
@@ -64,6 +90,40 @@ def evaluate(
         output.print_json({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
     else:
         _print(output.console(), result, checkpoint)
+    return 0
+
+
+def _refuse(why: str, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{why}; leave --{name.replace('_', '-')} out")
+
+
+def _judge(
+    run: Path,
+    dataset: str | None,
+    methods: Sequence[str],
+    discount: float | None,
+    stochastic: bool,
+    json: bool,
+    **options: int | None,
+) -> int:
+    from rlkit2.cli.offline import judged, print_judged
+    from rlkit2.evaluation.offline import OfflineOptions
+
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    result = judged(
+        [run],
+        dataset=dataset,
+        methods=methods,
+        discount=discount,
+        stochastic=stochastic,
+        options=OfflineOptions(**given),
+    )
+    if json:
+        output.print_json({"run": str(run), **result.to_dict()})
+    else:
+        print_judged(result)
     return 0
 
 

@@ -16,7 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("rlkit2.cli.data", "list, inspect, check, build, import and relabel datasets"),
     "train": ("rlkit2.cli.train", "train an agent on a dataset, several seeds together; resume a run"),
     "sweep": ("rlkit2.cli.sweep", "train many runs from one file; resumable"),
-    "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it"),
+    "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it; --offline: from data alone"),
+    "select": ("rlkit2.cli.select", "rank runs by what they would earn, judged from data alone"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),
     "entangle": (

@@ -1,0 +1,106 @@
+"""`rlkit2 select RUN...`: rank policies by what they would earn, judged from data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tyro.conf import Positional
+
+from rlkit2.api import evaluate, load_run
+from rlkit2.cli.evaluate import episode_bar
+from rlkit2.cli.offline import judged, print_judged
+from rlkit2.cli.output import print_json, say
+from rlkit2.cli.parsing import command
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.offline import OfflineOptions, agreement, order
+
+
+def select(
+    runs: Positional[tuple[Path, ...]],
+    *,
+    by: str = "fqe",
+    methods: tuple[str, ...] = ("fqe", "dice"),
+    dataset: str | None = None,
+    discount: float | None = None,
+    stochastic: bool = False,
+    steps: int = OfflineOptions.steps,
+    members: int = OfflineOptions.members,
+    seed: int = 0,
+    play: int = 0,
+    json: bool = False,
+) -> int:
+    """Rank the policies of runs by their estimated discounted return, without an environment.
+
+    What can be trusted comes first, what is in doubt after it, what was refused last. With --play the policies also play in their environment, and
+    the ranking is held against what they earn.
+
+    Example: rlkit2 select runs/iql-* runs/td3bc-*
+
+    Args:
+        runs: folders of runs, or of saved policies.
+        by: the method that ranks.
+        methods: fqe, dice, is, dr, own; all that are shown.
+        dataset: to judge on; default: that of the runs.
+        discount: default: that of the training, else 0.99.
+        stochastic: judge sampled actions instead of the mode.
+        steps: updates of every fit.
+        members: resamples of the episodes that every fit is repeated on.
+        seed: of resamples, weights and batches.
+        play: episodes per seed to play for the truth; 0: none.
+        json: print everything as JSON.
+    """
+    if by not in methods:
+        methods = (*methods, by)
+    options = OfflineOptions(steps=steps, members=members, seed=seed)
+    result = judged(runs, dataset=dataset, methods=methods, discount=discount, stochastic=stochastic, options=options)
+    ranked = order(result.estimates[by])
+    truth = _played(runs, play, not stochastic) if play else None
+    agreed = None
+    if truth is not None:
+        agreed = {method: agreement([one.value for one in found], truth) for method, found in result.estimates.items()}
+    if json:
+        values: dict[str, Any] = {"by": by, "ranking": [result.labels[index] for index in ranked], **result.to_dict()}
+        if truth is not None:
+            values |= {"played": truth.tolist(), "agreement": agreed}
+        print_json(values)
+        return 0
+    print_judged(result, by)
+    first = result.estimates[by][ranked[0]]
+    what = f"first by {by}: {result.labels[ranked[0]]}"
+    say(what if first.trusted else f"{what}, but no estimate that can be trusted speaks for it")
+    if truth is not None and agreed is not None:
+        earned = ", ".join(f"{result.labels[index]} {truth[index]:.4g}" for index in ranked)
+        say(f"played, {play} episodes each, mean undiscounted return: {earned}")
+        for method, figures in agreed.items():
+            texts = [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures.items()]
+            say(f"{method} against the played returns: {', '.join(texts)}")
+    return 0
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else "unknown" if value != value else f"{value:.2f}"
+
+
+def _played(runs: Sequence[Path], episodes: int, deterministic: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean return of every seed of every run, `[P]`."""
+    means = []
+    for path in runs:
+        saved = (path / "policy.json").is_file()
+        env = None if saved else load_run(path).config.get("env")
+        with episode_bar(path.name) as progress:
+            played = evaluate(path, episodes=episodes, env=env, deterministic=deterministic, progress=progress)
+        means.append(played.returns.mean(1))
+    found = np.concatenate(means)
+    if not np.isfinite(found).all():
+        raise ConfigError(
+            "a policy gave actions that are not finite while it played, so there is no truth to hold the ranking against"
+        )
+    return found
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Entry of the command line."""
+    return command(select, arguments, prog="rlkit2 select")

@@ -1,0 +1,75 @@
+"""From runs, policies and their folders to what can be judged, and what their training says about the question."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.normalizers import reward_transform
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.offline.evaluate import Candidate
+from rlkit2.nn import Policy
+from rlkit2.nn.policy import load_policy
+from rlkit2.training.run import Run
+
+DISCOUNT = 0.99
+
+
+def as_run(source: Run | Policy | str | os.PathLike[str]) -> Run | Policy:
+    """A run or a policy, opened where it is a folder; `RunError` where the folder is neither."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        return load_policy(path) if (path / "policy.json").is_file() else Run(path)
+    return source
+
+
+def as_candidate(source: Run | Policy, dataset: TransitionDataset, index: int) -> Candidate:
+    """A run's final policy with its agent, or a policy alone, named by its number."""
+    if isinstance(source, Policy):
+        return Candidate(f"policy {index}", source)
+    return Candidate(source.path.name, source.policy, source.agent, reward_factor(source, dataset))
+
+
+def reward_factor(run: Run, dataset: TransitionDataset) -> float | None:
+    """What the rewards of `dataset` were multiplied by for the run's agent; None where they were transformed otherwise."""
+    options = run.config["data"]
+    scale, name = float(options["reward_scale"]), options["reward_transform"]
+    if name == "none":
+        return scale
+    rewards, transformed = dataset.rewards, reward_transform(name, dataset)
+    moved = rewards != 0
+    if not bool(moved.any()) or bool((transformed[~moved] != 0).any()):
+        return None
+    factors = transformed[moved] / rewards[moved]
+    return scale * float(factors.median()) if bool((factors / factors.median() - 1).abs().max() < 1e-3) else None
+
+
+def common_dataset(runs: Sequence[Run | Policy]) -> str:
+    """Where all runs found their dataset; `ConfigError` where they differ or there are policies alone."""
+    sources = {run.config["dataset"]["source"] for run in runs if isinstance(run, Run)}
+    if len(sources) != 1 or any(isinstance(run, Policy) for run in runs):
+        found = (
+            "a policy alone names no dataset"
+            if not sources
+            else f"the runs have several datasets ({', '.join(sorted(sources))})"
+        )
+        raise ConfigError(f"{found}; name the one to judge with: --dataset ID (dataset=... in Python)")
+    return str(sources.pop())
+
+
+def common_discount(runs: Sequence[Run | Policy]) -> tuple[float, str]:
+    """The discount that all runs with one trained with, else `DISCOUNT`, and where it comes from; `ConfigError` where they differ."""
+    known = {
+        float(run.config["config"]["discount"])
+        for run in runs
+        if isinstance(run, Run) and "discount" in run.config["config"]
+    }
+    if len(known) > 1:
+        raise ConfigError(
+            f"the runs were trained with several discounts ({', '.join(map(str, sorted(known)))}); name one with --discount (discount=... in Python)"
+        )
+    if known:
+        return known.pop(), "that of the training"
+    return DISCOUNT, "the default, as the training had none; name another with --discount (discount=... in Python)"
