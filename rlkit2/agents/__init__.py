@@ -169,9 +169,10 @@ def _loaded(name: str) -> type[Agent]:
     module = Path(place).stem if place.endswith(".py") else place
     found = getattr(sys.modules.get(module), class_name, None)
     if not (isinstance(found, type) and issubclass(found, Agent)):
+        typed = place if "." in place else f"{place}.py"
         raise ConfigError(
             f"{class_name} of {place} is not loaded, and what a file names is not imported; name it yourself: "
-            f"rlkit2 train {place if place.endswith('.py') else place + '.py'}:{class_name} ... (in Python: import it first)"
+            f"rlkit2 train {typed}:{class_name} ... (in Python: import it first)"
         )
     return found
 

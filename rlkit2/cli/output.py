@@ -16,7 +16,7 @@ WIDTH = 160  # characters where standard output is not a terminal, so that nothi
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output, or standard error for what is said while work goes on."""
+    """Standard output, or standard error for what is said during long work."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
 
