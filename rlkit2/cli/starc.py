@@ -33,8 +33,8 @@ from rlkit2.rewards import (
 from rlkit2.rewards.canonical import Canonicalization
 from rlkit2.rewards.norms import NormName
 from rlkit2.rewards.npz import read_tabular
-from rlkit2.rewards.sampled.estimator import Estimator
 from rlkit2.rewards.sampled.features import FeatureName
+from rlkit2.rewards.sampled.grams import Estimator
 from rlkit2.studies.starc_study import StudyConfig, run_study
 from rlkit2.training.run_files import write_atomically
 
