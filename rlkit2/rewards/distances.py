@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, sparse_matrix, to_float
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, power_of_two, result_dtype, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
 from rlkit2.rewards.matrix import RewardDistanceMatrix, named_rewards
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P
-from rlkit2.rewards.norms import TRIVIAL_TOLERANCE, Norm, NormName, standardized
+from rlkit2.rewards.norms import Norm, NormName, rounding, standardized, warn_trivial
 
 Scale: TypeAlias = Literal["starc", "half", "angle"]
 TrivialRule: TypeAlias = Literal["zero", "nan", "raise"]
@@ -79,32 +79,46 @@ class Metric:
 
     def standardize(self, reward: Any, name: str) -> tuple[Tensor, Tensor]:
         """`(s, trivial)` of one reward or of a batch `[K, S, A, S']`; s has the axes of the canonical form."""
-        form, magnitude = self.canonical(reward, name), self._magnitude(reward, name)
-        return self._standardize(form, magnitude, [name])
+        base, size, power, tol = self._read(reward, name)
+        return self._standardize(self._form(base, name), size, power, tol, [name])
 
     def standardize_all(self, rewards: Iterable[tuple[str, Any]]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """`(names [K], s [K, ...], trivial [K])` of K rewards of any shapes, read one after the other: what s' decides is averaged out at once."""
-        first = self.canonical.mdp.expected_reward if self.canonical.reduced else self.canonical
         names, parts = [], []
         for name, reward in rewards:
             names.append(name)
-            parts.append((first(reward, name), self._magnitude(reward, name)))
+            base, *rest = self._read(reward, name)
+            parts.append((base if self.canonical.reduced else self._form(base, name), *rest))
         if not parts:
             raise RewardError("there are no rewards to compare; give at least one")
-        forms, magnitudes = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+        forms, sizes, powers, tols = (torch.stack(column) for column in zip(*parts, strict=True))
         forms = self.canonical.of_expected(forms) if self.canonical.reduced else forms
-        return (tuple(names), *self._standardize(forms, magnitudes, names))
+        return (tuple(names), *self._standardize(forms, sizes, powers, tols, names))
 
-    def _magnitude(self, reward: Any, name: str) -> Tensor:
-        """`max |R|` of every reward of a batch."""
-        matrix = sparse_matrix(reward)
-        if matrix is not None and self.canonical.mdp.sparse:
-            return torch.tensor(np.abs(matrix.data).max(initial=0.0), dtype=self.canonical.mdp.dtype)
-        tensor = self.canonical.mdp.reward(reward, name).detach()
-        return tensor.abs().flatten(max(tensor.ndim - 3, 0)).amax(-1)
+    def _read(self, reward: Any, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reward (its means over next states where only they count) and its size, both divided by a power of two, that power, and the tolerance
+        of its precision. Where only means count, so do the sizes of transitions by their probability: what cannot happen has none."""
+        mdp = self.canonical.mdp
+        if self.canonical.reduced:
+            base, size = mdp.expected_reward(reward, name), mdp.expected_size(reward, name)
+        else:
+            base = mdp.full_reward(reward, name)
+            size = base.detach().abs().flatten(-3).amax(-1)
+        power = power_of_two(size)
+        tol = default_tolerance(mdp, reward) if self.tol is None else self.tol
+        spread = power.reshape(*power.shape, *[1] * (base.ndim - power.ndim))
+        return base / spread, size / power, power, torch.full_like(size, tol)
 
-    def _standardize(self, form: Tensor, magnitude: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        scaled, _, trivial = standardized(form, self.axes, self.norm, magnitude, self.tol)
+    def _form(self, base: Tensor, name: str) -> Tensor:
+        return self.canonical.of_expected(base) if self.canonical.reduced else self.canonical(base, name)
+
+    def _standardize(
+        self, form: Tensor, size: Tensor, power: Tensor, tol: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        scaled, length, trivial = standardized(form, self.axes, self.norm, size, tol)
+        if self.norm.name == "none":
+            scaled = scaled * power.reshape(*power.shape, *[1] * self.axes)
+        warn_trivial(form, self.axes, length, size, trivial, names)
         if self.trivial == "raise" and bool(trivial.any()):
             name = names[int(trivial.reshape(-1).nonzero()[0])] if len(names) > 1 else names[0]
             raise RewardError(
@@ -162,7 +176,9 @@ def starc_distance(
         weights: `[S, A]` (or `[S, A, S']`) weights of the l1 and l2 norms, such as `mdp.occupancy(policy)`.
         scale: `starc`, `half` (divided by 2, as in the EPIC paper) or `angle` (radians).
         trivial: what to do with rewards under which all policies are equal: `zero`, `nan` or `raise`.
-        tol: threshold of triviality relative to `max |R|`; 1e-9 in float64, 1e-4 in float32.
+        tol: threshold of triviality relative to the largest mean size of a pair's rewards, `max sum_s' tau |R|` (`max |R|` for forms that
+            depend on s'); default: what rounding alone makes, 64 eps / (1 - discount) in float64 and 16 eps / (1 - discount) in float32. A
+            `RewardWarning` names rewards that are trivial by it and not exactly.
         legacy: admit `weighted_linf` and the minimal forms that are not unique, to reproduce published numbers.
         restrict_to_reachable: leave out states that no policy reaches from the start.
 
@@ -271,7 +287,6 @@ def _metric(
 ) -> tuple[Metric, Callable[[Any], Any]]:
     """The metric on a process in the precision of the rewards, and how rewards get onto its states."""
     mdp = common_process(mdp, *rewards)
-    tol = default_tolerance(mdp, *rewards) if tol is None else tol
     if not restrict:
         mdp.warn_unreachable()
         return Metric.build(mdp, tol=tol, **choices), lambda reward: reward
@@ -283,7 +298,7 @@ def _metric(
 
 def default_tolerance(mdp: TabularMDP, *rewards: Any) -> float:
     """The threshold of triviality of the precision the rewards come in, also where the process is more precise."""
-    return TRIVIAL_TOLERANCE[result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype]
+    return rounding(result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype, mdp.discount)
 
 
 def epic_distance(
@@ -360,14 +375,17 @@ def _compared(
     mdp = common_process(mdp, reward_a, reward_b)
     canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist)
     norm = Norm("weighted_l2", mdp, _coverage(coverage, mdp))
-    tol = default_tolerance(mdp, reward_a, reward_b)
     forms = []
     for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
-        tensor = mdp.reward(reward, name)
-        form = canonical(tensor, name)
+        tensor = mdp.full_reward(reward, name)
+        size = tensor.detach().abs().flatten(-3).amax(-1)
+        power = power_of_two(size)
+        form = canonical(tensor / power[..., None, None, None], name)
         if convention == "pearson":
             form = _centred(form, norm)
-        forms.append(standardized(form, 3, norm, tensor.detach().abs().flatten(max(tensor.ndim - 3, 0)).amax(-1), tol))
+        found = standardized(form, 3, norm, size / power, default_tolerance(mdp, reward))
+        warn_trivial(form, 3, found[1], size / power, found[2], [name])
+        forms.append(found)
     (first, _, first_trivial), (second, _, second_trivial) = forms
     gap = norm(first - second, 3)
     if convention == "pearson":

@@ -241,6 +241,12 @@ class TabularMDP:
             return self.dynamics.expected(sp.csr_array(tensor.reshape(-1, self.num_states).numpy()))
         return tensor if tensor.ndim == 2 else tensor[:, None].expand(self.num_states, self.num_actions)
 
+    def expected_size(self, reward: Any, name: str = "reward") -> Tensor:
+        """`max_sa sum_s' tau |R|`, `[...]`: how large a reward is where it can be had."""
+        matrix = sparse_matrix(reward)
+        size = abs(matrix) if matrix is not None else self.reward(reward, name).detach().abs()
+        return self.expected_reward(size, name).amax((-2, -1))
+
     def values(self, expected_reward: Tensor, policy: Tensor) -> Tensor:
         """`V^pi = (I - gamma P_pi)^-1 (pi . r)` for `r [..., S, A]`: `[..., S]`."""
         return self._solver(policy)((policy * expected_reward).sum(-1), False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,12 +34,12 @@ from rlkit2.rewards.sampled.features import (
 from rlkit2.rewards.sampled.grams import (
     CROSSFITTED,
     Estimator,
+    Misfit,
     Split,
     distances_of,
     fold_diagnostics,
     gaps_of,
     gram,
-    misfit_gaps,
 )
 from rlkit2.rewards.sampled.intervals import interval
 from rlkit2.rewards.sampled.moments import Gathered, count_blocks, gather
@@ -49,7 +50,7 @@ _TRIVIAL = 1e-6  # advantages below this share of the reward's size are rounding
 _TESTS = 50  # refits that judge whether an advantage is more than noise, and whether features miss some of it
 _POOR = 0.5  # how far features may take a form from that in richer ones before its distances are refused
 _CHOOSE_ROWS = 50_000  # what `auto` chooses features on
-_NETWORK_ROWS = 20_000
+_NETWORK_ROWS, _NETWORKS = 20_000, 6  # rows and rewards with which `auto` tries networks too
 _FEW_EPISODES = 30
 
 
@@ -130,12 +131,13 @@ class SampledStarc(Checked):
         if self.features != "auto":
             return make_features(self.features).fit(rows, functions, self.discount, self.seed)
         options = candidates(rows, self.seed)
-        if len(options) > 1 and len(rows) >= _NETWORK_ROWS:
+        if len(options) > 1 and len(rows) >= _NETWORK_ROWS and len(functions.names) <= _NETWORKS:
             options.append(NetworkFeatures())
         best, least = options[0], np.inf
         for option in options if len(options) > 1 else []:
             fitted = option.fit(rows, functions, self.discount, self.seed)
-            missed = float(_Study.of(self, rows, functions, fitted, most=_CHOOSE_ROWS).misfit.square().sum())
+            trial = _Study.of(self, rows, functions, fitted, most=_CHOOSE_ROWS)
+            missed = float(trial.misfit.of_rewards(trial.units).square().sum())
             if missed < least:
                 best, least = option, missed
             if not missed:
@@ -184,12 +186,10 @@ class _Study:
         units = min(float(lengths.sum() ** 2 / lengths.square().sum()), len(blocks))
         return cls(settings, rows, functions, features, gathered, blocks, split, weights, units)
 
-    @property
-    def misfit(self) -> Tensor:
-        """How far, `[K]`, every reward's form in the features is from that in richer ones; 0 where that may be chance."""
-        gaps = misfit_gaps(self.gathered, self.split, self.weights[: 1 + _TESTS], self.settings.ridge)
-        sure = interval(gaps, self.units).low > 1e-9
-        return torch.where(sure, distances_of(gaps[0]), 0.0)
+    @cached_property
+    def misfit(self) -> Misfit:
+        """What the features miss."""
+        return Misfit.of(self.gathered, self.split, self.weights[: 1 + _TESTS], self.settings.ridge)
 
     def grams(self, estimator: Estimator) -> Tensor:
         """`[1 + refits, K, K]`: inner products of advantages on the data and on its replicates, everything refitted."""
@@ -226,7 +226,7 @@ class _Study:
         if squares is not None:
             diagonals = squares.diagonal(dim1=-2, dim2=-1)
             insufficient, rms = ~(interval(diagonals, self.units).low > 0) & ~trivial, diagonals[0]
-        misfit = self.misfit.masked_fill(trivial | insufficient, 0.0)
+        misfit = self.misfit.of_rewards(self.units).masked_fill(trivial | insufficient, 0.0)
         poor = misfit > _POOR
         if settings.norm == "l1":
             values = self.absolute()
@@ -236,8 +236,7 @@ class _Study:
             gaps = gaps_of(grams)
             bounds, values = interval(gaps, self.units), distances_of(gaps[0])
             low, high = distances_of(bounds.low), distances_of(bounds.high)
-        # Forms are points on a sphere: those of two rewards are as far from the given ones as the features miss, in any direction.
-        beyond = (misfit[:, None] + misfit[None]).fill_diagonal_(0.0)
+        beyond = self.misfit.of_pairs(self.units)
         ci = torch.stack([(low - beyond).clamp(min=0), (high + beyond).clamp(max=2)], -1)
         unknown = trivial | insufficient | poor
         no_number = unknown[:, None] | unknown[None]
@@ -307,8 +306,8 @@ class _Study:
         missed = [f"{name} {far:.2f}" for name, far in zip(names, misfit.tolist(), strict=True) if far > 0]
         if missed:
             yield (
-                f"richer features move the canonical forms ({', '.join(missed)}): intervals are wider by that, and above {_POOR} "
-                "there is no number; try features='fourier' or 'network'"
+                f"richer features move canonical forms ({', '.join(missed)}): intervals are wider by what they change in a distance, "
+                f"and above {_POOR} there is no number; try features='fourier' or 'network'"
             )
         for name, flag in zip(names, trivial.tolist(), strict=True):
             if flag:

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from rlkit2.rewards.sampled.intervals import interval
 from rlkit2.rewards.sampled.moments import Fit, Gathered, Moments, Sums
 
 Estimator: TypeAlias = Literal["crossfit", "plugin", "naive", "orthogonal"]
 CROSSFITTED: tuple[Estimator, ...] = ("crossfit", "orthogonal")
 _CHUNK_BYTES = 1 << 24
+_SURE = 1e-9  # smaller differences are rounding
 
 
 @dataclass(frozen=True)
@@ -98,24 +100,48 @@ def distances_of(gaps: Tensor) -> Tensor:
     return (2 * gaps.clamp(0, 2)).sqrt()
 
 
-def misfit_gaps(gathered: Gathered, split: Split, weights: Tensor, ridge: float) -> Tensor:
-    """`1 - rho`, `[b, K]`, between every reward's advantage in the given features and in those with the probes beside them.
+@dataclass(frozen=True)
+class Misfit:
+    """What functions outside the span of the features change, per replicate: least squares takes the residual along its own features to 0
+    whatever they are, and only others see what they cannot express.
 
-    Least squares takes the residual along its own features to 0 whatever they are; functions outside their span see what they cannot express.
+    `gaps [b, 2 K, 2 K]`: `1 - rho` between the K advantages in the given features and the K in those with the probes beside them.
     """
-    if gathered.blocks.columns == gathered.columns:
-        return torch.zeros(len(weights), gathered.blocks.r_r.shape[-1], dtype=torch.float64)
 
-    def found(parts: Sums) -> Tensor:
-        assert isinstance(parts, Moments)
-        train = _train(parts)
-        assert isinstance(train, Moments)
-        fit = train.first(*gathered.columns).fit(ridge).beside(train.fit(ridge))
-        both = _cross(_test(parts.twice()), fit, train.count, "crossfit")
-        count = both.shape[-1] // 2
-        return gaps_of(both)[:, torch.arange(count), torch.arange(count) + count]
+    gaps: Tensor
 
-    return split.each(gathered.blocks, weights, found)
+    @classmethod
+    def of(cls, gathered: Gathered, split: Split, weights: Tensor, ridge: float) -> Misfit:
+        """Of all rewards; nothing where the features span everything there is."""
+        if gathered.blocks.columns == gathered.columns:
+            count = 2 * gathered.blocks.r_r.shape[-1]
+            return cls(torch.zeros(len(weights), count, count, dtype=torch.float64))
+
+        def found(parts: Sums) -> Tensor:
+            train = _train(parts)
+            assert isinstance(parts, Moments)
+            assert isinstance(train, Moments)
+            fit = train.first(*gathered.columns).fit(ridge).beside(train.fit(ridge))
+            return gaps_of(_cross(_test(parts.twice()), fit, train.count, "crossfit"))
+
+        return cls(split.each(gathered.blocks, weights, found))
+
+    def of_rewards(self, units: float) -> Tensor:
+        """How far every reward's form is from that in richer features, `[K]`; 0 where that may be chance."""
+        count = self.gaps.shape[-1] // 2
+        gaps = self.gaps[:, torch.arange(count), torch.arange(count) + count]
+        return torch.where(interval(gaps, units).low > _SURE, distances_of(gaps[0]), 0.0)
+
+    def of_pairs(self, units: float) -> Tensor:
+        """How much may be missing from or too much in the distance of every pair, `[K, K]`: twice what the probes change, for they see a part of it,
+        and no more than both forms together are off."""
+        count = self.gaps.shape[-1] // 2
+        poor, rich = self.gaps[:, :count, :count], self.gaps[:, count:, count:]
+        change = interval(rich - poor, units)
+        sure = (change.low > _SURE) | (change.high < -_SURE)
+        far = self.of_rewards(units)
+        moved = 2 * (distances_of(rich[0]) - distances_of(poor[0])).abs()
+        return torch.where(sure, torch.minimum(moved, far[:, None] + far[None]), 0.0)
 
 
 def fold_diagnostics(gathered: Gathered, split: Split, estimator: Estimator, ridge: float, seed: int) -> dict[str, Any]:
