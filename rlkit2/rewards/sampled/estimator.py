@@ -127,7 +127,8 @@ class SampledStarc(Checked):
         return study.matrix()
 
     def _features(self, rows: Rows, functions: RewardFunctions) -> FeatureMap | Categories:
-        """The features asked for; `auto` takes the first of its candidates in which no reward's advantage is missed, or the one that misses least."""
+        """The features asked for; `auto` takes the first of its candidates in which every reward's advantage is clear and nothing of it missed, or
+        the one nearest to that."""
         if self.features != "auto":
             return make_features(self.features).fit(rows, functions, self.discount, self.seed)
         options = candidates(rows, self.seed)
@@ -137,11 +138,12 @@ class SampledStarc(Checked):
         for option in options if len(options) > 1 else []:
             fitted = option.fit(rows, functions, self.discount, self.seed)
             trial = _Study.of(self, rows, functions, fitted, most=_CHOOSE_ROWS)
-            missed = float(trial.misfit.of_rewards(trial.units).square().sum())
-            if missed < least:
-                best, least = option, missed
-            if not missed:
-                break
+            missed, unclear = trial.misfit.of_rewards(trial.units), ~trial.misfit.clear(trial.units)[0]
+            cost = float(missed.square().sum() + 2 * unclear.sum())
+            if cost < least:
+                best, least = option, cost
+            if not cost or (isinstance(option, FourierFeatures) and not bool((missed > 0).any())):
+                break  # networks are for what is seen to be missed
         return best.fit(rows, functions, self.discount, self.seed)
 
 
@@ -226,8 +228,9 @@ class _Study:
         if squares is not None:
             diagonals = squares.diagonal(dim1=-2, dim2=-1)
             insufficient, rms = ~(interval(diagonals, self.units).low > 0) & ~trivial, diagonals[0]
-        misfit = self.misfit.of_rewards(self.units).masked_fill(trivial | insufficient, 0.0)
+        misfit = self.misfit.of_rewards(self.units).masked_fill(trivial, 0.0)
         poor = misfit > _POOR
+        insufficient = insufficient & ~poor
         if settings.norm == "l1":
             values = self.absolute()
             bounds, values = interval(values, self.units), values[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -105,32 +107,44 @@ class Misfit:
     """What functions outside the span of the features change, per replicate: least squares takes the residual along its own features to 0
     whatever they are, and only others see what they cannot express.
 
-    `gaps [b, 2 K, 2 K]`: `1 - rho` between the K advantages in the given features and the K in those with the probes beside them.
+    `grams [b, 2 K, 2 K]`: inner products of the K advantages in the given features and the K in those with the probes beside them.
     """
 
-    gaps: Tensor
+    grams: Tensor
 
     @classmethod
     def of(cls, gathered: Gathered, split: Split, weights: Tensor, ridge: float) -> Misfit:
         """Of all rewards; nothing where the features span everything there is."""
-        if gathered.blocks.columns == gathered.columns:
-            count = 2 * gathered.blocks.r_r.shape[-1]
-            return cls(torch.zeros(len(weights), count, count, dtype=torch.float64))
 
         def found(parts: Sums) -> Tensor:
+            if not isinstance(parts, Moments) or parts.columns == gathered.columns:
+                return gram(parts, "crossfit", ridge).tile(2, 2)
             train = _train(parts)
-            assert isinstance(parts, Moments)
             assert isinstance(train, Moments)
             fit = train.first(*gathered.columns).fit(ridge).beside(train.fit(ridge))
-            return gaps_of(_cross(_test(parts.twice()), fit, train.count, "crossfit"))
+            return _cross(_test(parts.twice()), fit, train.count, "crossfit")
 
         return cls(split.each(gathered.blocks, weights, found))
 
+    @cached_property
+    def gaps(self) -> Tensor:
+        """`1 - rho` of all of them."""
+        return gaps_of(self.grams)
+
+    def clear(self, units: float) -> Tensor:
+        """Whose advantages are clearly more than noise, `[2, K]`, in the given features and with the probes: by twice the interval's arm."""
+        squares = self.grams.diagonal(dim1=-2, dim2=-1)
+        return (2 * interval(squares, units).low > squares[0]).reshape(2, -1)
+
     def of_rewards(self, units: float) -> Tensor:
-        """How far every reward's form is from that in richer features, `[K]`; 0 where that may be chance."""
+        """How far every reward's form is from that in richer features, `[K]`; 0 where that may be chance. One that only the richer ones
+        show at all is as far as an unrelated one."""
         count = self.gaps.shape[-1] // 2
         gaps = self.gaps[:, torch.arange(count), torch.arange(count) + count]
-        return torch.where(interval(gaps, units).low > _SURE, distances_of(gaps[0]), 0.0)
+        far = torch.where(interval(gaps, units).low > _SURE, distances_of(gaps[0]), 0.0)
+        own, rich = self.clear(units)
+        hidden = rich & ~own & ~(self.grams[0].diagonal()[:count] > 0.1 * self.grams[0].diagonal()[count:])
+        return torch.where(hidden, math.sqrt(2), far)
 
     def of_pairs(self, units: float) -> Tensor:
         """How much may be missing from or too much in the distance of every pair, `[K, K]`: twice what the probes change, for they see a part of it,
