@@ -52,6 +52,7 @@ _POOR = 0.5  # how far features may take a form from that in richer ones before 
 _CHOOSE_ROWS = 50_000  # what `auto` chooses features on
 _NETWORK_ROWS, _NETWORKS = 20_000, 6  # rows and rewards with which `auto` tries networks too
 _FEW_EPISODES = 30
+_RESIDUAL = 1.0  # Bellman residual, as a share of the reward's size, from which values do not carry over from one part of the data to another
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class SampledStarc(Checked):
     features: FeatureName | Features = "auto"
     _: KW_ONLY
     discount: Annotated[float, Range("[0, 1)")]
-    folds: int | Any = 5
+    folds: Any = 5
     estimator: Estimator = "crossfit"
     bootstrap: Natural = 200
     ridge: NonNegative = 0.0
@@ -265,7 +266,7 @@ class _Study:
                 "seed": settings.seed,
             },
             diagnostics=diagnostics,
-            notes=tuple(self._notes(diagnostics, misfit, trivial)),
+            notes=tuple(self._notes(diagnostics, misfit, beyond.masked_fill(no_number, 0.0), trivial)),
         )
 
     def _diagnostics(self, misfit: Tensor, squares: Tensor) -> dict[str, Any]:
@@ -288,7 +289,9 @@ class _Study:
             "advantage_rms": dict(zip(names, rms.tolist(), strict=True)),
         }
 
-    def _notes(self, diagnostics: dict[str, Any], misfit: Tensor, trivial: Tensor) -> Iterable[str]:
+    def _notes(
+        self, diagnostics: dict[str, Any], misfit: Tensor, beyond: Tensor, trivial: Tensor
+    ) -> Iterable[str]:
         names = self.functions.names
         if self.settings.bootstrap and self.units < _FEW_EPISODES:
             yield (
@@ -302,6 +305,12 @@ class _Study:
                 f"only {100 * diagnostics['coverage']:.0f} % of the directions of the pair features are in every training part; "
                 "use fewer features or more episodes"
             )
+        wild = [name for name, far in zip(names, diagnostics["bellman_residual"], strict=True) if far > _RESIDUAL]
+        if wild:
+            yield (
+                f"values fitted on one part of the episodes do not hold on another ({', '.join(wild[:8])}): distances may be off by more than their "
+                "intervals say; take fewer features, a lower discount or more episodes"
+            )
         if not isinstance(self.features, Categories):
             note = numbers_note(self.features, Inputs.of(self.rows, self.settings.seed))
             if note:
@@ -309,8 +318,13 @@ class _Study:
         missed = [f"{name} {far:.2f}" for name, far in zip(names, misfit.tolist(), strict=True) if far > 0]
         if missed:
             yield (
-                f"richer features move canonical forms ({', '.join(missed)}): intervals are wider by what they change in a distance, "
-                f"and above {_POOR} there is no number; try features='fourier' or 'network'"
+                f"richer features move canonical forms ({', '.join(missed)}): above {_POOR} there is no number; "
+                "try features='fourier' or 'network'"
+            )
+        if bool((beyond > 0).any()):
+            yield (
+                f"richer features change distances, by up to {float(beyond.max()) / 2:.2f}: intervals are wider by twice what they change; "
+                "try features='fourier' or 'network'"
             )
         for name, flag in zip(names, trivial.tolist(), strict=True):
             if flag:

@@ -141,21 +141,19 @@ class Misfit:
         show at all is as far as an unrelated one."""
         count = self.gaps.shape[-1] // 2
         gaps = self.gaps[:, torch.arange(count), torch.arange(count) + count]
-        far = torch.where(interval(gaps, units).low > _SURE, distances_of(gaps[0]), 0.0)
         own, rich = self.clear(units)
+        far = torch.where((interval(gaps, units).low > _SURE) & (own | rich), distances_of(gaps[0]), 0.0)
         hidden = rich & ~own & ~(self.grams[0].diagonal()[:count] > 0.1 * self.grams[0].diagonal()[count:])
         return torch.where(hidden, math.sqrt(2), far)
 
     def of_pairs(self, units: float) -> Tensor:
-        """How much may be missing from or too much in the distance of every pair, `[K, K]`: twice what the probes change, for they see a part of it,
-        and no more than both forms together are off."""
+        """How far the distance of every pair may be off, `[K, K]`: twice what the probes change in it, for they see a part; 0 where that may be
+        chance."""
         count = self.gaps.shape[-1] // 2
         poor, rich = self.gaps[:, :count, :count], self.gaps[:, count:, count:]
         change = interval(rich - poor, units)
         sure = (change.low > _SURE) | (change.high < -_SURE)
-        far = self.of_rewards(units)
-        moved = 2 * (distances_of(rich[0]) - distances_of(poor[0])).abs()
-        return torch.where(sure, torch.minimum(moved, far[:, None] + far[None]), 0.0)
+        return torch.where(sure, 2 * (distances_of(rich[0]) - distances_of(poor[0])).abs(), 0.0)
 
 
 def fold_diagnostics(gathered: Gathered, split: Split, estimator: Estimator, ridge: float, seed: int) -> dict[str, Any]:
