@@ -197,7 +197,9 @@ def noise_on(dataset: str, discount: float = 0.99, bootstrap: int = 100) -> list
     starc = SampledStarc(discount=discount, bootstrap=bootstrap)
     pure = starc.fit(data, {"true": true, **{f"noise {k}": rng.normal(size=len(true)) for k in range(30)}})
     levels = [level for level in (0.25, 0.5, 1.0, 2.0) for _ in range(20)]
-    noisy = {f"{level} sd, {k}": true + level * true.std() * rng.normal(size=len(true)) for k, level in enumerate(levels)}
+    noisy = {
+        f"{level} sd, {k}": true + level * true.std() * rng.normal(size=len(true)) for k, level in enumerate(levels)
+    }
     near = starc.fit(data, {"true": true, **noisy})
     known = [k for k in range(1, 81) if np.isfinite(near.values[0, k])]
     assert near.ci is not None
@@ -222,7 +224,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[2000, 20_000])
     parser.add_argument("--episodes", type=int, nargs="*", default=[10, 20, 40, 100, 400])
     parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--noise", nargs="*", metavar="DATASET", help="run the noise experiment on these datasets instead")
+    parser.add_argument(
+        "--noise", nargs="*", metavar="DATASET", help="run the noise experiment on these datasets instead"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

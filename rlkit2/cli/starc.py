@@ -59,7 +59,7 @@ def tabular(
 
     Args:
         file: .npz file with transitions [S, A, S], discount, and rewards [K, S, A, S] with names [K] (or each reward under its own name).
-        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v3) or small and deterministic, instead
+        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v4) or small and deterministic, instead
             of a file. Its reward is compared with variants of it, or with those of --reward.
         discount: in [0, 1); default: the file's, or 0.99 for an environment.
         reward: further rewards, [NAME=]file.py:FUNCTION of index arrays (states, actions, next_states) giving numbers of the same shape, or

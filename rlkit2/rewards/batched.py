@@ -81,7 +81,9 @@ def batched_starc_distance(
         form = batched_advantage(reward, transitions, discount, policy)
         flat = _each_next_state(form, states, _ORDERS[norm])
         trivial = form.detach().abs().amax((-2, -1)) <= limit * (size / power)
-        length = torch.linalg.vector_norm(torch.where(trivial[..., None], torch.ones_like(flat), flat), _ORDERS[norm], -1)
+        length = torch.linalg.vector_norm(
+            torch.where(trivial[..., None], torch.ones_like(flat), flat), _ORDERS[norm], -1
+        )
         scaled.append(torch.where(trivial[..., None, None], torch.zeros_like(form), form / length[..., None, None]))
     gap = _each_next_state(scaled[0] - scaled[1], states, _ORDERS[distance])
     result: Tensor = torch.linalg.vector_norm(gap, _ORDERS[distance], -1)

@@ -30,8 +30,9 @@ class RewardDistanceMatrix:
 
     `values [K, K]` float64, symmetric, NaN where there is no number to give; `names [K]`; `trivial [K]` marks rewards under which all
     policies are equal, `insufficient [K]` those that the data cannot tell from trivial ones, `poor [K]` those that the features cannot
-    express; `ci [K, K, 2]` the bounds of the intervals or None; `settings` says what was computed, `diagnostics` what to judge it by, `notes` what its reader should know. `pseudometric
-    [K, K]`, where there is one, are distances that satisfy the triangle inequality, for pictures that need it.
+    express; `ci [K, K, 2]` the bounds of the intervals or None; `settings` says what was computed, `diagnostics` what to judge it by, `notes`
+    what its reader should know. `pseudometric [K, K]`, where there is one, are distances that satisfy the triangle inequality, for pictures that
+    need it.
     """
 
     values: Floats

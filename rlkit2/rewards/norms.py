@@ -141,9 +141,7 @@ def standardized(
     return torch.where(kept, scaled, torch.zeros_like(scaled)), size, trivial
 
 
-def warn_trivial(
-    form: Tensor, axes: int, length: Tensor, size: Tensor, trivial: Tensor, names: Sequence[str]
-) -> None:
+def warn_trivial(form: Tensor, axes: int, length: Tensor, size: Tensor, trivial: Tensor, names: Sequence[str]) -> None:
     """Warn of rewards that the threshold decided to be trivial, not an exact 0; `length` is the norm of the form."""
     least = torch.minimum(form.detach().abs().flatten(-axes).amax(-1), length.detach())
     share = (least / torch.where(size > 0, size, 1.0)).reshape(-1)

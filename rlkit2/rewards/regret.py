@@ -19,6 +19,7 @@ from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.norms import Norm, NormName, rounding, standardized, warn_trivial
 from rlkit2.rewards.planning import expected_one, optimal_actions
 
+
 @dataclass(frozen=True)
 class _Pair:
     """Two rewards, scaled to about 1, as advantages of the uniform policy (same returns up to a constant), with ranges of returns; float64.

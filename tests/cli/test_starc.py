@@ -44,7 +44,7 @@ def recorded(tmp_path: Path) -> str:
         if t % 60 == 0:
             angle, speed = rng.uniform(-3, 3), rng.uniform(-1, 1)
         observations[t] = np.cos(angle), np.sin(angle), speed
-        speed = 0.95 * speed + 0.3 * np.sin(angle) + 0.2 * actions[t, 0] + 0.02 * rng.normal()
+        speed = 0.8 * speed + 0.3 * np.sin(angle) + actions[t, 0] + 0.02 * rng.normal()
         angle += 0.1 * speed
     path = tmp_path / "pendulum.hdf5"
     with h5py.File(path, "w") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -81,7 +80,8 @@ class CellSums(Sums):
         if states <= _DENSE_STATES:
             system = torch.diag_embed(diagonal).flatten(-2)
             system.index_add_(-1, layout.state * states + after, flows)
-            return torch.linalg.solve(system.unflatten(-1, (states, states)), right)
+            dense: Tensor = torch.linalg.solve(system.reshape(*system.shape[:-1], states, states), right)
+            return dense
         rows = np.r_[np.arange(states), layout.state.numpy()]
         columns = np.r_[np.arange(states), after.numpy()]
         entries = torch.cat([diagonal, flows], -1).reshape(-1, len(rows)).numpy()

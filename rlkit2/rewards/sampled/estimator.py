@@ -289,9 +289,7 @@ class _Study:
             "advantage_rms": dict(zip(names, rms.tolist(), strict=True)),
         }
 
-    def _notes(
-        self, diagnostics: dict[str, Any], misfit: Tensor, beyond: Tensor, trivial: Tensor
-    ) -> Iterable[str]:
+    def _notes(self, diagnostics: dict[str, Any], misfit: Tensor, beyond: Tensor, trivial: Tensor) -> Iterable[str]:
         names = self.functions.names
         if self.settings.bootstrap and self.units < _FEW_EPISODES:
             yield (

@@ -54,13 +54,13 @@ class Categories:
 class Features(ABC):
     """A family of features, fitted to the inputs of a data set. Yours too: subclass it and return a `FeatureMap`.
 
-        @dataclass(frozen=True)
-        class Encoded(Features):
-            encoder: nn.Module
+    @dataclass(frozen=True)
+    class Encoded(Features):
+        encoder: nn.Module
 
-            def fit(self, rows, rewards, discount, seed):
-                state = lambda o: self.encoder(o).double()
-                return FeatureMap("encoder", state, lambda o, a: torch.cat([state(o), a.double()], 1))
+        def fit(self, rows, rewards, discount, seed):
+            state = lambda o: self.encoder(o).double()
+            return FeatureMap("encoder", state, lambda o, a: torch.cat([state(o), a.double()], 1))
     """
 
     @abstractmethod
@@ -132,9 +132,7 @@ def random_probes(rows: Rows, seed: int) -> FeatureMap | None:
     of_state = waves(inputs.sample[:, : inputs.width], 7_000_001)
     if not inputs.choices:
         of_pair = waves(inputs.sample, 7_000_003)
-        return FeatureMap(
-            "probes", lambda o: of_state(inputs.state(o)), lambda o, a: of_pair(inputs.pair(o, a))
-        )
+        return FeatureMap("probes", lambda o: of_state(inputs.state(o)), lambda o, a: of_pair(inputs.pair(o, a)))
     # One wave a state, shifted by a random phase for every action.
     generator = torch.Generator().manual_seed(seed + 7_000_003)
     signs = torch.randn(inputs.choices, count, generator=generator, dtype=torch.float64)
@@ -165,7 +163,9 @@ class CellFeatures(Checked, Features):
         def cells(width: int) -> Callable[[Tensor], Tensor]:
             key = self._key(inputs.sample[:, :width])
             columns = [
-                inputs.state(batch.observations) if width == inputs.width else inputs.pair(batch.observations, batch.actions)
+                inputs.state(batch.observations)
+                if width == inputs.width
+                else inputs.pair(batch.observations, batch.actions)
                 for batch in _batches(rows)
             ]
             known = _distinct([key(x) for x in columns], _MOST_CELLS // max(inputs.choices, 1))

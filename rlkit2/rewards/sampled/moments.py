@@ -112,7 +112,9 @@ class Moments(Sums):
     def fit(self, ridge: float) -> Fit:
         count = self.count[..., None, None].clamp(min=1.0)
         w = torch.linalg.solve(self.phi_d / count + _diagonal(self.phi_d, ridge), self.phi_r / count)
-        return Fit(w, torch.linalg.solve(self.psi_psi / count + _diagonal(self.psi_psi, ridge), self.pair_errors(w) / count))
+        return Fit(
+            w, torch.linalg.solve(self.psi_psi / count + _diagonal(self.psi_psi, ridge), self.pair_errors(w) / count)
+        )
 
     def state_errors(self, w: Tensor) -> Tensor:
         return self.phi_r - self.phi_d @ w
@@ -128,7 +130,8 @@ class Moments(Sums):
         return left.mT @ self.psi_psi @ right
 
     def held(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.psi_psi / self.count[..., None, None])
+        sizes: Tensor = torch.linalg.eigvalsh(self.psi_psi / self.count[..., None, None])
+        return sizes
 
     def shaped(self, shifts: Tensor) -> Moments:
         shifted_d_r = self.d_r - self.d_d @ shifts
@@ -167,7 +170,15 @@ class Moments(Sums):
         )
 
 
-_AXES = {"phi_d": "vv", "phi_r": "vk", "psi_psi": "gg", "psi_d": "gv", "psi_r": "gk", "d_d": "vv", "d_r": "vk"}
+_AXES = {
+    "phi_d": ("v", "v"),
+    "phi_r": ("v", "k"),
+    "psi_psi": ("g", "g"),
+    "psi_d": ("g", "v"),
+    "psi_r": ("g", "k"),
+    "d_d": ("v", "v"),
+    "d_r": ("v", "k"),
+}
 
 
 def _leading(sums: Tensor, sizes: list[int | None]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ class _Networks(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         sizes = (columns, width, width, 1)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in itertools.pairwise(sizes):
             bound = 1 / math.sqrt(before)
             weight = (2 * torch.rand(before, after, generator=generator) - 1) * bound
             bias = (2 * torch.rand(1, after, generator=generator) - 1) * bound
