@@ -368,8 +368,9 @@ def _print_diagnostics(matrix: RewardDistanceMatrix) -> None:
         f"effective episodes {found['effective_episodes']:.0f}; coverage {100 * found['coverage']:.0f} %; "
         f"invariance gap {found['invariance_gap']:.1e}"
     )
-    for name, share, residual in zip(matrix.names, found["held_out_r2"], found["bellman_residual"], strict=True):
-        say(f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}")
+    numbers = found["held_out_r2"], found["bellman_residual"], found["misfit"].values()
+    for name, share, residual, missed in zip(matrix.names, *numbers, strict=True):
+        say(f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}, misfit {missed:.2f}")
 
 
 def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:
