@@ -370,7 +370,9 @@ def _print_diagnostics(matrix: RewardDistanceMatrix) -> None:
     )
     numbers = found["held_out_r2"], found["bellman_residual"], found["misfit"].values()
     for name, share, residual, missed in zip(matrix.names, *numbers, strict=True):
-        say(f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}, misfit {missed:.2f}")
+        say(
+            f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}, misfit {missed:.2f}"
+        )
 
 
 def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:

@@ -8,7 +8,7 @@ the reward and equal for rewards that differ by the first two; dividing by a nor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,7 @@ from rlkit2.rewards.minimal import P, minimal, minimal_potential
 Canonicalization: TypeAlias = Literal[
     "val", "val_potential", "minimal", "minimal_potential", "epic", "dard", "srrd", "none"
 ]
-CANONICALIZATIONS: tuple[Canonicalization, ...] = (
-    "val",
-    "val_potential",
-    "minimal",
-    "minimal_potential",
-    "epic",
-    "dard",
-    "srrd",
-    "none",
-)
+CANONICALIZATIONS: tuple[Canonicalization, ...] = get_args(Canonicalization)
 
 
 @dataclass(frozen=True)

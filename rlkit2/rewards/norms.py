@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from rlkit2.rewards.minimal import P
 from rlkit2.rewards.planning import return_ranges
 
 NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none"]
-NORMS: tuple[NormName, ...] = ("l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none")
+NORMS: tuple[NormName, ...] = get_args(NormName)
 TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a form whose reward is not known
 _ROUNDINGS = {torch.float64: 64, torch.float32: 16}
 

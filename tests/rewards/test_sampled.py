@@ -434,7 +434,7 @@ def test_a_pair_does_not_depend_on_the_other_rewards(features: Any) -> None:
 
 def test_features_that_cannot_express_a_reward_are_seen() -> None:
     """Tiles and straight lines on quadratic rewards: no interval misses the truth without a word, and a richer choice has a number."""
-    batch, rewards = analytic_lqr(100, 7)
+    batch, rewards = analytic_lqr(95, 7)
     exact = np.array([[0, 0, np.sqrt(2)], [0, 0, np.sqrt(2)], [np.sqrt(2), np.sqrt(2), 0]])
     for features in ("linear", "tile", CellFeatures(2), CellFeatures(4), CellFeatures(16)):
         matrix = SampledStarc(features, discount=0.95, bootstrap=40).fit(batch, rewards)  # type: ignore[arg-type]
@@ -523,3 +523,32 @@ def test_few_episodes_are_said() -> None:
     assert any("effective episodes" in note for note in found.notes)
     many = SampledStarc("quadratic", discount=0.95, bootstrap=20).fit(analytic_lqr(40, 0)[0], rewards)
     assert not any("effective episodes" in note for note in many.notes)
+
+
+def test_modules_of_the_usual_signatures() -> None:
+    batch, _ = analytic_lqr(12, 3)
+
+    def module(forward: Any) -> nn.Module:
+        made = nn.Module()
+        made.forward = forward  # type: ignore[method-assign]
+        return made
+
+    o, a, n = batch.observations[:, 0], batch.actions[:, 0], batch.next_observations[:, 0]
+    cases: list[tuple[Any, torch.Tensor]] = [
+        (lambda obs, act: obs[:, 0] * act[:, 0], o * a),
+        (lambda x, y, z: x[:, 0] - y[:, 0] + z[:, 0], o - a + n),
+        (lambda state, action, next_state, done: next_state[:, 0] * ~done, n),
+        (lambda next_obs, action: next_obs[:, 0] + action[:, 0], n + a),
+        (lambda obs, *, next_obs: obs[:, 0] + 2 * next_obs[:, 0], o + 2 * n),
+        (lambda obs, act, scale=3.0: scale * act[:, 0], 3 * a),
+        (lambda *given: given[2][:, 0], n),
+    ]
+    for forward, expected in cases:
+        functions = RewardFunctions({"r": module(forward)}, len(o))
+        found = functions(batch, torch.arange(len(o)))
+        torch.testing.assert_close(found[:, 0], expected)
+    broken = RewardFunctions({"r": module(lambda obs, act: obs @ act)}, len(o))
+    with pytest.raises(RewardError, match=r"r failed on a batch .* called as r\(observations, actions\)"):
+        broken(batch, torch.arange(len(o)))
+    with pytest.raises(RewardError, match="takes nothing that is known"):
+        RewardFunctions({"r": module(lambda: 1)}, len(o))(batch, torch.arange(len(o)))

@@ -110,7 +110,8 @@ class SampledStarc(Checked):
             data: a `TransitionDataset`, or batches of consecutive transitions without seed axis (an episode ends at its flags and at
                 the end of a batch). Terminated steps bootstrap nothing, truncated ones bootstrap from their next observation.
             rewards: names and rewards, or a sequence; each an array `[N]` aligned with the rows, a callable `f(observations, actions,
-                next_observations, terminations) -> [n]` on tensors of n rows, or a module called like that.
+                next_observations, terminations) -> [n]` on tensors of n rows, or a module whose `forward` takes these, or the first of them,
+                in this order or by their usual names (obs, state, next_obs, done, ...).
             progress: called with (transitions read, transitions in all).
 
         Returns:
@@ -143,8 +144,8 @@ class SampledStarc(Checked):
             cost = float(missed.square().sum() + 2 * unclear.sum())
             if cost < least:
                 best, least = option, cost
-            if not cost or (isinstance(option, FourierFeatures) and not bool((missed > 0).any())):
-                break  # networks are for what is seen to be missed
+            if not cost or (isinstance(option, FourierFeatures) and not bool((missed > _POOR / 2).any())):
+                break  # networks are slow, and for what is seen to be missed by far
         return best.fit(rows, functions, self.discount, self.seed)
 
 
