@@ -144,7 +144,8 @@ _NAMES = {
 
 def _signature(name: str, module: nn.Module) -> tuple[list[str], dict[str, str]]:
     """The fields of a batch that `module.forward` takes: by position, and by keyword; names decide where they are known, else the order."""
-    positional, keywords = [], {}
+    positional: list[str] = []
+    keywords: dict[str, str] = {}
     for parameter in inspect.signature(module.forward).parameters.values():
         known = _NAMES.get(parameter.name)
         if parameter.kind is parameter.VAR_POSITIONAL:
