@@ -21,7 +21,7 @@ import scipy.sparse as sp
 import torch
 from common import interleaved, report
 
-from rlkit2.data import TransitionDataset, dataset_from_arrays
+from rlkit2.data import Batch, TransitionDataset, dataset_from_arrays
 from rlkit2.rewards import SampledStarc, TabularMDP, canonicalize, starc_matrix
 from rlkit2.rewards.sampled.features import FourierFeatures
 from rlkit2.studies.starc_study import StudyConfig, run_study
@@ -209,6 +209,40 @@ def sampled() -> list[Row]:
     return [child(sampled_one, count) for count in (10_000, 100_000, 1_000_000)]
 
 
+def categories_one(transitions: int) -> Row:
+    """Taxi's states as integers, 3 rewards, 100 refits; target for 1e5 transitions: under 60 s and 2 GB."""
+    mdp, reward = TabularMDP.from_gym("Taxi-v4", 0.95)
+    tau, rng = mdp.dense.numpy(), np.random.default_rng(0)
+    following, start = tau.argmax(-1), mdp.initial_distribution.numpy()
+    ends = (tau[np.arange(len(tau)), :, np.arange(len(tau))] == 1).all(1)
+    s, a = np.zeros(transitions + 1, int), rng.integers(tau.shape[1], size=transitions)
+    after = np.zeros(transitions, int)
+    cut = np.arange(1, transitions + 1) % 200 == 0
+    s[0] = rng.choice(len(start), p=start)
+    for t in range(transitions):
+        after[t] = following[s[t], a[t]]
+        s[t + 1] = rng.choice(len(start), p=start) if ends[after[t]] or cut[t] else after[t]
+    batch = Batch(
+        observations=torch.from_numpy(s[:-1]),
+        actions=torch.from_numpy(a),
+        rewards=torch.zeros(transitions),
+        next_observations=torch.from_numpy(after),
+        terminations=torch.from_numpy(ends[after]),
+        truncations=torch.from_numpy(cut & ~ends[after]),
+    )
+    own = reward[s[:-1], a, after]
+    rewards = {"own": own, "goal": np.maximum(own, 0), "noisy": own + rng.normal(size=transitions)}
+    del tau, mdp, reward
+    wall, cpu = once(lambda: SampledStarc(discount=0.95, bootstrap=100).fit(batch, rewards))
+    what = f"Taxi, {transitions:.0e} transitions, 3 rewards, 100 refits, states counted"
+    return {"what": what, "s": wall, "cpu s": cpu, "peak MB": megabytes()}
+
+
+def categories() -> list[Row]:
+    """States that are categories, in a fresh process."""
+    return [child(categories_one, 100_000)]
+
+
 def child(case: Callable[..., Any], *arguments: Any) -> Any:
     """A case in a process of its own, so that peaks are its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -220,6 +254,7 @@ CASES: dict[str, Callable[[], list[Row]]] = {
     "matrix": matrix,
     "sparse": sparse,
     "sampled": sampled,
+    "categories": categories,
     "study": study,
 }
 
@@ -230,7 +265,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[Row] = []
     for name in parser.parse_args().only:
-        rows += CASES[name]() if name in ("sampled", "study") else child(CASES[name])
+        rows += CASES[name]() if name in ("sampled", "categories", "study") else child(CASES[name])
     report("starc", rows)
 
 

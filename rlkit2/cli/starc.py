@@ -33,8 +33,8 @@ from rlkit2.rewards import (
 from rlkit2.rewards.canonical import Canonicalization
 from rlkit2.rewards.norms import NormName
 from rlkit2.rewards.npz import read_tabular
-from rlkit2.rewards.sampled.estimator import Estimator
 from rlkit2.rewards.sampled.features import FeatureName
+from rlkit2.rewards.sampled.grams import Estimator
 from rlkit2.studies.starc_study import StudyConfig, run_study
 from rlkit2.training.run_files import write_atomically
 
@@ -59,7 +59,7 @@ def tabular(
 
     Args:
         file: .npz file with transitions [S, A, S], discount, and rewards [K, S, A, S] with names [K] (or each reward under its own name).
-        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v3) or small and deterministic, instead
+        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v4) or small and deterministic, instead
             of a file. Its reward is compared with variants of it, or with those of --reward.
         discount: in [0, 1); default: the file's, or 0.99 for an environment.
         reward: further rewards, [NAME=]file.py:FUNCTION of index arrays (states, actions, next_states) giving numbers of the same shape, or
@@ -368,8 +368,11 @@ def _print_diagnostics(matrix: RewardDistanceMatrix) -> None:
         f"effective episodes {found['effective_episodes']:.0f}; coverage {100 * found['coverage']:.0f} %; "
         f"invariance gap {found['invariance_gap']:.1e}"
     )
-    for name, share, residual in zip(matrix.names, found["held_out_r2"], found["bellman_residual"], strict=True):
-        say(f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}")
+    numbers = found["held_out_r2"], found["bellman_residual"], found["misfit"].values()
+    for name, share, residual, missed in zip(matrix.names, *numbers, strict=True):
+        say(
+            f"{name}: advantage explains {100 * share:.1f} % of held-out TD errors, Bellman residual {residual:.3f}, misfit {missed:.2f}"
+        )
 
 
 def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:

@@ -52,6 +52,13 @@ def sparse_matrix(values: Any) -> sp.csr_array | None:
     return sp.csr_array(matrix) if sp.issparse(values) else None
 
 
+def power_of_two(sizes: Tensor) -> Tensor:
+    """The powers of two at or below positive sizes, 1 for 0: dividing by them brings rewards to about 1 without rounding, so that no square of
+    them overflows or vanishes."""
+    exponents = torch.frexp(sizes)[1].to(sizes.dtype) - 1
+    return torch.where(sizes > 0, torch.exp2(exponents), torch.ones_like(sizes))
+
+
 def is_torch(*values: Any) -> bool:
     """Whether any of the values is a torch tensor: then the results are tensors too."""
     return any(isinstance(value, Tensor) for value in values)

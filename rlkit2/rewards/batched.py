@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.norms import TRIVIAL_TOLERANCE
+from rlkit2.rewards.arrays import power_of_two
+from rlkit2.rewards.norms import rounding
 
 _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
 
@@ -50,7 +51,7 @@ def batched_starc_distance(
         discount: one number, or a tensor `[...]` of one per process, in [0, 1).
         norm, distance: as in `starc_distance`; each entry (s, a, s') counts once.
         policy: reference policy `[..., S, A]`, uniform when left out.
-        tol: rewards with `max |form| <= tol max |R|` are trivial: standardised to 0, without gradient.
+        tol: rewards with `max |form| <= tol max sum_s' tau |R|` are trivial: standardised to 0, without gradient; default as in `starc_distance`.
 
     All leading axes are broadcast against each other; all tensors share one dtype and device. Gradients are finite everywhere; at
     distance 0 they are 0 for `l2`.
@@ -63,7 +64,9 @@ def batched_starc_distance(
     states, actions = transitions.shape[-3], transitions.shape[-2]
     if transitions.shape[-1] != states:
         raise RewardError(f"transitions has shape {list(transitions.shape)}; give [..., S, A, S]")
-    tol = TRIVIAL_TOLERANCE[transitions.dtype] if tol is None else tol
+    dtype = transitions.dtype
+    spread = torch.as_tensor(discount, dtype=dtype, device=transitions.device)
+    limit = rounding(dtype, 0.0) / (1 - spread) if tol is None else torch.as_tensor(tol, dtype=dtype)
     scaled = []
     for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
         full = reward.shape[-3:] == transitions.shape[-3:]
@@ -71,12 +74,17 @@ def batched_starc_distance(
             raise RewardError(
                 f"{name} has shape {list(reward.shape)}; give [..., {states}, {actions}, {states}] or [..., {states}, {actions}]"
             )
+        size = reward.detach().abs()
+        size = ((transitions.detach() * size).sum(-1) if full else size).amax((-2, -1))
+        power = power_of_two(size)
+        reward = reward / power.reshape(*power.shape, *[1] * (3 if full else 2))
         form = batched_advantage(reward, transitions, discount, policy)
-        magnitude = reward.detach().abs().amax((-3, -2, -1) if full else (-2, -1))
         flat = _each_next_state(form, states, _ORDERS[norm])
-        trivial = form.detach().abs().amax((-2, -1)) <= tol * magnitude
-        size = torch.linalg.vector_norm(torch.where(trivial[..., None], torch.ones_like(flat), flat), _ORDERS[norm], -1)
-        scaled.append(torch.where(trivial[..., None, None], torch.zeros_like(form), form / size[..., None, None]))
+        trivial = form.detach().abs().amax((-2, -1)) <= limit * (size / power)
+        length = torch.linalg.vector_norm(
+            torch.where(trivial[..., None], torch.ones_like(flat), flat), _ORDERS[norm], -1
+        )
+        scaled.append(torch.where(trivial[..., None, None], torch.zeros_like(form), form / length[..., None, None]))
     gap = _each_next_state(scaled[0] - scaled[1], states, _ORDERS[distance])
     result: Tensor = torch.linalg.vector_norm(gap, _ORDERS[distance], -1)
     return result

@@ -8,7 +8,7 @@ the reward and equal for rewards that differ by the first two; dividing by a nor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,7 @@ from rlkit2.rewards.minimal import P, minimal, minimal_potential
 Canonicalization: TypeAlias = Literal[
     "val", "val_potential", "minimal", "minimal_potential", "epic", "dard", "srrd", "none"
 ]
-CANONICALIZATIONS: tuple[Canonicalization, ...] = (
-    "val",
-    "val_potential",
-    "minimal",
-    "minimal_potential",
-    "epic",
-    "dard",
-    "srrd",
-    "none",
-)
+CANONICALIZATIONS: tuple[Canonicalization, ...] = get_args(Canonicalization)
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Canonicalizer:
     """One canonicalisation with everything that must be the same for all rewards it is applied to.
 
     `kind`, `policy` (reference policy of the val forms, uniform if None), `p` (norm minimised by the minimal forms), `state_dist [S]`,
-    `action_dist [A]` (coverage of EPIC, DARD and SRRD, uniform if None).
+    `action_dist [A]` (coverage of EPIC, DARD and SRRD, uniform if None), `discount` (of these three, that of the process if None).
     """
 
     mdp: TabularMDP
@@ -47,12 +38,18 @@ class Canonicalizer:
     p: P = 2
     state_dist: Array | None = None
     action_dist: Array | None = None
+    discount: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in CANONICALIZATIONS:
             raise ConfigError(
                 f"canonicalization {self.kind!r} is unknown; choose one of {', '.join(CANONICALIZATIONS)}"
             )
+
+    @property
+    def gamma(self) -> float:
+        """The discount of the shaping that is taken out; another than that of the process only where no value equation is solved."""
+        return self.mdp.discount if self.discount is None else self.discount
 
     @property
     def reduced(self) -> bool:
@@ -91,7 +88,7 @@ class Canonicalizer:
 
     def _shape(self, reward: Tensor, potential: Tensor) -> Tensor:
         """`R + gamma Phi(s') - Phi(s)`."""
-        return reward + self.mdp.discount * potential[..., None, None, :] - potential[..., :, None, None]
+        return reward + self.gamma * potential[..., None, None, :] - potential[..., :, None, None]
 
     def _coverage(self) -> tuple[Tensor, Tensor]:
         states, actions = self.mdp.num_states, self.mdp.num_actions
@@ -107,7 +104,7 @@ class Canonicalizer:
         """Gleave et al. 2021, arXiv 2006.13900, definition 4.1: S, S' ~ state_dist and A ~ action_dist, whatever the dynamics."""
         states, actions = self._coverage()
         mean = torch.einsum("a,z,...saz->...s", actions, states, reward)
-        offset = self.mdp.discount * (mean @ states)
+        offset = self.gamma * (mean @ states)
         return self._shape(reward, mean) - offset[..., None, None, None]
 
     def _dard(self, reward: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ class Canonicalizer:
         tau = self.mdp.dense.transpose(0, 1)
         mean = self.mdp.dynamics.expected(reward) @ actions
         paired = tau @ reward.transpose(-3, -2) @ tau.mT
-        offset = self.mdp.discount * torch.einsum("a,...asz->...sz", actions, paired)
+        offset = self.gamma * torch.einsum("a,...asz->...sz", actions, paired)
         return self._shape(reward, mean) - offset[..., :, None, :]
 
     def _srrd(self, reward: Tensor) -> Tensor:
@@ -126,12 +123,12 @@ class Canonicalizer:
         step = torch.einsum("a,saz->sz", actions, self.mdp.dense)
         mean = torch.einsum("a,...saz->...sz", actions, reward)
         here = (step * mean).sum(-1)
-        potential = here + self.mdp.discount * (here @ step.mT)
+        potential = here + self.gamma * (here @ step.mT)
         twice = step @ step
         # R(S_3, A, .) and R(S_4, A, .) as functions of the last state, averaged over two steps from s and from s'.
         start = torch.einsum("x,...xy->...y", states, mean) @ twice.mT
         after = torch.einsum("x,...xy->...y", states @ step, mean) @ twice.mT
-        discount = self.mdp.discount
+        discount = self.gamma
         offset = discount * (here @ states)
         shaped = self._shape(reward, potential) + discount * start[..., :, None, None]
         return shaped - discount**2 * after[..., None, None, :] - offset[..., None, None, None]

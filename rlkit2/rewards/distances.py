@@ -4,24 +4,87 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, result_dtype, sparse_matrix, to_float
+from rlkit2.fields import Checked, NonNegative
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, power_of_two, result_dtype, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
 from rlkit2.rewards.matrix import RewardDistanceMatrix, named_rewards
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P
-from rlkit2.rewards.norms import TRIVIAL_TOLERANCE, Norm, NormName, standardized
+from rlkit2.rewards.norms import Norm, NormName, rounding, standardized, warn_trivial
 
 Scale: TypeAlias = Literal["starc", "half", "angle"]
 TrivialRule: TypeAlias = Literal["zero", "nan", "raise"]
 _EVEN = (("l2", "l2"), ("weighted_l2", "weighted_l2"))
+
+
+@dataclass(frozen=True)
+class MetricOptions(Checked):
+    """What makes a metric: the keyword arguments of `starc_distance` and `starc_matrix`, which explain them."""
+
+    canonicalization: Canonicalization = "val"
+    norm: NormName = "l2"
+    distance: NormName = "l2"
+    policy: Any = None
+    weights: Any = None
+    scale: Scale = "starc"
+    trivial: TrivialRule = "zero"
+    p: P = 2
+    tol: NonNegative | None = None
+    legacy: bool = False
+    restrict_to_reachable: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a name or number out of an array
+                object.__setattr__(self, name, value.item())
+        super().__post_init__()
+        if self.scale == "angle" and (self.norm, self.distance) not in _EVEN:
+            raise ConfigError("scale 'angle' needs norm and distance both 'l2' or both 'weighted_l2'")
+        if self.canonicalization.startswith("minimal") and self.p not in (2, "weighted_2") and not self.legacy:
+            raise ConfigError(
+                f"the minimal form for p={self.p!r} need not be unique nor linear; use p=2 or 'weighted_2', or minimal_norm for the value"
+            )
+        if self.weights is not None and not self._weighted:
+            raise ConfigError("weights are used by neither the norm nor the distance; choose 'l1' or 'l2'")
+
+    @property
+    def _weighted(self) -> set[NormName]:
+        return {self.norm, self.distance} - {"none", "range"}
+
+    def metric(self, mdp: TabularMDP) -> Metric:
+        """The metric on a process."""
+
+        def part(name: NormName, role: str) -> Norm:
+            return Norm(name, mdp, self.weights if name in self._weighted else None, self.legacy, role)
+
+        canonical = Canonicalizer(mdp, self.canonicalization, self.policy, self.p)
+        return Metric(
+            canonical, part(self.norm, "norm"), part(self.distance, "distance"), self.scale, self.trivial, self.tol
+        )
+
+
+class MetricArguments(TypedDict, total=False):
+    """`MetricOptions` as keyword arguments."""
+
+    canonicalization: Canonicalization
+    norm: NormName
+    distance: NormName
+    policy: Array | None
+    weights: Array | None
+    scale: Scale
+    trivial: TrivialRule
+    p: P
+    tol: float | None
+    legacy: bool
+    restrict_to_reachable: bool
 
 
 @dataclass(frozen=True)
@@ -40,71 +103,48 @@ class Metric:
     trivial: TrivialRule = "zero"
     tol: float | None = None
 
-    @classmethod
-    def build(
-        cls,
-        mdp: TabularMDP,
-        *,
-        canonicalization: Canonicalization = "val",
-        norm: NormName = "l2",
-        distance: NormName = "l2",
-        policy: Array | None = None,
-        weights: Array | None = None,
-        scale: Scale = "starc",
-        trivial: TrivialRule = "zero",
-        p: P = 2,
-        tol: float | None = None,
-        legacy: bool = False,
-    ) -> Metric:
-        """Check the choices of `starc_distance` and bind them to a process; raises `ConfigError` where they do not go together."""
-        if scale not in ("starc", "half", "angle"):
-            raise ConfigError(f"scale {scale!r} is unknown; choose 'starc', 'half' or 'angle'")
-        if trivial not in ("zero", "nan", "raise"):
-            raise ConfigError(f"trivial {trivial!r} is unknown; choose 'zero', 'nan' or 'raise'")
-        if scale == "angle" and (norm, distance) not in _EVEN:
-            raise ConfigError("scale 'angle' needs norm and distance both 'l2' or both 'weighted_l2'")
-        if canonicalization.startswith("minimal") and p not in (2, "weighted_2") and not legacy:
-            raise ConfigError(
-                f"the minimal form for p={p!r} need not be unique nor linear; use p=2 or 'weighted_2', or minimal_norm for the value"
-            )
-        used = {norm, distance} - {"none", "range"}
-        if weights is not None and not used:
-            raise ConfigError("weights are used by neither the norm nor the distance; choose 'l1' or 'l2'")
-
-        def part(name: NormName, role: str) -> Norm:
-            return Norm(name, mdp, weights if name in used else None, legacy, role)
-
-        canonical = Canonicalizer(mdp, canonicalization, policy, p)
-        return cls(canonical, part(norm, "norm"), part(distance, "distance"), scale, trivial, tol)
-
     def standardize(self, reward: Any, name: str) -> tuple[Tensor, Tensor]:
         """`(s, trivial)` of one reward or of a batch `[K, S, A, S']`; s has the axes of the canonical form."""
-        form, magnitude = self.canonical(reward, name), self._magnitude(reward, name)
-        return self._standardize(form, magnitude, [name])
+        base, size, power, tol = self._read(reward, name)
+        return self._standardize(self._form(base, name), size, power, tol, [name])
 
     def standardize_all(self, rewards: Iterable[tuple[str, Any]]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """`(names [K], s [K, ...], trivial [K])` of K rewards of any shapes, read one after the other: what s' decides is averaged out at once."""
-        first = self.canonical.mdp.expected_reward if self.canonical.reduced else self.canonical
         names, parts = [], []
         for name, reward in rewards:
             names.append(name)
-            parts.append((first(reward, name), self._magnitude(reward, name)))
+            base, *rest = self._read(reward, name)
+            parts.append((base if self.canonical.reduced else self._form(base, name), *rest))
         if not parts:
             raise RewardError("there are no rewards to compare; give at least one")
-        forms, magnitudes = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+        forms, sizes, powers, tols = (torch.stack(column) for column in zip(*parts, strict=True))
         forms = self.canonical.of_expected(forms) if self.canonical.reduced else forms
-        return (tuple(names), *self._standardize(forms, magnitudes, names))
+        return (tuple(names), *self._standardize(forms, sizes, powers, tols, names))
 
-    def _magnitude(self, reward: Any, name: str) -> Tensor:
-        """`max |R|` of every reward of a batch."""
-        matrix = sparse_matrix(reward)
-        if matrix is not None and self.canonical.mdp.sparse:
-            return torch.tensor(np.abs(matrix.data).max(initial=0.0), dtype=self.canonical.mdp.dtype)
-        tensor = self.canonical.mdp.reward(reward, name).detach()
-        return tensor.abs().flatten(max(tensor.ndim - 3, 0)).amax(-1)
+    def _read(self, reward: Any, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reward (its means over next states where only they count) and its size, both divided by a power of two, that power, and the tolerance
+        of its precision. Where only means count, so do the sizes of transitions by their probability: what cannot happen has none."""
+        mdp = self.canonical.mdp
+        if self.canonical.reduced:
+            base, size = mdp.expected_reward(reward, name), mdp.expected_size(reward, name)
+        else:
+            base = mdp.full_reward(reward, name)
+            size = base.detach().abs().flatten(-3).amax(-1)
+        power = power_of_two(size)
+        tol = default_tolerance(mdp, reward) if self.tol is None else self.tol
+        spread = power.reshape(*power.shape, *[1] * (base.ndim - power.ndim))
+        return base / spread, size / power, power, torch.full_like(size, tol)
 
-    def _standardize(self, form: Tensor, magnitude: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        scaled, _, trivial = standardized(form, self.axes, self.norm, magnitude, self.tol)
+    def _form(self, base: Tensor, name: str) -> Tensor:
+        return self.canonical.of_expected(base) if self.canonical.reduced else self.canonical(base, name)
+
+    def _standardize(
+        self, form: Tensor, size: Tensor, power: Tensor, tol: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        scaled, length, trivial = standardized(form, self.axes, self.norm, size, tol)
+        if self.norm.name == "none":
+            scaled = scaled * power.reshape(*power.shape, *[1] * self.axes)
+        warn_trivial(form, self.axes, length, size, trivial, names)
         if self.trivial == "raise" and bool(trivial.any()):
             name = names[int(trivial.reshape(-1).nonzero()[0])] if len(names) > 1 else names[0]
             raise RewardError(
@@ -134,18 +174,7 @@ def starc_distance(
     reward_a: Array,
     reward_b: Array,
     mdp: TabularMDP,
-    *,
-    canonicalization: Canonicalization = "val",
-    norm: NormName = "l2",
-    distance: NormName = "l2",
-    policy: Array | None = None,
-    weights: Array | None = None,
-    scale: Scale = "starc",
-    trivial: TrivialRule = "zero",
-    p: P = 2,
-    tol: float | None = None,
-    legacy: bool = False,
-    restrict_to_reachable: bool = False,
+    **options: Unpack[MetricArguments],
 ) -> Scalar:
     """How differently two rewards order policies: 0 for the same ordering of all policies, 2 for opposite ones.
 
@@ -162,7 +191,9 @@ def starc_distance(
         weights: `[S, A]` (or `[S, A, S']`) weights of the l1 and l2 norms, such as `mdp.occupancy(policy)`.
         scale: `starc`, `half` (divided by 2, as in the EPIC paper) or `angle` (radians).
         trivial: what to do with rewards under which all policies are equal: `zero`, `nan` or `raise`.
-        tol: threshold of triviality relative to `max |R|`; 1e-9 in float64, 1e-4 in float32.
+        tol: threshold of triviality relative to the largest mean size of a pair's rewards, `max sum_s' tau |R|` (`max |R|` for forms that
+            depend on s'); default: what rounding alone makes, 64 eps / (1 - discount) in float64 and 16 eps / (1 - discount) in float32. A
+            `RewardWarning` names rewards that are trivial by it and not exactly.
         legacy: admit `weighted_linf` and the minimal forms that are not unique, to reproduce published numbers.
         restrict_to_reachable: leave out states that no policy reaches from the start.
 
@@ -172,25 +203,11 @@ def starc_distance(
     Raises:
         RewardError: shapes, non-finite entries, a policy that is not a distribution. ConfigError: choices that do not go together.
     """
-    given = reward_a, reward_b
-    metric, cut = _metric(
-        mdp,
-        given,
-        restrict_to_reachable,
-        canonicalization=canonicalization,
-        norm=norm,
-        distance=distance,
-        policy=policy,
-        weights=weights,
-        scale=scale,
-        trivial=trivial,
-        p=p,
-        tol=tol,
-        legacy=legacy,
-    )
+    given, chosen = (reward_a, reward_b), MetricOptions(**options)
+    metric, cut = _metric(mdp, given, chosen)
     first, first_trivial = metric.standardize(cut(reward_a), "reward_a")
     second, second_trivial = metric.standardize(cut(reward_b), "reward_b")
-    sums = metric.distance(first + second, metric.axes) if scale == "angle" else None
+    sums = metric.distance(first + second, metric.axes) if chosen.scale == "angle" else None
     gap = metric.distance(first - second, metric.axes)
     return give_back(metric.finish(gap, sums, first_trivial | second_trivial), *given)  # type: ignore[no-any-return]
 
@@ -198,18 +215,7 @@ def starc_distance(
 def starc_matrix(
     rewards: Mapping[str, Array] | Iterable[Array],
     mdp: TabularMDP,
-    *,
-    canonicalization: Canonicalization = "val",
-    norm: NormName = "l2",
-    distance: NormName = "l2",
-    policy: Array | None = None,
-    weights: Array | None = None,
-    scale: Scale = "starc",
-    trivial: TrivialRule = "zero",
-    p: P = 2,
-    tol: float | None = None,
-    legacy: bool = False,
-    restrict_to_reachable: bool = False,
+    **options: Unpack[MetricArguments],
 ) -> RewardDistanceMatrix:
     """The distances between all of several rewards, under one policy, discount and metric.
 
@@ -224,66 +230,48 @@ def starc_matrix(
     Raises:
         RewardError, ConfigError: as `starc_distance`, naming the reward.
     """
+    chosen = MetricOptions(**options)
     sample = list(rewards.values()) if isinstance(rewards, Mapping) else rewards
     if isinstance(sample, Iterator):
         first = list(itertools.islice(sample, 1))
         rewards = itertools.chain(first, sample)
         sample = first
-    metric, cut = _metric(
-        mdp,
-        tuple(sample),
-        restrict_to_reachable,
-        canonicalization=canonicalization,
-        norm=norm,
-        distance=distance,
-        policy=policy,
-        weights=weights,
-        scale=scale,
-        trivial=trivial,
-        p=p,
-        tol=tol,
-        legacy=legacy,
-    )
+    metric, cut = _metric(mdp, tuple(sample), chosen)
     with torch.no_grad():
         names, forms, flags = metric.standardize_all((name, cut(reward)) for name, reward in named_rewards(rewards))
         values = metric.distance.pairwise(forms, metric.axes)
-        sums = metric.distance.pairwise(forms, metric.axes, sign=-1.0) if scale == "angle" else None
+        sums = metric.distance.pairwise(forms, metric.axes, sign=-1.0) if chosen.scale == "angle" else None
         values = metric.finish(values, sums, flags[:, None] | flags[None])
-    note = None if restrict_to_reachable else mdp.unreachable_note()
+    note = None if chosen.restrict_to_reachable else mdp.unreachable_note()
     return RewardDistanceMatrix(
         values=values.double().cpu().numpy(),
         names=names,
         trivial=flags.cpu().numpy(),
         settings={
-            "label": f"STARC distance ({canonicalization}, {norm}/{distance})",
-            "canonicalization": canonicalization,
-            "norm": norm,
-            "distance": distance,
-            "scale": scale,
+            "label": f"STARC distance ({chosen.canonicalization}, {chosen.norm}/{chosen.distance})",
+            "canonicalization": chosen.canonicalization,
+            "norm": chosen.norm,
+            "distance": chosen.distance,
+            "scale": chosen.scale,
             "discount": mdp.discount,
         },
         notes=() if note is None else (note,),
     )
 
 
-def _metric(
-    mdp: TabularMDP, rewards: Sequence[Any], restrict: bool, *, tol: float | None, **choices: Any
-) -> tuple[Metric, Callable[[Any], Any]]:
+def _metric(mdp: TabularMDP, rewards: Sequence[Any], options: MetricOptions) -> tuple[Metric, Callable[[Any], Any]]:
     """The metric on a process in the precision of the rewards, and how rewards get onto its states."""
-    mdp = common_process(mdp, *rewards)
-    tol = default_tolerance(mdp, *rewards) if tol is None else tol
-    if not restrict:
-        mdp.warn_unreachable()
-        return Metric.build(mdp, tol=tol, **choices), lambda reward: reward
-    whole = mdp
-    for name in ("policy", "weights"):
-        choices[name] = None if choices[name] is None else whole.cut(choices[name])
-    return Metric.build(whole.reachable_part, tol=tol, **choices), lambda reward: whole.cut(whole.reward(reward))
+    whole = common_process(mdp, *rewards)
+    if not options.restrict_to_reachable:
+        whole.warn_unreachable()
+        return options.metric(whole), lambda reward: reward
+    policy, weights = (None if values is None else whole.cut(values) for values in (options.policy, options.weights))
+    return replace(options, policy=policy, weights=weights).metric(whole.reachable_part), whole.cut_reward
 
 
 def default_tolerance(mdp: TabularMDP, *rewards: Any) -> float:
     """The threshold of triviality of the precision the rewards come in, also where the process is more precise."""
-    return TRIVIAL_TOLERANCE[result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype]
+    return rounding(result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype, mdp.discount)
 
 
 def epic_distance(
@@ -295,6 +283,7 @@ def epic_distance(
     convention: Literal["pearson", "starc"] = "pearson",
     state_dist: Array | None = None,
     action_dist: Array | None = None,
+    discount: float | None = None,
 ) -> Scalar:
     """The EPIC distance (Gleave et al. 2021, arXiv 2006.13900): 0 for rewards that differ by shaping and scale.
 
@@ -305,10 +294,11 @@ def epic_distance(
             `[S, A, S']` or `[S, A]` (times the dynamics). It does not enter the canonical form, `state_dist` and `action_dist` do.
         convention: `pearson`, `sqrt((1 - rho) / 2)` in [0, 1] with the weighted Pearson correlation, as in the EPIC paper, or
             `starc`, the l2 distance of the normalised forms in [0, 2].
+        discount: of the canonical form, in [0, 1]: it solves no value equation and takes 1 too; default: that of the process.
 
     Returns NaN under `pearson` when a canonical form is constant. Raises `RewardError`, `ConfigError` as `starc_distance` does.
     """
-    return _compared("epic", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist)
+    return _compared("epic", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist, discount)
 
 
 def dard_distance(
@@ -319,12 +309,13 @@ def dard_distance(
     coverage: str | Array = "transition",
     convention: Literal["pearson", "starc"] = "pearson",
     action_dist: Array | None = None,
+    discount: float | None = None,
 ) -> Scalar:
     """The DARD distance (Wulfe et al. 2022, arXiv 2201.10081), whose canonical form uses the dynamics but not the policy ordering.
 
     Arguments, conventions and errors as in `epic_distance`; transitions are weighted by the dynamics unless told otherwise.
     """
-    return _compared("dard", reward_a, reward_b, mdp, coverage, convention, None, action_dist)
+    return _compared("dard", reward_a, reward_b, mdp, coverage, convention, None, action_dist, discount)
 
 
 def srrd_distance(
@@ -336,13 +327,14 @@ def srrd_distance(
     convention: Literal["pearson", "starc"] = "pearson",
     state_dist: Array | None = None,
     action_dist: Array | None = None,
+    discount: float | None = None,
 ) -> Scalar:
     """The sparsity resilient reward distance (Nyanhongo et al. 2025, arXiv 2504.11508): invariant to shaping, made for thin coverage.
 
     Its canonical form averages over next states of the dynamics in every term, so that it asks for no transition that cannot happen.
     Arguments, conventions and errors as in `epic_distance`.
     """
-    return _compared("srrd", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist)
+    return _compared("srrd", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist, discount)
 
 
 def _compared(
@@ -354,20 +346,26 @@ def _compared(
     convention: str,
     state_dist: Array | None,
     action_dist: Array | None,
+    discount: float | None,
 ) -> Scalar:
+    if discount is not None and not 0 <= discount <= 1:
+        raise ConfigError(f"discount is {discount}; it must be in [0, 1]")
     if convention not in ("pearson", "starc"):
         raise ConfigError(f"convention {convention!r} is unknown; choose 'pearson' or 'starc'")
     mdp = common_process(mdp, reward_a, reward_b)
-    canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist)
+    canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist, discount=discount)
     norm = Norm("weighted_l2", mdp, _coverage(coverage, mdp))
-    tol = default_tolerance(mdp, reward_a, reward_b)
     forms = []
     for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
-        tensor = mdp.reward(reward, name)
-        form = canonical(tensor, name)
+        tensor = mdp.full_reward(reward, name)
+        size = tensor.detach().abs().flatten(-3).amax(-1)
+        power = power_of_two(size)
+        form = canonical(tensor / power[..., None, None, None], name)
         if convention == "pearson":
             form = _centred(form, norm)
-        forms.append(standardized(form, 3, norm, tensor.detach().abs().flatten(max(tensor.ndim - 3, 0)).amax(-1), tol))
+        found = standardized(form, 3, norm, size / power, default_tolerance(mdp, reward))
+        warn_trivial(form, 3, found[1], size / power, found[2], [name])
+        forms.append(found)
     (first, _, first_trivial), (second, _, second_trivial) = forms
     gap = norm(first - second, 3)
     if convention == "pearson":

@@ -29,9 +29,10 @@ class RewardDistanceMatrix:
     """Distances between K rewards under one metric.
 
     `values [K, K]` float64, symmetric, NaN where there is no number to give; `names [K]`; `trivial [K]` marks rewards under which all
-    policies are equal, `insufficient [K]` those that the data cannot tell from trivial ones; `ci [K, K, 2]` the bounds of the intervals
-    or None; `settings` says what was computed, `diagnostics` what to judge it by, `notes` what its reader should know. `pseudometric
-    [K, K]`, where there is one, are distances that satisfy the triangle inequality, for pictures that need it.
+    policies are equal, `insufficient [K]` those that the data cannot tell from trivial ones, `poor [K]` those that the features cannot
+    express; `ci [K, K, 2]` the bounds of the intervals or None; `settings` says what was computed, `diagnostics` what to judge it by, `notes`
+    what its reader should know. `pseudometric [K, K]`, where there is one, are distances that satisfy the triangle inequality, for pictures that
+    need it.
     """
 
     values: Floats
@@ -39,6 +40,7 @@ class RewardDistanceMatrix:
     trivial: Flags
     ci: Floats | None = None
     insufficient: Flags | None = None
+    poor: Flags | None = None
     pseudometric: Floats | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
@@ -59,10 +61,9 @@ class RewardDistanceMatrix:
         return ((i, j) for i in range(len(self)) for j in range(i + 1, len(self)))
 
     def status(self, index: int) -> str:
-        """`"trivial"`, `"insufficient data"` or `""` for one reward."""
-        if self.trivial[index]:
-            return "trivial"
-        return "insufficient data" if self.insufficient is not None and self.insufficient[index] else ""
+        """`"trivial"`, `"insufficient data"`, `"features too poor"` or `""` for one reward."""
+        said = {"trivial": self.trivial, "insufficient data": self.insufficient, "features too poor": self.poor}
+        return next((what for what, flags in said.items() if flags is not None and flags[index]), "")
 
     def to_frame(self) -> Any:
         """A pandas DataFrame `[K, K]` with the names on both axes; raises `MissingExtraError` where pandas is not installed."""

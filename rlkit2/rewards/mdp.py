@@ -45,7 +45,9 @@ class TabularMDP:
     def __init__(self, transitions: Any, discount: float, initial_distribution: Array | None = None) -> None:
         self.discount = float(discount)
         if not (math.isfinite(self.discount) and 0.0 <= self.discount < 1.0):
-            raise ConfigError(f"discount is {discount}; it must be at least 0 and below 1")
+            raise ConfigError(
+                f"discount is {discount}; it must be at least 0 and below 1 (EPIC alone also takes 1: epic_distance(..., discount=1))"
+            )
         self.sparse = sp.issparse(transitions)
         if self.sparse:
             matrix = _checked_sparse(transitions)
@@ -120,27 +122,41 @@ class TabularMDP:
         kept = self._reachable_states
         if len(kept) == self.num_states:
             return self
-        tau = self.dense.index_select(0, kept).index_select(2, kept)
-        return TabularMDP(tau, self.discount, self.initial_distribution[kept])
+        start = self.initial_distribution[kept]
+        if isinstance(self.dynamics, SparseDynamics):
+            return TabularMDP(self._cut_sparse(self.dynamics.transitions), self.discount, start)
+        return TabularMDP(self.dense.index_select(0, kept).index_select(2, kept), self.discount, start)
+
+    def _cut_sparse(self, matrix: sp.csr_array) -> sp.csr_array:
+        """The rows `s * A + a` and columns of the states that can be reached, of a matrix `[S * A, S]`."""
+        kept = self._reachable_states.numpy()
+        pairs = (kept[:, None] * self.num_actions + np.arange(self.num_actions)).ravel()
+        return sp.csr_array(matrix[pairs][:, kept])
 
     @cached_property
     def _reachable_states(self) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self.reachable)).to(self.device)
 
-    def cut(self, values: Array) -> Array:
+    def cut(self, values: Any) -> Any:
         """A reward, weights (`[..., S, A, S']`, `[S, A]` or `[S]`) or a policy on the states of `reachable_part`."""
+        matrix = sparse_matrix(values)
+        if matrix is not None:
+            return self._cut_sparse(matrix)
         tensor = to_tensor(values, "values")
         kept = self._reachable_states.to(tensor.device)
         axis = max(tensor.ndim - 3, 0)
         if self.num_states not in (tensor.shape[axis : axis + 1] or (0,)):
             raise RewardError(f"an array of shape {list(tensor.shape)} does not fit {self!r}")
         tensor = tensor.index_select(axis, kept)
-        result: Array = give_back(tensor.index_select(-1, kept) if tensor.ndim >= 3 else tensor, values)
-        return result
+        return give_back(tensor.index_select(-1, kept) if tensor.ndim >= 3 else tensor, values)
 
-    def restrict_to_reachable(self, *rewards: Array) -> tuple[TabularMDP, tuple[Array, ...]]:
+    def cut_reward(self, reward: Any) -> Any:
+        """A reward, checked, on the states of `reachable_part`."""
+        return self.cut(reward if sparse_matrix(reward) is not None else self.reward(reward))
+
+    def restrict_to_reachable(self, *rewards: Any) -> tuple[TabularMDP, tuple[Any, ...]]:
         """The process and the rewards (`[..., S, A, S']`, `[S, A]` or `[S]`) on the states that can be reached from the start."""
-        return self.reachable_part, tuple(self.cut(self.reward(reward)) for reward in rewards)
+        return self.reachable_part, tuple(self.cut_reward(reward) for reward in rewards)
 
     def unreachable_note(self) -> str | None:
         """One line about states that no policy reaches from the start, None where there are none."""
@@ -240,6 +256,12 @@ class TabularMDP:
                 return self.dynamics.expected(tensor)
             return self.dynamics.expected(sp.csr_array(tensor.reshape(-1, self.num_states).numpy()))
         return tensor if tensor.ndim == 2 else tensor[:, None].expand(self.num_states, self.num_actions)
+
+    def expected_size(self, reward: Any, name: str = "reward") -> Tensor:
+        """`max_sa sum_s' tau |R|`, `[...]`: how large a reward is where it can be had."""
+        matrix = sparse_matrix(reward)
+        size = abs(matrix) if matrix is not None else self.reward(reward, name).detach().abs()
+        return self.expected_reward(size, name).amax((-2, -1))
 
     def values(self, expected_reward: Tensor, policy: Tensor) -> Tensor:
         """`V^pi = (I - gamma P_pi)^-1 (pi . r)` for `r [..., S, A]`: `[..., S]`."""

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, give_back, to_float
+from rlkit2.rewards.arrays import Array, Scalar, give_back, power_of_two, to_float
 from rlkit2.rewards.canonical import canonicalize
-from rlkit2.rewards.mdp import TabularMDP
+from rlkit2.rewards.mdp import RewardWarning, TabularMDP
 from rlkit2.rewards.minimal import P
 from rlkit2.rewards.planning import return_ranges
 
 NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none"]
-NORMS: tuple[NormName, ...] = ("l1", "l2", "linf", "weighted_l1", "weighted_l2", "weighted_linf", "range", "none")
-TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+NORMS: tuple[NormName, ...] = get_args(NormName)
+TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a form whose reward is not known
+_ROUNDINGS = {torch.float64: 64, torch.float32: 16}
+
+
+def rounding(dtype: torch.dtype, discount: float) -> float:
+    """How large a canonical form rounding alone makes, as a share of the reward's size: a potential as large as `max |R| / (1 - discount)` is
+    taken out."""
+    return _ROUNDINGS[dtype] * torch.finfo(dtype).eps / (1 - discount)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Norm:
 
 
 def standardized(
-    form: Tensor, axes: int, norm: Norm, magnitude: Tensor | float, tol: float | None
+    form: Tensor, axes: int, norm: Norm, magnitude: Tensor | float, tol: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(s, n, trivial)` for a batch of forms: `s = form / n`, or 0 where `max |form|` or n is at most `tol * magnitude`.
 
@@ -130,6 +139,20 @@ def standardized(
     kept = (~trivial).reshape(*trivial.shape, *[1] * axes)
     scaled = form / divisor.reshape(*divisor.shape, *[1] * axes)
     return torch.where(kept, scaled, torch.zeros_like(scaled)), size, trivial
+
+
+def warn_trivial(form: Tensor, axes: int, length: Tensor, size: Tensor, trivial: Tensor, names: Sequence[str]) -> None:
+    """Warn of rewards that the threshold decided to be trivial, not an exact 0; `length` is the norm of the form."""
+    least = torch.minimum(form.detach().abs().flatten(-axes).amax(-1), length.detach())
+    share = (least / torch.where(size > 0, size, 1.0)).reshape(-1)
+    for index in (trivial.reshape(-1) & (share > 0)).nonzero().squeeze(1).tolist():
+        name = names[index] if len(names) == len(share) else names[0]
+        warnings.warn(
+            f"{name} is taken to be trivial: what is left of it, {float(share[index]):.1e} of its size, may be rounding; "
+            "tol sets the threshold",
+            RewardWarning,
+            stacklevel=4,
+        )
 
 
 def standardize(
@@ -177,5 +200,6 @@ def minimal_norm(
     elif p in (1, "weighted_1"):
         value = (full.abs() * (tau if p == "weighted_1" else 1)).sum()
     else:
-        value = (full.square() * (tau if p == "weighted_2" else 1)).sum().sqrt()
+        power = power_of_two(full.detach().abs().amax())
+        value = ((full / power).square() * (tau if p == "weighted_2" else 1)).sum().sqrt() * power
     return give_back(value, reward)  # type: ignore[no-any-return]

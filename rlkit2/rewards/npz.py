@@ -32,7 +32,7 @@ def read_tabular(path: str | os.PathLike[str], discount: float | None = None) ->
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError) as error:
-        raise RewardError(f"{os.fspath(path)} is no .npz file of plain arrays ({first_line(error)})") from error
+        raise RewardError(f"{os.fspath(path)} is not an .npz file of plain arrays ({first_line(error)})") from error
 
     def pick(what: str) -> Any:
         return next((arrays[key] for key in _NAMES[what] if key in arrays), None)

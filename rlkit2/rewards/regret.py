@@ -13,38 +13,47 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
-from rlkit2.rewards.arrays import Array, Scalar, give_back
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, power_of_two, result_dtype
 from rlkit2.rewards.canonical import Canonicalizer
 from rlkit2.rewards.mdp import TabularMDP
-from rlkit2.rewards.norms import Norm, NormName, standardized
+from rlkit2.rewards.norms import Norm, NormName, rounding, standardized, warn_trivial
 from rlkit2.rewards.planning import expected_one, optimal_actions
-
-_TRIVIAL = 1e-9  # float64 threshold, relative to max |R|
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two rewards as advantages of the uniform policy (same returns up to a constant), with ranges of returns; float64."""
+    """Two rewards, scaled to about 1, as advantages of the uniform policy (same returns up to a constant), with ranges of returns; float64.
+
+    `exact`: whether a trivial one is exactly so, and not by the threshold; `slack`: how far rounding alone may move each of the forms divided
+    by their ranges, in the range norm.
+    """
 
     mdp: TabularMDP
     forms: Tensor
     ranges: Tensor
     trivial: tuple[bool, bool]
+    exact: tuple[bool, bool]
+    slack: tuple[float, float]
 
     @classmethod
     def of(cls, true: Array, proxy: Array, mdp: TabularMDP) -> _Pair:
+        given = mdp.dtype
         mdp = mdp.to(torch.float64)
         canonical = Canonicalizer(mdp)
-        forms, magnitudes = [], []
+        forms, sizes, errors = [], [], []
         for reward, name in ((true, "true"), (proxy, "proxy")):
-            expected = expected_one(mdp, reward, name)
-            magnitudes.append(
-                mdp.reward(reward, name).abs().amax() if not sp.issparse(reward) else expected.abs().amax()
-            )
-            forms.append(canonical(expected))
-        both = torch.stack(forms).detach()
-        _, ranges, trivial = standardized(both, 2, Norm("range", mdp), torch.stack(magnitudes).detach(), _TRIVIAL)
-        return cls(mdp, both, ranges, (bool(trivial[0]), bool(trivial[1])))
+            expected, size = expected_one(mdp, reward, name), mdp.expected_size(reward, name)
+            power = power_of_two(size)
+            forms.append(canonical(expected / power).detach())
+            sizes.append(size / power)
+            errors.append(rounding(result_dtype(reward) if any_floating(reward) else given, mdp.discount))
+        both, size, error = torch.stack(forms), torch.stack(sizes), torch.tensor(errors, dtype=torch.float64)
+        _, ranges, trivial = standardized(both, 2, Norm("range", mdp), size, error)
+        warn_trivial(both, 2, ranges, size, trivial, ("true", "proxy"))
+        exact = both.abs().amax((1, 2)) == 0
+        # An error e of a form moves a range of returns by at most 2 e / (1 - discount).
+        slack = 4 * rounding(torch.float64, mdp.discount) * size / ((1 - mdp.discount) * ranges)
+        return cls(mdp, both, ranges, _pair(trivial), _pair(exact), (float(slack[0]), float(slack[1])))
 
     @property
     def standard(self) -> Tensor:
@@ -55,6 +64,11 @@ class _Pair:
         """`eta_best - eta_worst` for `r [S, A]`: the occupancies of its best and its worst policy."""
         best, worst = optimal_actions(self.mdp, torch.stack([reward, -reward]))
         return self.mdp.occupancy(self.mdp.policy(best)) - self.mdp.occupancy(self.mdp.policy(worst))
+
+
+def _pair(flags: Tensor) -> tuple[bool, bool]:
+    first, second = flags.tolist()
+    return first, second
 
 
 def regret(true: Array, proxy: Array, mdp: TabularMDP) -> Scalar:
@@ -196,6 +210,8 @@ def regret_bound(
     occupancies is bounded by 1 / (1 - gamma), sqrt(2) / (1 - gamma) and 2 / (1 - gamma) in the dual norm, or computed where
     the two `policies` to compare are given (the proxy must approve of moving from the first to the second).
 
+    Bounds allow for the rounding of both rewards; of a proxy that only the threshold makes trivial nothing is promised.
+
     Raises `RewardError` when the true reward is trivial (there is no range to lose a share of) or when the proxy disapproves of the
     given policies, `ConfigError` for another norm.
     """
@@ -209,7 +225,10 @@ def regret_bound(
         first = pair.standard[0]
         second = torch.zeros_like(first) if pair.trivial[1] else pair.standard[1]
         distance = float(Norm("range", process)(first - second, 2))
-        return RegretBound("range/range", distance, 1.0, distance, distance / 2)
+        unknown = pair.trivial[1] and not pair.exact[1]
+        slack = pair.slack[0] + (0.0 if pair.trivial[1] else pair.slack[1])
+        lower = 0.0 if unknown else max(0.0, distance - slack) / 2
+        return RegretBound("range/range", distance, 1.0, distance + slack, lower)
     order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
     forms = Canonicalizer(process, policy=policy)(pair.forms[0]), Canonicalizer(process, policy=policy)(pair.forms[1])
     sizes = [float(torch.linalg.vector_norm(form.flatten(), order)) for form in forms]
@@ -224,4 +243,5 @@ def regret_bound(
         dual = {"l1": math.inf, "l2": 2.0, "linf": 1.0}[norm]
         spread = float(torch.linalg.vector_norm(gap.flatten(), dual))
     constant = sizes[0] / float(pair.ranges[0]) * spread
-    return RegretBound(f"val {norm}/{norm}", distance, constant, constant * distance, 0.0)
+    slack = pair.slack[0] + (0.0 if pair.trivial[1] else pair.slack[1])
+    return RegretBound(f"val {norm}/{norm}", distance, constant, constant * distance + slack, 0.0)

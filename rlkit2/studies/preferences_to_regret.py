@@ -324,9 +324,10 @@ def _labels(world: _World, teacher: str, count: int, seed: int) -> PreferenceDat
 
 
 def _distances(world: _World, rewards: list[Array]) -> list[dict[str, Any]]:
-    """STARC distance to the true reward of every seed's reward; a trivial reward is at distance 1 of any other by definition."""
+    """STARC distance to the true reward of every seed's reward; that of zero, under which all policies are equal, is 1 by definition. A constant
+    is estimated: where episodes end it pays for living on or for ending."""
     settings = world.settings
-    if all(np.ptp(reward) == 0 for reward in rewards):
+    if not any(reward.any() for reward in rewards):
         return [{"distance": 1.0, "low": None, "high": None}] * len(rewards)
     distinct = rewards if any(r is not rewards[0] for r in rewards) else rewards[:1]
     named = {f"seed {k}": reward for k, reward in enumerate(distinct)}

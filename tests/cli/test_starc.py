@@ -44,7 +44,7 @@ def recorded(tmp_path: Path) -> str:
         if t % 60 == 0:
             angle, speed = rng.uniform(-3, 3), rng.uniform(-1, 1)
         observations[t] = np.cos(angle), np.sin(angle), speed
-        speed = 0.95 * speed + 0.3 * np.sin(angle) + 0.2 * actions[t, 0] + 0.02 * rng.normal()
+        speed = 0.8 * speed + 0.3 * np.sin(angle) + actions[t, 0] + 0.02 * rng.normal()
         angle += 0.1 * speed
     path = tmp_path / "pendulum.hdf5"
     with h5py.File(path, "w") as file:
@@ -149,7 +149,7 @@ def test_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["nowhere"], "unknown command 'starc nowhere'"),
         (["tabul"], "did you mean tabular?"),
         (["tabular"], "give either a file or --env"),
-        (["tabular", "missing.npz"], "missing.npz is no .npz file of plain arrays"),
+        (["tabular", "missing.npz"], "missing.npz is not an .npz file of plain arrays"),
         (["tabular", "--env", "Nowhere-v9"], "cannot make 'Nowhere-v9'"),
         (["tabular", "--env", "FrozenLake-v1", "--true", "mine"], "'mine' is not one of the rewards: environment"),
         (["tabular", "--env", "FrozenLake-v1", "--discount", "1"], "discount is 1.0"),

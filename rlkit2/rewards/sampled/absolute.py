@@ -25,7 +25,8 @@ def absolute_distances(
     """`mean |f_i / mean |f_i| - f_j / mean |f_j||`, `[b, K, K]`, for advantages with `coefficients [b, g, K]` and blocks counted
     `weights [b, blocks]` times; two passes over the data."""
     replicates, _, count = coefficients.shape
-    basis = torch.einsum("pg,bgk->pbk", gathered.psi_basis, coefficients).flatten(1)
+    assert gathered.bases is not None
+    basis = torch.einsum("pg,bgk->pbk", gathered.bases[1], coefficients).flatten(1)
 
     def advantages() -> Iterator[tuple[Tensor, Tensor]]:
         """The counts of a block in the replicates, and advantages `[n, b, K]` of some of its rows."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -12,58 +13,57 @@ from torch import Tensor
 
 from rlkit2.data import Batch, TransitionDataset
 from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.fields import Checked, Natural, NonNegative
+from rlkit2.fields import Interval as Range
 from rlkit2.rewards.matrix import RewardDistanceMatrix
 from rlkit2.rewards.sampled.absolute import absolute_distances
+from rlkit2.rewards.sampled.cells import CellSums, gather_cells
 from rlkit2.rewards.sampled.features import (
-    AutoFeatures,
+    Categories,
     CellFeatures,
     FeatureMap,
     FeatureName,
     Features,
     FourierFeatures,
+    Inputs,
     PolynomialFeatures,
+    candidates,
+    numbers_note,
+    random_probes,
 )
-from rlkit2.rewards.sampled.moments import Gathered, Moments, count_blocks, gather
+from rlkit2.rewards.sampled.grams import (
+    CROSSFITTED,
+    Estimator,
+    Misfit,
+    Split,
+    distances_of,
+    fold_diagnostics,
+    gaps_of,
+    gram,
+)
+from rlkit2.rewards.sampled.intervals import interval
+from rlkit2.rewards.sampled.moments import Gathered, count_blocks, gather
 from rlkit2.rewards.sampled.network_features import NetworkFeatures
 from rlkit2.rewards.sampled.rows import BatchRows, RewardFunctions, Rows
 
-Estimator: TypeAlias = Literal["crossfit", "plugin", "naive", "orthogonal"]
-ESTIMATORS: tuple[Estimator, ...] = ("crossfit", "plugin", "naive", "orthogonal")
-_JITTER = 1e-12  # of whitened features: only decides directions without data, where the fit is 0
 _TRIVIAL = 1e-6  # advantages below this share of the reward's size are rounding and shrinkage
-_REPLICATE_BYTES = 1 << 23
-_FEW_EPISODES = 20
+_TESTS = 50  # refits that judge whether an advantage is more than noise, and whether features miss some of it
+_POOR = 0.5  # how far features may take a form from that in richer ones before its distances are refused
+_CHOOSE_ROWS = 50_000  # what `auto` chooses features on
+_NETWORK_ROWS, _NETWORKS = 20_000, 6  # rows and rewards with which `auto` tries networks too
+_FEW_EPISODES = 30
+_RESIDUAL = 1.0  # Bellman residual, as a share of the reward's size, from which values do not carry over from one part of the data to another
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Values `phi w` (`w [..., v, k]`) and advantages `psi beta` (`beta [..., g, k]`) of all rewards, by least squares."""
-
-    w: Tensor
-    beta: Tensor
-
-    @classmethod
-    def of(cls, moments: Moments, ridge: float) -> Fit:
-        """Least-squares TD (Bradtke and Barto 1996) and the regression of its TD errors on the pair features."""
-        count = moments.count[..., None, None].clamp(min=1.0)
-        w = torch.linalg.solve(moments.phi_d / count + _diagonal(moments.phi_d, ridge), moments.phi_r / count)
-        target = (moments.psi_r - moments.psi_d @ w) / count
-        beta = torch.linalg.solve(moments.psi_psi / count + _diagonal(moments.psi_psi, ridge), target)
-        return cls(w, beta)
-
-
-def _diagonal(like: Tensor, ridge: float) -> Tensor:
-    return (ridge + _JITTER) * torch.eye(like.shape[-1], dtype=like.dtype)
-
-
-@dataclass(frozen=True)
-class SampledStarc:
+class SampledStarc(Checked):
     """Distances between rewards from a data set: the L2 distance of their standardised advantages under the policy that made the data.
 
     The canonical form is the advantage of the behaviour policy and pairs count as often as they were visited, so that no action is
     sampled, nothing reweighted and no reward asked about transitions that are not there. `E[delta | s, a]` of the TD error `delta = r +
     discount V(s') - V(s)` is the advantage, but products of single TD errors also hold the noise of the next state; the default estimator
-    multiplies TD errors of one fold of episodes with an advantage that was fitted on the others.
+    multiplies TD errors of one fold of episodes with an advantage that was fitted on others, and takes the value in the one from other
+    episodes than the value in the other.
 
     Args:
         features: `auto`, `linear`, `quadratic`, `fourier`, `onehot`, `tile`, `network`, or a `Features` object; the same for all rewards.
@@ -71,7 +71,7 @@ class SampledStarc:
         folds: number of folds of whole episodes (assigned at random), or the fold of each episode `[E]`.
         estimator: `crossfit`; `plugin` squares the fitted advantage: a true pseudometric, biased where data are few; `naive` squares TD errors:
             right only if dynamics and rewards are deterministic; `orthogonal` corrects the cross-fit for the errors of both fits.
-        bootstrap: refits of everything on resampled episodes for the 95 % intervals; 0 gives none.
+        bootstrap: refits of everything on resampled episodes for the 95 % intervals; 0 gives none (50 refits still tell noise from advantages).
         ridge: penalty in whitened features; above 0 the distance is no longer exactly invariant to shaping (see `invariance_gap`).
         norm: `l2`, or `l1` for mean absolute differences (with `plugin` only).
         seed: of folds, features and resampling.
@@ -82,26 +82,20 @@ class SampledStarc:
 
     features: FeatureName | Features = "auto"
     _: KW_ONLY
-    discount: float
-    folds: int | Any = 5
+    discount: Annotated[float, Range("[0, 1)")]
+    folds: Any = 5
     estimator: Estimator = "crossfit"
-    bootstrap: int = 200
-    ridge: float = 0.0
+    bootstrap: Natural = 200
+    ridge: NonNegative = 0.0
     norm: Literal["l1", "l2"] = "l2"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        make_features(self.features)
-        if not 0 <= self.discount < 1:
-            raise ConfigError(f"discount is {self.discount}; it must be at least 0 and below 1")
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError(f"estimator {self.estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
-        if self.norm not in ("l1", "l2") or (self.norm == "l1" and self.estimator != "plugin"):
-            raise ConfigError(
-                f"norm {self.norm!r}: choose 'l2', or 'l1' with estimator='plugin' (it has no product form)"
-            )
-        if self.bootstrap < 0 or self.ridge < 0 or (isinstance(self.folds, int) and self.folds < 2):
-            raise ConfigError("bootstrap and ridge must be at least 0 and folds at least 2")
+        super().__post_init__()
+        if self.norm == "l1" and self.estimator != "plugin":
+            raise ConfigError("norm 'l1' has no product form; choose 'l2', or 'l1' with estimator='plugin'")
+        if isinstance(self.folds, int) and self.folds < 2:
+            raise ConfigError(f"folds is {self.folds}; cross-fitting needs folds at least 2")
 
     def fit(
         self,
@@ -116,265 +110,286 @@ class SampledStarc:
             data: a `TransitionDataset`, or batches of consecutive transitions without seed axis (an episode ends at its flags and at
                 the end of a batch). Terminated steps bootstrap nothing, truncated ones bootstrap from their next observation.
             rewards: names and rewards, or a sequence; each an array `[N]` aligned with the rows, a callable `f(observations, actions,
-                next_observations, terminations) -> [n]` on tensors of n rows, or a module called like that.
+                next_observations, terminations) -> [n]` on tensors of n rows, or a module whose `forward` takes these, or the first of them,
+                in this order or by their usual names (obs, state, next_obs, done, ...).
             progress: called with (transitions read, transitions in all).
 
         Returns:
-            `values [K, K]` in [0, 2], `ci [K, K, 2]` 95 % percentile intervals (None without bootstrap), NaN for rewards that are
-            trivial or whose advantage the data cannot tell from 0 (`status`), `diagnostics`, and the plug-in distances as `pseudometric`.
+            `values [K, K]` in [0, 2], `ci [K, K, 2]` 95 % intervals (None without bootstrap), NaN for rewards that are trivial, whose
+            advantage the data cannot tell from 0 or the features cannot express (`status`), `diagnostics`, `notes`, and the plug-in
+            distances as `pseudometric`.
 
         Raises:
             RewardError: a reward does not fit the data. DatasetError: too few episodes to split.
         """
         rows: Rows = data if isinstance(data, TransitionDataset) else BatchRows.of(data)
         functions = RewardFunctions(rewards, len(rows))
-        features = make_features(self.features).fit(rows, functions, self.discount, self.seed)
-        blocks, fold_of = self._blocks(rows, features)
-        gathered = gather(rows, functions, features, self.discount, blocks, progress)
-        weights = self._weights(len(blocks))
-        folds = by_fold(gathered.blocks, fold_of, weights[:1])
-        grams = self._grams(gathered, fold_of, weights, self.estimator)
-        plugin = gram(folds, "plugin", self.ridge)[0]
-        if self.norm == "l1":
-            distances = absolute_distances(
-                rows, features, gathered, blocks, weights, self._coefficients(gathered, fold_of, weights)
-            )
-        else:
-            distances = distances_of(grams)
-        # Squares that are positive by construction (plug-in, naive) cannot show that an advantage is nothing but noise.
-        squares = grams
-        if self.estimator in ("plugin", "naive") and folds.count.shape[1] > 1:
-            squares = self._grams(gathered, fold_of, weights, "crossfit")
-        diagonals = squares.diagonal(dim1=-2, dim2=-1)
-        return self._matrix(rows, functions, features, gathered, folds, diagonals, distances, plugin)
+        features = self._features(rows, functions)
+        study = _Study.of(self, rows, functions, features, progress=progress)
+        return study.matrix()
 
-    def _blocks(self, rows: Rows, features: FeatureMap) -> tuple[list[Tensor], Tensor]:
-        """Blocks of episodes of one fold each, and the fold of every block."""
-        episodes = len(rows.episode_starts) - 1
-        kept = torch.arange(episodes)
-        if features.trained_on is not None:
-            kept = kept[~torch.isin(kept, features.trained_on)]
-        if len(kept) < 2 and self.estimator in ("crossfit", "orthogonal"):
-            raise DatasetError(
-                f"{len(kept)} episode to estimate from: cross-fitting needs two; use estimator='plugin' or more episodes"
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        kept = kept[torch.randperm(len(kept), generator=generator)]
-        if isinstance(self.folds, int):
-            count = min(self.folds, len(kept))
-            fold = torch.arange(len(kept)) % count
-        else:
-            given = torch.as_tensor(np.asarray(self.folds)).long()
-            if given.shape != (episodes,):
-                raise ConfigError(f"folds has shape {list(given.shape)}; give one fold per episode, [{episodes}]")
-            fold = torch.unique(given[kept], return_inverse=True)[1]
-            count = int(fold.max()) + 1
-            if count < 2 and self.estimator in ("crossfit", "orthogonal"):
-                raise ConfigError("folds puts all episodes into one fold; cross-fitting needs two")
-        first = rows.gather(torch.zeros(1, dtype=torch.int64))
-        columns = (
-            features.state(first.observations).shape[1],
-            features.pair(first.observations, first.actions).shape[1],
-        )
-        per_fold = max(1, count_blocks(len(kept), columns, count) // count)
-        blocks, fold_of = [], []
-        for index in range(count):
-            members = kept[fold == index]
-            for part in torch.tensor_split(members, min(per_fold, len(members))):
-                blocks.append(part.sort().values)
-                fold_of.append(index)
-        return blocks, torch.tensor(fold_of)
+    def _features(self, rows: Rows, functions: RewardFunctions) -> FeatureMap | Categories:
+        """The features asked for; `auto` takes the first of its candidates in which every reward's advantage is clear and nothing of it missed, or
+        the one nearest to that."""
+        if self.features != "auto":
+            return make_features(self.features).fit(rows, functions, self.discount, self.seed)
+        options = candidates(rows, self.seed)
+        if len(options) > 1 and len(rows) >= _NETWORK_ROWS and len(functions.names) <= _NETWORKS:
+            options.append(NetworkFeatures())
+        best, least = options[0], np.inf
+        for option in options if len(options) > 1 else []:
+            fitted = option.fit(rows, functions, self.discount, self.seed)
+            trial = _Study.of(self, rows, functions, fitted, most=_CHOOSE_ROWS)
+            missed, unclear = trial.misfit.of_rewards(trial.units), ~trial.misfit.clear(trial.units)[0]
+            cost = float(missed.square().sum() + 2 * unclear.sum())
+            if cost < least:
+                best, least = option, cost
+            if not cost or (isinstance(option, FourierFeatures) and not bool((missed > _POOR / 2).any())):
+                break  # networks are slow, and for what is seen to be missed by far
+        return best.fit(rows, functions, self.discount, self.seed)
 
-    def _weights(self, blocks: int) -> Tensor:
-        """`[1 + B, blocks]`: ones, then how often each block is drawn in each replicate."""
-        drawn = np.random.default_rng(self.seed).multinomial(blocks, np.full(blocks, 1 / blocks), self.bootstrap)
-        return torch.cat([torch.ones(1, blocks, dtype=torch.float64), torch.from_numpy(drawn).double()])
 
-    def _grams(self, gathered: Gathered, fold_of: Tensor, weights: Tensor, estimator: Estimator) -> Tensor:
-        """`[1 + B, K, K]`: inner products of advantages on the data and on its replicates, everything refitted."""
-        parts = [
-            gram(by_fold(gathered.blocks, fold_of, some), estimator, self.ridge)
-            for some in _chunks(gathered, fold_of, weights)
-        ]
-        return torch.cat(parts)
+@dataclass(frozen=True)
+class _Study:
+    """One fit: sums of the data under given features, the split of its blocks, and replicates `weights [1 + refits, blocks]`, the data first."""
 
-    def _coefficients(self, gathered: Gathered, fold_of: Tensor, weights: Tensor) -> Tensor:
-        """Advantages fitted on all data, `[1 + B, g, K]`."""
-        parts = [
-            Fit.of(_all(by_fold(gathered.blocks, fold_of, some)), self.ridge).beta
-            for some in _chunks(gathered, fold_of, weights)
-        ]
-        return torch.cat(parts)
+    settings: SampledStarc
+    rows: Rows
+    functions: RewardFunctions
+    features: FeatureMap | Categories
+    gathered: Gathered
+    blocks: list[Tensor]
+    split: Split
+    weights: Tensor
+    units: float
 
-    def _matrix(
-        self,
+    @classmethod
+    def of(
+        cls,
+        settings: SampledStarc,
         rows: Rows,
         functions: RewardFunctions,
-        features: FeatureMap,
-        gathered: Gathered,
-        folds: Moments,
-        diagonals: Tensor,
-        distances: Tensor,
-        plugin: Tensor,
-    ) -> RewardDistanceMatrix:
+        features: FeatureMap | Categories,
+        *,
+        most: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> _Study:
+        """Gather the data (of about `most` rows of whole episodes) under the features."""
+        blocks, split = _blocks(settings, rows, features, most)
+        probes = None if isinstance(features, Categories) else random_probes(rows, settings.seed)
+        discount = settings.discount
+        if isinstance(features, Categories):
+            gathered = gather_cells(rows, functions, features, discount, blocks, progress)
+        else:
+            gathered = gather(rows, functions, features, probes, discount, blocks, progress)
+        refits = max(settings.bootstrap, _TESTS)
+        generator = np.random.default_rng(settings.seed)
+        drawn = generator.multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)), refits)
+        weights = torch.cat([torch.ones(1, len(blocks), dtype=torch.float64), torch.from_numpy(drawn).double()])
+        lengths = rows.episode_starts.diff().double().cpu()[torch.cat(blocks)]
+        units = min(float(lengths.sum() ** 2 / lengths.square().sum()), len(blocks))
+        return cls(settings, rows, functions, features, gathered, blocks, split, weights, units)
+
+    @cached_property
+    def misfit(self) -> Misfit:
+        """What the features miss."""
+        return Misfit.of(self.gathered, self.split, self.weights[: 1 + _TESTS], self.settings.ridge)
+
+    def grams(self, estimator: Estimator) -> Tensor:
+        """`[1 + refits, K, K]`: inner products of advantages on the data and on its replicates, everything refitted."""
+        ridge = self.settings.ridge
+        return self.split.each(self.gathered.own, self.weights, lambda parts: gram(parts, estimator, ridge))
+
+    def absolute(self) -> Tensor:
+        """`[1 + refits, K, K]` L1 distances of fitted advantages."""
+        own, ridge = self.gathered.own, self.settings.ridge
+
+        def whole(parts: Any) -> Any:
+            return parts.map(lambda sums: sums.sum((1, 2)))
+
+        if isinstance(own, CellSums):
+            return self.split.each(
+                own, self.weights, lambda parts: whole(parts).absolute_distances(whole(parts).fit(ridge).beta)
+            )
+        assert isinstance(self.features, FeatureMap)
+        beta = self.split.each(own, self.weights, lambda parts: whole(parts).fit(ridge).beta)
+        return absolute_distances(self.rows, self.features, self.gathered, self.blocks, self.weights, beta)
+
+    def matrix(self) -> RewardDistanceMatrix:
         """Values, intervals, and what to judge them by."""
-        size = gathered.blocks.r_r.sum(0).diagonal() / gathered.blocks.count.sum()
+        settings, estimator = self.settings, self.settings.estimator
+        one = replace(self, weights=self.weights[:1])
+        plugin = one.grams("plugin")[0]
+        grams = plugin if settings.norm == "l1" else self.grams(estimator)
+        # Squares that are positive by construction (plug-in, naive) cannot show that an advantage is nothing but noise.
+        squares = grams if estimator in CROSSFITTED else self.grams("crossfit") if self.split.folds > 1 else None
+        size = self.gathered.blocks.r_r.sum(0).diagonal() / self.gathered.blocks.count.sum()
         trivial = plugin.diagonal() <= _TRIVIAL**2 * size
-        insufficient = diagonals[0] <= 0
-        ci = None
-        if self.bootstrap:
-            insufficient = insufficient | (torch.quantile(diagonals[1:], 0.025, dim=0) <= 0)
-            bounds = torch.nanquantile(distances[1:], torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-            ci = bounds.permute(1, 2, 0)
-        insufficient = insufficient & ~trivial
-        unknown = trivial | insufficient
+        insufficient = torch.zeros_like(trivial)
+        rms = plugin.diagonal()
+        if squares is not None:
+            diagonals = squares.diagonal(dim1=-2, dim2=-1)
+            insufficient, rms = ~(interval(diagonals, self.units).low > 0) & ~trivial, diagonals[0]
+        misfit = self.misfit.of_rewards(self.units).masked_fill(trivial, 0.0)
+        poor = misfit > _POOR
+        insufficient = insufficient & ~poor
+        if settings.norm == "l1":
+            values = self.absolute()
+            bounds, values = interval(values, self.units), values[0]
+            low, high = bounds.low.clamp(min=0), bounds.high
+        else:
+            gaps = gaps_of(grams)
+            bounds, values = interval(gaps, self.units), distances_of(gaps[0])
+            low, high = distances_of(bounds.low), distances_of(bounds.high)
+        beyond = self.misfit.of_pairs(self.units)
+        ci = torch.stack([(low - beyond).clamp(min=0), (high + beyond).clamp(max=2)], -1)
+        unknown = trivial | insufficient | poor
         no_number = unknown[:, None] | unknown[None]
-        values = distances[0].masked_fill(no_number, torch.nan)
-        if ci is not None:
-            ci = ci.masked_fill(no_number[..., None], torch.nan)
-        pseudometric = distances_of(plugin).masked_fill(no_number, torch.nan)
-        lengths = rows.episode_starts.diff().double().cpu()
-        diagnostics = {
-            "transitions": len(rows),
-            "episodes": len(lengths),
-            "effective_episodes": float(lengths.sum() ** 2 / lengths.square().sum()),
-            "resampled_blocks": len(gathered.blocks.count),
-            "terminated_share": float(gathered.ends[0]) / float(gathered.blocks.count.sum()),
-            "truncated_share": float(gathered.ends[1]) / float(gathered.blocks.count.sum()),
-            "features": features.name,
-            "state_features": gathered.phi_basis.shape[1],
-            "pair_features": gathered.psi_basis.shape[1],
-            **fold_diagnostics(folds, self.estimator, self.ridge, self.seed),
-            "advantage_rms": dict(zip(functions.names, diagonals[0].clamp(min=0).sqrt().tolist(), strict=True)),
-        }
+        diagnostics = self._diagnostics(misfit, rms)
         return RewardDistanceMatrix(
-            values=values.numpy(),
-            names=tuple(functions.names),
+            values=values.masked_fill(no_number, torch.nan).numpy(),
+            names=tuple(self.functions.names),
             trivial=trivial.numpy(),
-            ci=None if ci is None else ci.numpy(),
+            ci=ci.masked_fill(no_number[..., None], torch.nan).numpy() if settings.bootstrap else None,
             insufficient=insufficient.numpy(),
-            pseudometric=None if self.estimator == "plugin" else pseudometric.numpy(),
+            poor=poor.numpy(),
+            pseudometric=None
+            if estimator == "plugin"
+            else distances_of(gaps_of(plugin)).masked_fill(no_number, torch.nan).numpy(),
             settings={
-                "label": f"STARC distance (behaviour policy, {self.estimator})",
-                "estimator": self.estimator,
-                "norm": self.norm,
-                "discount": self.discount,
-                "folds": folds.count.shape[1],
-                "bootstrap": self.bootstrap,
-                "ridge": self.ridge,
-                "seed": self.seed,
+                "label": f"STARC distance (behaviour policy, {estimator})",
+                "estimator": estimator,
+                "norm": settings.norm,
+                "discount": settings.discount,
+                "folds": self.split.folds,
+                "bootstrap": settings.bootstrap,
+                "ridge": settings.ridge,
+                "seed": settings.seed,
             },
             diagnostics=diagnostics,
-            notes=tuple(self._notes(len(lengths), diagnostics)),
+            notes=tuple(self._notes(diagnostics, misfit, beyond.masked_fill(no_number, 0.0), trivial)),
         )
 
-    def _notes(self, episodes: int, diagnostics: dict[str, Any]) -> Iterable[str]:
-        if self.bootstrap and episodes < _FEW_EPISODES:
-            yield f"only {episodes} episodes: the intervals resample episodes and are too narrow with so few"
-        if self.estimator == "naive":
+    def _diagnostics(self, misfit: Tensor, squares: Tensor) -> dict[str, Any]:
+        settings, gathered, names = self.settings, self.gathered, self.functions.names
+        lengths = self.rows.episode_starts.diff().double().cpu()
+        transitions = float(gathered.blocks.count.sum())
+        rms = squares.clamp(min=0).sqrt() * gathered.scale
+        return {
+            "transitions": len(self.rows),
+            "episodes": len(lengths),
+            "effective_episodes": float(lengths.sum() ** 2 / lengths.square().sum()),
+            "resampled_blocks": len(self.blocks),
+            "terminated_share": float(gathered.ends[0]) / transitions,
+            "truncated_share": float(gathered.ends[1]) / transitions,
+            "features": self.features.name,
+            "state_features": gathered.columns[0],
+            "pair_features": gathered.columns[1],
+            **fold_diagnostics(gathered, self.split, settings.estimator, settings.ridge, settings.seed),
+            "misfit": dict(zip(names, misfit.tolist(), strict=True)),
+            "advantage_rms": dict(zip(names, rms.tolist(), strict=True)),
+        }
+
+    def _notes(self, diagnostics: dict[str, Any], misfit: Tensor, beyond: Tensor, trivial: Tensor) -> Iterable[str]:
+        names = self.functions.names
+        if self.settings.bootstrap and self.units < _FEW_EPISODES:
+            yield (
+                f"only {self.units:.0f} effective episodes: the 95 % intervals are stretched for it and still hold the truth "
+                "less often, in about 90 % of cases"
+            )
+        if self.settings.estimator == "naive":
             yield "naive products of TD errors are right only if dynamics and rewards are deterministic given (s, a)"
         if diagnostics["coverage"] < 0.9:
             yield (
                 f"only {100 * diagnostics['coverage']:.0f} % of the directions of the pair features are in every training part; "
                 "use fewer features or more episodes"
             )
+        wild = [name for name, far in zip(names, diagnostics["bellman_residual"], strict=True) if far > _RESIDUAL]
+        if wild:
+            yield (
+                f"values fitted on one part of the episodes do not hold on another ({', '.join(wild[:8])}): distances may be off by more than their "
+                "intervals say; take fewer features, a lower discount or more episodes"
+            )
+        if not isinstance(self.features, Categories):
+            note = numbers_note(self.features, Inputs.of(self.rows, self.settings.seed))
+            if note:
+                yield note
+        missed = [f"{name} {far:.2f}" for name, far in zip(names, misfit.tolist(), strict=True) if far > 0]
+        if missed:
+            yield (
+                f"richer features move canonical forms ({', '.join(missed)}): above {_POOR} there is no number; "
+                "try features='fourier' or 'network'"
+            )
+        if bool((beyond > 0).any()):
+            yield (
+                f"richer features change distances, by up to {float(beyond.max()) / 2:.2f}: intervals are wider by twice what they change; "
+                "try features='fourier' or 'network'"
+            )
+        for name, flag in zip(names, trivial.tolist(), strict=True):
+            if flag:
+                yield (
+                    f"{name} is taken to be trivial: its advantage is below {_TRIVIAL:g} of its size; if it should say more than a constant "
+                    "and a potential, take what is large and known out of it"
+                )
 
 
-def by_fold(blocks: Moments, fold_of: Tensor, weights: Tensor) -> Moments:
-    """Sums per replicate and fold, `[b, F, ...]`, of blocks counted `weights [b, blocks]` times."""
-
-    def add(sums: Tensor) -> Tensor:
-        parts = []
-        for fold in range(int(fold_of.max()) + 1):
-            mine = fold_of == fold
-            part = weights[:, mine] @ sums[mine].flatten(1) if sums.ndim > 1 else weights[:, mine] @ sums[mine]
-            parts.append(part.reshape(len(weights), *sums.shape[1:]))
-        return torch.stack(parts, 1)
-
-    return blocks.map(add)
-
-
-def _all(folds: Moments) -> Moments:
-    return folds.map(lambda sums: sums.sum(1))
-
-
-def _chunks(gathered: Gathered, fold_of: Tensor, weights: Tensor) -> Iterable[Tensor]:
-    v, g = gathered.phi_basis.shape[1], gathered.psi_basis.shape[1]
-    each = 8 * (int(fold_of.max()) + 1) * (3 * v * v + 2 * g * g + g * v)
-    return torch.split(weights, max(1, _REPLICATE_BYTES // each))
-
-
-def gram(folds: Moments, estimator: Estimator, ridge: float) -> Tensor:
-    """Mean inner products of advantages, `[b, K, K]`, from sums `[b, F, ...]`."""
-    whole = _all(folds)
-    count = whole.count[:, None, None]
-    if estimator in ("plugin", "naive"):
-        fit = Fit.of(whole, ridge)
-        if estimator == "plugin":
-            return fit.beta.mT @ whole.psi_psi @ fit.beta / count
-        return _squared_errors(whole, fit) / count
-    fit = Fit.of(folds.map(lambda sums: sums.sum(1, keepdim=True) - sums), ridge)
-    products = (folds.psi_r - folds.psi_d @ fit.w).mT @ fit.beta
-    products = (products + products.mT) / (2 if estimator == "crossfit" else 1)
-    if estimator == "orthogonal":
-        products = products - fit.beta.mT @ folds.psi_psi @ fit.beta
-    return products.sum(1) / count
-
-
-def _squared_errors(moments: Moments, fit: Fit) -> Tensor:
-    """`sum delta_i delta_j`, `[..., K, K]`."""
-    cross = moments.d_r.mT @ fit.w
-    return moments.r_r - cross - cross.mT + fit.w.mT @ moments.d_d @ fit.w
+def _blocks(
+    settings: SampledStarc, rows: Rows, features: FeatureMap | Categories, most: int | None
+) -> tuple[list[Tensor], Split]:
+    """Blocks of episodes, each within one fold and one half."""
+    episodes = len(rows.episode_starts) - 1
+    kept = torch.arange(episodes)
+    if features.trained_on is not None:
+        kept = kept[~torch.isin(kept, features.trained_on)]
+    kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(settings.seed))]
+    if most is not None:
+        lengths = rows.episode_starts.diff().cpu()[kept].cumsum(0)
+        kept = kept[: max(4, int((lengths <= most).sum()))]
+    crossed = settings.estimator in CROSSFITTED
+    if isinstance(settings.folds, int):
+        count = min(settings.folds, len(kept))
+        fold = torch.arange(len(kept)) % count
+    else:
+        given = torch.as_tensor(np.asarray(settings.folds)).long()
+        if given.shape != (episodes,):
+            raise ConfigError(f"folds has shape {list(given.shape)}; give one fold per episode, [{episodes}]")
+        fold = torch.unique(given[kept], return_inverse=True)[1]
+        count = int(fold.max()) + 1
+        if count < 2 and crossed:
+            raise ConfigError("folds puts all episodes into one fold; cross-fitting needs two")
+    each = 8 * 4 * 200**2 if isinstance(features, Categories) else _bytes(rows, features)
+    per_fold = max(2, count_blocks(len(kept), each, count) // count)
+    blocks, fold_of, half_of = [], [], []
+    for index in range(count):
+        members = kept[fold == index]
+        for number, part in enumerate(torch.tensor_split(members, min(per_fold, len(members)))):
+            blocks.append(part.sort().values)
+            fold_of.append(index)
+            half_of.append((index + number) % 2)
+    split = Split(torch.tensor(fold_of), torch.tensor(half_of))
+    if crossed and not all(
+        bool(((split.fold != index) & (split.half == half)).any()) for index in range(count) for half in (0, 1)
+    ):
+        raise DatasetError(
+            f"{len(kept)} {'episode' if len(kept) == 1 else 'episodes'} to estimate from: cross-fitting needs two "
+            "to fit on beside each fold; use estimator='plugin' or more episodes"
+        )
+    return blocks, split
 
 
-def distances_of(grams: Tensor) -> Tensor:
-    """`sqrt(2 - 2 rho)` of inner products `[..., K, K]`; NaN where a reward has no positive square."""
-    squares = grams.diagonal(dim1=-2, dim2=-1)
-    sizes = torch.where(squares > 0, squares, torch.nan).sqrt()
-    cosine = (grams / sizes[..., :, None] / sizes[..., None, :]).clamp(-1, 1)
-    distances = (2 - 2 * cosine).clamp(min=0).sqrt()
-    same = torch.eye(grams.shape[-1], dtype=torch.bool)
-    return torch.where(same & ~distances.isnan(), torch.zeros_like(distances), distances)
-
-
-def fold_diagnostics(folds: Moments, estimator: Estimator, ridge: float, seed: int) -> dict[str, Any]:
-    """What the folds left out say about the fits, and how invariant the distance is to shaping in the span of the features.
-
-    `held_out_r2`: share of the TD errors' squares that the advantage explains (the rest is noise of the next state, or misfit);
-    `bellman_residual`: mean TD error in the directions of the value features, relative to the reward's size; `coverage`: share of the
-    directions of the pair features that every training part holds; `invariance_gap`: the largest distance of a reward to itself
-    plus a random potential of its own size in the span of the value features.
-    """
-    whole = folds.map(lambda sums: sums.sum(1, keepdim=True))
-    train = whole if folds.count.shape[1] == 1 else folds.map(lambda sums: sums.sum(1, keepdim=True) - sums)
-    fit = Fit.of(train, ridge)
-    squares = _squared_errors(folds, fit).diagonal(dim1=-2, dim2=-1).sum(1)[0]
-    fitted = (fit.beta.mT @ folds.psi_psi @ fit.beta).diagonal(dim1=-2, dim2=-1).sum(1)[0]
-    products = ((folds.psi_r - folds.psi_d @ fit.w).mT @ fit.beta).diagonal(dim1=-2, dim2=-1).sum(1)[0]
-    slope = (folds.phi_r - folds.phi_d @ fit.w) / folds.count[..., None, None]
-    size = (whole.r_r[0, 0].diagonal() / whole.count[0, 0]).sqrt()
-    eigenvalues = torch.linalg.eigvalsh(train.psi_psi / train.count[..., None, None])
-    generator = torch.Generator().manual_seed(seed)
-    shifts = torch.randn(folds.phi_r.shape[-2:], generator=generator, dtype=torch.float64)
-    moved = (shifts.mT @ whole.d_d[0, 0] @ shifts).diagonal() / whole.count[0, 0]
-    shifts = shifts * size / moved.sqrt().clamp(min=1e-300)
-    gaps = distances_of(gram(folds.with_rewards(shifts), estimator, ridge))[0]
-    count = len(size)
-    gap = gaps[torch.arange(count), torch.arange(count) + count]
-    return {
-        "held_out_r2": (1 - (squares - 2 * products + fitted) / squares).tolist(),
-        "bellman_residual": (slope.square().sum(-2).mean(1)[0].sqrt() / size).tolist(),
-        "coverage": float((eigenvalues > 0.1).double().mean(-1).min()),
-        "invariance_gap": float(gap[~gap.isnan()].max()) if bool((~gap.isnan()).any()) else float("nan"),
-    }
+def _bytes(rows: Rows, features: FeatureMap) -> int:
+    """Size of the sums of one block."""
+    first = rows.gather(torch.zeros(1, dtype=torch.int64))
+    v = features.state(first.observations).shape[1]
+    g = features.pair(first.observations, first.actions).shape[1]
+    return 8 * (3 * v * v + g * g + g * v)
 
 
 def make_features(features: FeatureName | Features) -> Features:
-    """Features by name; raises `ConfigError` for an unknown one."""
+    """Features by name, except `auto`."""
     if isinstance(features, Features):
         return features
     table: dict[str, Features] = {
-        "auto": AutoFeatures(),
         "linear": PolynomialFeatures(1),
         "quadratic": PolynomialFeatures(2),
         "fourier": FourierFeatures(),
@@ -382,6 +397,4 @@ def make_features(features: FeatureName | Features) -> Features:
         "tile": CellFeatures(6),
         "network": NetworkFeatures(),
     }
-    if features not in table:
-        raise ConfigError(f"features {features!r} are unknown; choose one of {', '.join(table)}")
     return table[features]

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from rlkit2.data import Batch
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.fields import Checked, Count, Interval, Positive
 from rlkit2.rewards.sampled.rows import CHUNK, RewardFunctions, Rows
 
 FeatureName: TypeAlias = Literal["auto", "linear", "quadratic", "fourier", "onehot", "tile", "network"]
-FEATURES: tuple[FeatureName, ...] = ("auto", "linear", "quadratic", "fourier", "onehot", "tile", "network")
 _SAMPLE = 50_000
-_MOST = 2048  # columns of pair features
+_MOST_CELLS = 2048  # columns of pair features that are laid out
+_MOST_STATES = 20_000  # categories, which are counted
+_VISITS = 5  # how often an observation is seen at least, on average, where distinct ones are states
+_VISITS_OF_WHOLE = 2  # the same where they are whole numbers
 _ROWS_PER_FEATURE = 500  # fewer transitions per fitted coefficient leave more noise than the fit gains
+_PROBES = 32
+_ROWS_PER_PROBE = 100
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,36 @@ class FeatureMap:
     trained_on: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Categories:
+    """States that are categories: `ids(observations)` `[n]` int64 below `size`, or `size` for states that no recorded step leaves."""
+
+    size: int
+    choices: int
+    ids: Callable[[Tensor], Tensor]
+    name: str
+    trained_on: Tensor | None = None
+
+
 class Features(ABC):
-    """A family of features, fitted to the inputs of a data set (never to its rewards, except `NetworkFeatures`)."""
+    """A family of features, fitted to the inputs of a data set. Yours too: subclass it and return a `FeatureMap`.
+
+    @dataclass(frozen=True)
+    class Encoded(Features):
+        encoder: nn.Module
+
+        def fit(self, rows, rewards, discount, seed):
+            state = lambda o: self.encoder(o).double()
+            return FeatureMap("encoder", state, lambda o, a: torch.cat([state(o), a.double()], 1))
+    """
 
     @abstractmethod
-    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap:
+    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap | Categories:
         """Fit to the data; deterministic given `seed`."""
 
 
 @dataclass(frozen=True)
-class PolynomialFeatures(Features):
+class PolynomialFeatures(Checked, Features):
     """A constant, the standardised inputs and, with `degree=2`, their products. Discrete actions get a copy of the state's features each."""
 
     degree: Literal[1, 2] = 2
@@ -56,79 +82,101 @@ class PolynomialFeatures(Features):
 
 
 @dataclass(frozen=True)
-class FourierFeatures(Features):
+class FourierFeatures(Checked, Features):
     """Polynomials and `count` random Fourier features of a Gaussian kernel (Rahimi and Recht 2007).
 
     `bandwidth` is in standard deviations of the inputs; default: the median distance between two samples.
     """
 
-    count: int = 128
-    bandwidth: float | None = None
+    count: Count = 128
+    bandwidth: Positive | None = None
     degree: Literal[1, 2] = 1
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or (self.bandwidth is not None and not self.bandwidth > 0):
-            raise ConfigError(f"fourier features need count >= 1 and bandwidth > 0, not {self.count}, {self.bandwidth}")
 
     def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap:
         inputs = Inputs.of(rows, seed)
 
         def waves(width: int) -> Callable[[Tensor], Tensor]:
-            generator = torch.Generator().manual_seed(seed)
             sample = inputs.sample if width == inputs.sample.shape[1] else inputs.sample[:, :width]
-            typical = float(torch.pdist(sample[:1000]).median()) if len(sample) > 1 else 1.0
-            bandwidth = self.bandwidth or max(typical, 1e-3)
-            weights = torch.randn(width, self.count, generator=generator, dtype=torch.float64) / bandwidth
-            phases = 2 * math.pi * torch.rand(self.count, generator=generator, dtype=torch.float64)
-            return lambda x: torch.cat([polynomial(x, self.degree), math.sqrt(2) * torch.cos(x @ weights + phases)], 1)
+            wave = random_waves(sample, self.count, seed, self.bandwidth)
+            return lambda x: torch.cat([polynomial(x, self.degree), wave(x)], 1)
 
         return inputs.features(waves, f"{self.count} random Fourier features, polynomials of degree {self.degree}")
 
 
+def random_waves(sample: Tensor, count: int, seed: int, bandwidth: float | None = None) -> Callable[[Tensor], Tensor]:
+    """`count` random Fourier features of columns like `sample [n, columns]`."""
+    generator = torch.Generator().manual_seed(seed)
+    if bandwidth is None:
+        bandwidth = max(float(torch.pdist(sample[:1000]).median()), 1e-3) if len(sample) > 1 else 1.0
+    weights = torch.randn(sample.shape[1], count, generator=generator, dtype=torch.float64) / bandwidth
+    phases = 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+    return lambda x: math.sqrt(2) * torch.cos(x @ weights + phases)
+
+
+def random_probes(rows: Rows, seed: int) -> FeatureMap | None:
+    """Functions that features are tested against: random waves of states, and of states and actions together, half of them of half the
+    usual length; None where the rows are too few to tell anything by them."""
+    count = min(_PROBES, len(rows) // _ROWS_PER_PROBE)
+    if count < 2:
+        return None
+    inputs = Inputs.of(rows, seed)
+
+    def waves(sample: Tensor, turn: int) -> Callable[[Tensor], Tensor]:
+        typical = max(float(torch.pdist(sample[:1000]).median()), 1e-3) if len(sample) > 1 else 1.0
+        parts = [
+            random_waves(sample, count - count // 2, seed + turn, typical),
+            random_waves(sample, count // 2, seed + turn + 1, typical / 2),
+        ]
+        return lambda x: torch.cat([part(x) for part in parts], 1)
+
+    of_state = waves(inputs.sample[:, : inputs.width], 7_000_001)
+    if not inputs.choices:
+        of_pair = waves(inputs.sample, 7_000_003)
+        return FeatureMap("probes", lambda o: of_state(inputs.state(o)), lambda o, a: of_pair(inputs.pair(o, a)))
+    # One wave a state, shifted by a random phase for every action.
+    generator = torch.Generator().manual_seed(seed + 7_000_003)
+    signs = torch.randn(inputs.choices, count, generator=generator, dtype=torch.float64)
+    other = waves(inputs.sample[:, : inputs.width], 7_000_005)
+
+    def pair(observations: Tensor, actions: Tensor) -> Tensor:
+        return other(inputs.state(observations)) * signs[actions.long().cpu().reshape(-1)]
+
+    return FeatureMap("probes", lambda o: of_state(inputs.state(o)), pair)
+
+
 @dataclass(frozen=True)
-class CellFeatures(Features):
+class CellFeatures(Checked, Features):
     """One indicator per state (`bins=None`: states are distinct observations) or per occupied cell of a grid of `bins` quantiles a column.
 
     States or cells that are only ever entered, never left, have value 0.
     """
 
-    bins: int | None = None
+    bins: Annotated[int, Interval("[2, inf)")] | None = None
 
-    def __post_init__(self) -> None:
-        if self.bins is not None and self.bins < 2:
-            raise ConfigError(f"tile features need at least 2 bins, not {self.bins}")
-
-    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap:
+    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap | Categories:
         inputs = Inputs.of(rows, seed)
-        if self.bins is None and not inputs.choices:
-            raise ConfigError("one-hot features need discrete actions; use features='tile' or 'fourier'")
+        if self.bins is None:
+            if not inputs.choices:
+                raise ConfigError("one-hot features need discrete actions; use features='tile' or 'fourier'")
+            return categories(rows, inputs)
 
         def cells(width: int) -> Callable[[Tensor], Tensor]:
             key = self._key(inputs.sample[:, :width])
-            known = torch.zeros(0, dtype=torch.float64)
-            for start in range(0, len(rows), CHUNK):
-                batch = rows.gather(torch.arange(start, min(start + CHUNK, len(rows))))
-                x = (
-                    inputs.state(batch.observations)
-                    if width == inputs.width
-                    else inputs.pair(batch.observations, batch.actions)
-                )
-                known = torch.unique(torch.cat([known, key(x)]))
-                if len(known) * max(inputs.choices, 1) > _MOST:
-                    raise RewardError(
-                        f"more than {len(known) - 1} distinct states or cells; use fewer bins or features='fourier'"
-                    )
+            columns = [
+                inputs.state(batch.observations)
+                if width == inputs.width
+                else inputs.pair(batch.observations, batch.actions)
+                for batch in _batches(rows)
+            ]
+            known = _distinct([key(x) for x in columns], _MOST_CELLS // max(inputs.choices, 1))
             return lambda x: _indicators(key(x), known)
 
-        name = "one indicator per state" if self.bins is None else f"{self.bins} tiles per column"
-        return inputs.features(cells, name)
+        return inputs.features(cells, f"{self.bins} tiles per column")
 
     def _key(self, sample: Tensor) -> Callable[[Tensor], Tensor]:
-        """A number per row that is the same for equal rows (or rows of one cell) alone."""
+        """A number per row that is the same for rows of one cell alone."""
+        assert self.bins is not None
         width = sample.shape[1]
-        if self.bins is None:
-            mix = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            return lambda x: ((x * mix).sum(1) * 1e8).round()
         if self.bins**width > 2**50:
             raise ConfigError(f"{self.bins} tiles in {width} columns are too many cells; use features='fourier'")
         inner = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]
@@ -137,9 +185,40 @@ class CellFeatures(Features):
         return lambda x: (torch.searchsorted(edges, x.T.contiguous()).T * powers).sum(1)
 
 
+def _batches(rows: Rows) -> Iterator[Batch]:
+    for start in range(0, len(rows), CHUNK):
+        yield rows.gather(torch.arange(start, min(start + CHUNK, len(rows))))
+
+
+def _distinct(keys: Iterator[Tensor] | list[Tensor], most: int) -> Tensor:
+    known = torch.zeros(0, dtype=torch.float64)
+    for part in keys:
+        known = torch.unique(torch.cat([known, part]))
+        if len(known) > most:
+            raise RewardError(f"more than {most} distinct states or cells; use fewer bins or features='fourier'")
+    return known
+
+
 def _indicators(keys: Tensor, known: Tensor) -> Tensor:
     place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
     return torch.nn.functional.one_hot(place, len(known)).double() * (known[place] == keys)[:, None]
+
+
+def categories(rows: Rows, inputs: Inputs) -> Categories:
+    """Every distinct observation as a state of its own; raises `RewardError` where there are more than 20,000."""
+    mix = torch.randn(inputs.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def key(observations: Tensor) -> Tensor:
+        return ((inputs.state(observations) * mix).sum(1) * 1e8).round()
+
+    known = _distinct((key(batch.observations) for batch in _batches(rows)), _MOST_STATES)
+
+    def ids(observations: Tensor) -> Tensor:
+        keys = key(observations)
+        place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
+        return torch.where(known[place] == keys, place, len(known))
+
+    return Categories(len(known), inputs.choices, ids, f"one indicator per state ({len(known)})")
 
 
 def polynomial(x: Tensor, degree: int) -> Tensor:
@@ -155,7 +234,7 @@ def polynomial(x: Tensor, degree: int) -> Tensor:
 class Inputs:
     """Standardised columns of states `[n, width]` and, for continuous actions, of states and actions; `choices` discrete actions or 0.
 
-    `sample [n, columns]` are up to 50,000 rows of them.
+    `sample [n, columns]` are up to 50,000 rows of them; `whole` says that observations are whole numbers, as numbers of states are.
     """
 
     width: int
@@ -163,6 +242,7 @@ class Inputs:
     mean: Tensor
     scale: Tensor
     sample: Tensor
+    whole: bool
 
     @classmethod
     def of(cls, rows: Rows, seed: int) -> Inputs:
@@ -179,7 +259,14 @@ class Inputs:
         scale = torch.where(scale > 1e-9 * (1 + mean.abs()), scale, torch.ones_like(scale))
         sample = (columns - mean) / scale
         sample = sample[torch.randperm(len(sample), generator=generator)]
-        return cls(observations.shape[1], _choices(rows) if discrete else 0, mean, scale, sample)
+        whole = bool((observations == observations.round()).all())
+        return cls(observations.shape[1], _choices(rows) if discrete else 0, mean, scale, sample, whole)
+
+    @property
+    def few_states(self) -> bool:
+        """Whether the observations are those of a finite process: discrete actions, and every one seen several times on average."""
+        visits = _VISITS_OF_WHOLE if self.whole else _VISITS
+        return bool(self.choices) and len(torch.unique(self.sample, dim=0)) * visits <= len(self.sample)
 
     def state(self, observations: Tensor) -> Tensor:
         """`[n, width]`."""
@@ -195,9 +282,7 @@ class Inputs:
         if self.choices:
 
             def pair(observations: Tensor, actions: Tensor) -> Tensor:
-                phi = of_state(self.state(observations))
-                chosen = torch.nn.functional.one_hot(actions.long().cpu(), self.choices).double()
-                return (chosen[:, :, None] * phi[:, None, :]).flatten(1)
+                return per_action(of_state(self.state(observations)), actions, self.choices)
         else:
             of_pair = make(len(self.mean))
 
@@ -205,6 +290,12 @@ class Inputs:
                 return of_pair(self.pair(observations, actions))
 
         return FeatureMap(name, lambda observations: of_state(self.state(observations)), pair)
+
+
+def per_action(phi: Tensor, actions: Tensor, choices: int) -> Tensor:
+    """A copy of `phi [n, F]` for each of the discrete actions, `[n, choices * F]`: that of the action taken, zeros for the others."""
+    chosen = torch.nn.functional.one_hot(actions.long().cpu().reshape(-1), choices).double()
+    return (chosen[:, :, None] * phi[:, None, :]).flatten(1)
 
 
 def as_columns(values: Tensor) -> Tensor:
@@ -221,28 +312,29 @@ def _choices(rows: Rows) -> int:
     spec = getattr(rows, "spec", None)
     if spec is not None and spec.discrete:
         return int(spec.action_size)
-    most = 0
-    for start in range(0, len(rows), 1 << 20):
-        most = max(most, int(rows.gather(torch.arange(start, min(start + (1 << 20), len(rows)))).actions.max()))
-    return most + 1
+    return 1 + max(int(batch.actions.max()) for batch in _batches(rows))
 
 
-@dataclass(frozen=True)
-class AutoFeatures(Features):
-    """Indicators where states and actions are few and discrete, else polynomials, with random Fourier features where data are many."""
+def numbers_note(features: FeatureMap | Categories, inputs: Inputs) -> str | None:
+    """What to say where observations that look like numbers of states were used as numbers."""
+    if isinstance(features, Categories) or inputs.width > 1 or not inputs.whole:
+        return None
+    return "observations are whole numbers and were used as numbers; if they name states, use features='onehot'"
 
-    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap:
-        inputs = Inputs.of(rows, seed)
-        if inputs.choices:
-            few = len(torch.unique(inputs.sample[:5000], dim=0))
-            if few * inputs.choices <= 512 and few < 0.2 * min(len(inputs.sample), 5000):
-                return CellFeatures().fit(rows, rewards, discount, seed)
-        columns = len(inputs.mean)
-        copies = max(inputs.choices, 1)
-        products = (columns + 1) * (columns + 2) // 2
-        degree: Literal[1, 2] = 2 if products * copies <= 256 else 1
-        used = products if degree == 2 else columns + 1
-        count = min(64, len(rows) // (_ROWS_PER_FEATURE * copies) - used)
-        if count < 8:
-            return PolynomialFeatures(degree).fit(rows, rewards, discount, seed)
-        return FourierFeatures(count, degree=degree).fit(rows, rewards, discount, seed)
+
+def candidates(rows: Rows, seed: int) -> list[Features]:
+    """The features that `auto` chooses from, simplest first: indicators alone where the process is finite, else polynomials and random Fourier
+    features, as many as the rows can bear."""
+    inputs = Inputs.of(rows, seed)
+    if inputs.few_states:
+        return [CellFeatures()]
+    columns, copies = len(inputs.mean), max(inputs.choices, 1)
+    products = (columns + 1) * (columns + 2) // 2
+    degree: Literal[1, 2] = 2 if products * copies <= 256 else 1
+    used = products if degree == 2 else columns + 1
+    found: list[Features] = [PolynomialFeatures(degree)]
+    room = len(rows) // (_ROWS_PER_FEATURE * copies) - used
+    found += [FourierFeatures(count, degree=degree) for count in (64, 192) if count <= room]
+    if 8 <= room < 64:
+        found.append(FourierFeatures(room, degree=degree))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -107,7 +108,7 @@ class RewardFunctions:
 
 def _evaluator(name: str, reward: Any, rows: int) -> Callable[[Batch, Tensor], Any]:
     if isinstance(reward, nn.Module):
-        return lambda batch, _: _module(reward, batch)
+        return lambda batch, _: _module(name, reward, batch)
     if callable(reward):
         return lambda batch, _: _called(name, reward, batch)
     values = torch.as_tensor(reward if isinstance(reward, Tensor) else np.asarray(reward))
@@ -128,12 +129,55 @@ def _called(name: str, reward: Callable[..., Any], batch: Batch) -> Any:
         ) from error
 
 
+_FIELDS = ("observations", "actions", "next_observations", "terminations")
+# What people call the four in reward networks.
+_NAMES = {
+    **dict.fromkeys(("observations", "observation", "obs", "states", "state", "s"), "observations"),
+    **dict.fromkeys(("actions", "action", "act", "acts", "a"), "actions"),
+    **dict.fromkeys(
+        ("next_observations", "next_observation", "next_obs", "next_states", "next_state", "s_next"),
+        "next_observations",
+    ),
+    **dict.fromkeys(("terminations", "termination", "terminated", "dones", "done"), "terminations"),
+}
+
+
+def _signature(name: str, module: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """The fields of a batch that `module.forward` takes: by position, and by keyword; names decide where they are known, else the order."""
+    positional: list[str] = []
+    keywords: dict[str, str] = {}
+    for parameter in inspect.signature(module.forward).parameters.values():
+        known = _NAMES.get(parameter.name)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += _FIELDS[len(positional) :]
+        elif parameter.kind is parameter.KEYWORD_ONLY and known:
+            keywords[parameter.name] = known
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            if known is None and (parameter.default is not parameter.empty or len(positional) >= len(_FIELDS)):
+                break  # an option of its own
+            positional.append(known or _FIELDS[len(positional)])
+    if not positional and not keywords:
+        raise RewardError(
+            f"{name}.forward takes nothing that is known; it is called with some of {', '.join(_FIELDS)} by position or name"
+        )
+    return positional, keywords
+
+
 @torch.no_grad()
-def _module(module: nn.Module, batch: Batch) -> Any:
+def _module(name: str, module: nn.Module, batch: Batch) -> Any:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     batch, training = batch.to(device), module.training
+    positional, keywords = _signature(name, module)
     module.eval()
     try:
-        return module(batch.observations, batch.actions, batch.next_observations, batch.terminations)
+        return module(
+            *(getattr(batch, field) for field in positional),
+            **{keyword: getattr(batch, field) for keyword, field in keywords.items()},
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        tried = ", ".join([*positional, *(f"{keyword}={field}" for keyword, field in keywords.items())])
+        raise RewardError(
+            f"{name} failed on a batch ({first_line(error)}); it was called as {name}({tried}) with tensors of n rows"
+        ) from error
     finally:
         module.train(training)
