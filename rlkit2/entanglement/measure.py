@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -50,7 +50,24 @@ METHODS = ("loop", "vmap", "ghost", "sketch", "head")
 VMAP_BYTES = 2**28
 """What the gradients of one microbatch of vmap may take where no microbatch is given."""
 
+Measured = TypeVar("Measured")
 GroupBy = str | Callable[[str], str] | None
+
+
+class Settings(TypedDict, total=False):
+    """How gradients are measured: what `pair_geometry`, `gram_matrix`, `update_alignment` and `PairGradients` have in common.
+
+    Attributes:
+        method: see the table in this module; default "loop".
+        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap, all for ghost and head.
+        sketch_dim: numbers per sketch; default 1024.
+        seed: of the sketch; default 0.
+    """
+
+    method: str
+    microbatch: int | None
+    sketch_dim: int
+    seed: int
 
 
 def pair_geometry(
@@ -58,12 +75,9 @@ def pair_geometry(
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
     *,
-    method: str = "loop",
     group_by: GroupBy = None,
-    microbatch: int | None = None,
-    sketch_dim: int = 1024,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Unpack[Settings],
 ) -> GradientGeometry:
     """Inner products of the gradients of the chosen's and the rejected's score, for every pair.
 
@@ -72,12 +86,9 @@ def pair_geometry(
             and sketch), or one such function per side.
         params: parameters that gradients are taken of, by name; None: those of `logp`. A tied tensor counts once.
         batch: P pairs: a `PairBatch`, `(chosen, rejected)` rows, or one mapping of 2P rows, the chosen first.
-        method: see the table in this module.
         group_by: also give the parts by "layer", by "parameter", or by a function of the parameter's name.
-        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap, all for ghost and head.
-        sketch_dim: numbers per sketch.
-        seed: of the sketch.
         progress: called with (pairs done, all pairs).
+        settings: `method`, `microbatch`, `sketch_dim`, `seed`: see `Settings`.
 
     Returns:
         Numbers `[P]` (`[S, P]` where every parameter has a leading seed axis and the score is `[S]`).
@@ -85,11 +96,11 @@ def pair_geometry(
     Raises:
         ConfigError: an unknown method, one that the model does not allow, an empty completion, or a log-probability that is not finite.
     """
-    meter = _Meter(logp, params, batch, method, sketch_dim, seed)
+    meter = _Meter(logp, params, batch, **settings)
     _grouping(group_by)
     chunks: list[dict[str, Tensor]] = []
     with meter.ready():
-        for chosen, rejected in meter.chunks(microbatch):
+        for chosen, rejected in meter.chunks():
             chunks.append(_products(*meter.both(chosen, rejected)))
             if progress:
                 progress(sum(chunk[next(iter(chunk))].shape[-1] for chunk in chunks), len(meter.batch))
@@ -138,14 +149,15 @@ class PairGradients:
         logp: Score | tuple[Score, Score],
         params: Mapping[str, Tensor] | None,
         batch: PairLike,
-        *,
-        method: str = "loop",
-        microbatch: int | None = None,
-        sketch_dim: int = 1024,
-        seed: int = 0,
+        **settings: Unpack[Settings],
     ) -> None:
-        self._meter = _Meter(logp, params, batch, method, sketch_dim, seed)
-        self.chosen, self.rejected = self._meter.all_gradients(microbatch)
+        self._meter = _Meter(logp, params, batch, **settings)
+        self.chosen, self.rejected = self._meter.all_gradients()
+
+    @property
+    def method(self) -> str:
+        """How they were taken."""
+        return self._meter.method
 
     def geometry(self, group_by: GroupBy = None) -> GradientGeometry:
         """The geometry of every pair."""
@@ -186,20 +198,14 @@ def gram_matrix(
     logp: Score | tuple[Score, Score],
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
-    *,
-    method: str = "loop",
-    microbatch: int | None = None,
-    sketch_dim: int = 1024,
-    seed: int = 0,
+    **settings: Unpack[Settings],
 ) -> Tensor:
     """Inner products of all gradients, `[2P, 2P]` (or `[S, 2P, 2P]`), the P chosen first. Memory: see `PairGradients`.
 
     Raises:
         ConfigError: see `pair_geometry`.
     """
-    return PairGradients(
-        logp, params, batch, method=method, microbatch=microbatch, sketch_dim=sketch_dim, seed=seed
-    ).gram()
+    return PairGradients(logp, params, batch, **settings).gram()
 
 
 def update_alignment(
@@ -207,9 +213,7 @@ def update_alignment(
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
     delta: Mapping[str, Tensor],
-    *,
-    method: str = "loop",
-    microbatch: int | None = None,
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, Tensor]:
     """First-order change of every chosen and rejected score under a real change of the parameters: `<g, delta>`, `[P]` each.
 
@@ -221,9 +225,24 @@ def update_alignment(
     Raises:
         ConfigError: a parameter's change is missing or has another shape; see also `pair_geometry`.
     """
-    if method not in ("loop", "vmap", "ghost"):
-        raise ConfigError(f"method={method!r} of update_alignment must be loop, vmap or ghost")
-    return PairGradients(logp, params, batch, method=method, microbatch=microbatch).along(delta)
+    if settings.get("method", "loop") not in ("loop", "vmap", "ghost"):
+        raise ConfigError(f"method={settings['method']!r} of update_alignment must be loop, vmap or ghost")
+    return PairGradients(logp, params, batch, **settings).along(delta)
+
+
+def automatic(measure: Callable[[str], Measured], method: str) -> Measured:
+    """What `measure(method)` gives; for "auto" that of ghost where the model allows it, else of loop."""
+    if method != "auto":
+        return measure(method)
+    try:
+        return measure("ghost")
+    except ConfigError:
+        return measure("loop")
+
+
+def pair_gradients(logp: SequenceScore, batch: PairLike, method: str, **settings: Unpack[Settings]) -> PairGradients:
+    """`PairGradients` of the score's own parameters; `method` may be "auto"."""
+    return automatic(lambda name: PairGradients(logp, None, batch, **{**settings, "method": name}), method)
 
 
 def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike) -> Tensor:
@@ -232,7 +251,7 @@ def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch:
     `h` are the last hidden states that predict completion tokens (Razin et al. 2024, "Unintentional unalignment"). It only ranks
     pairs: the higher, the more the chosen is likely to fall.
     """
-    meter = _Meter(logp, params, batch, "head")
+    meter = _Meter(logp, params, batch, method="head")
     sums = []
     with meter.ready():
         for side in (meter.batch.chosen, meter.batch.rejected):
@@ -249,13 +268,17 @@ class _Meter:
         logp: Score | tuple[Score, Score],
         params: Mapping[str, Tensor] | None,
         batch: PairLike,
-        method: str,
+        *,
+        method: str = "loop",
+        microbatch: int | None = None,
         sketch_dim: int = 1024,
         seed: int = 0,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-        self.method = method
+        if microbatch is not None and microbatch < 1:
+            raise ConfigError(f"microbatch={microbatch} must be at least 1")
+        self.method, self.microbatch = method, microbatch
         self.scores = logp if isinstance(logp, tuple) else (logp, logp)
         sequence = [score for score in self.scores if isinstance(score, SequenceScore)]
         if method in ("ghost", "head") and len(sequence) < 2:
@@ -292,14 +315,13 @@ class _Meter:
         """Evaluation mode for the time of the measurement."""
         return evaluation_mode(*self.modules) if self.modules else nullcontext()
 
-    def chunks(self, microbatch: int | None) -> Iterator[tuple[Rows, Rows]]:
+    def chunks(self) -> Iterator[tuple[Rows, Rows]]:
         """The pairs, `microbatch` at a time."""
+        microbatch = self.microbatch
         if microbatch is None:
             bytes_per_pair = 2 * 4 * sum(p.numel() for p in self.params.values())
             fits = max(1, VMAP_BYTES // max(1, bytes_per_pair))
             microbatch = {"loop": 1, "sketch": 1, "vmap": fits}.get(self.method, len(self.batch))
-        if microbatch < 1:
-            raise ConfigError(f"microbatch={microbatch} must be at least 1")
         for start in range(0, len(self.batch), microbatch):
             part = self.batch.select(slice(start, start + microbatch))
             yield part.chosen, part.rejected
@@ -328,11 +350,11 @@ class _Meter:
         found = self.gradients({name: torch.cat([chosen[name], rejected[name]]) for name in chosen}, 0)
         return _some_rows(found, slice(0, count)), _some_rows(found, slice(count, None))
 
-    def all_gradients(self, microbatch: int | None) -> tuple[Gradients, Gradients]:
+    def all_gradients(self) -> tuple[Gradients, Gradients]:
         """Gradients of all rows of both sides."""
         sides: tuple[list[Gradients], list[Gradients]] = ([], [])
         with self.ready():
-            for chunk in self.chunks(microbatch):
+            for chunk in self.chunks():
                 for side, found in zip(sides, self.both(*chunk), strict=True):
                     side.append(found)
         return _joined_rows(sides[0]), _joined_rows(sides[1])
@@ -445,7 +467,7 @@ def _token_gradients(
     logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike, pair: int, sides: set[str]
 ) -> dict[str, Tensor]:
     """`[T, D]` gradients of the counted terms of one pair, per side."""
-    meter = _Meter(logp, params, batch, "loop")
+    meter = _Meter(logp, params, batch)
     if not 0 <= pair < len(meter.batch):
         raise ConfigError(f"pair={pair} is not one of the batch's {len(meter.batch)} pairs")
     one = meter.batch.select(slice(pair, pair + 1))
