@@ -319,6 +319,11 @@ class EntanglementCallback(_Base):
         given = self._scorer(probe.logp)
         if given is None and getattr(args, "precompute_ref_log_probs", False):
             return  # the batch's own reference scores are not seen from here
+        frozen = getattr(self._trainer, "ref_model", None)
+        if isinstance(frozen, torch.nn.Module) and any(
+            isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in frozen.modules()
+        ):
+            return  # the trainer's reference scores are drawn anew each time
 
         def reference(batch: PairBatch) -> tuple[Tensor, Tensor]:
             return given(batch) if given else sums_of_sides(probe.logp, probe.logp.prepare(batch))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlkit2.entanglement.geometry import GradientGeometry
 from rlkit2.entanglement.measure import (
+    MOST_BYTES,
     Settings,
     automatic,
     gram_matrix,
@@ -21,12 +22,7 @@ from rlkit2.entanglement.measure import (
 from rlkit2.entanglement.mitigation import MITIGATIONS
 from rlkit2.entanglement.scores import PairLike, SequenceScore, as_pair_batch, margin_inputs, sums_of_sides
 from rlkit2.entanglement.summary import entanglement_report
-from rlkit2.errors import ConfigError
 from rlkit2.losses.margin import MarginLoss, get_margin_loss
-
-MOST_BYTES = 2**31
-"""Gradients kept at once for the Gram matrix or the token products may take this much; beyond it sketches are kept, or tokens left out."""
-
 
 def diagnose(
     logp: SequenceScore,

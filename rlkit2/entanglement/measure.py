@@ -29,6 +29,7 @@ from rlkit2.entanglement.gradients import (
     Score,
     cross_inner,
     ghost_gradients,
+    gradient_bytes,
     head_gradients,
     head_states,
     inner_with,
@@ -37,6 +38,7 @@ from rlkit2.entanglement.gradients import (
     vmap_gradients,
 )
 from rlkit2.entanglement.scores import (
+    PairBatch,
     PairLike,
     Rows,
     SequenceScore,
@@ -50,6 +52,11 @@ METHODS = ("loop", "vmap", "ghost", "sketch", "head")
 VMAP_BYTES = 2**28
 """What the gradients of one microbatch of vmap may take where no microbatch is given."""
 
+GHOST_BYTES = 2**28
+"""What the gradients of one microbatch of ghost may take where no microbatch is given."""
+MOST_BYTES = 2**31
+"""Gradients kept at once (for a Gram matrix, the token products, a probe) may take this much; beyond it sketches are kept, or tokens left out."""
+
 Measured = TypeVar("Measured")
 GroupBy = str | Callable[[str], str] | None
 
@@ -59,7 +66,7 @@ class Settings(TypedDict, total=False):
 
     Attributes:
         method: see the table in this module; default "loop".
-        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap, all for ghost and head.
+        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap and `GHOST_BYTES` for ghost, all for head.
         sketch_dim: numbers per sketch; default 1024.
         seed: of the sketch; default 0.
     """
@@ -241,7 +248,10 @@ def automatic(measure: Callable[[str], Measured], method: str) -> Measured:
 
 
 def pair_gradients(logp: SequenceScore, batch: PairLike, method: str, **settings: Unpack[Settings]) -> PairGradients:
-    """`PairGradients` of the score's own parameters; `method` may be "auto"."""
+    """`PairGradients` of the score's own parameters; `method` may be "auto": ghost or loop as `automatic`, sketch beyond `MOST_BYTES`."""
+    pairs = as_pair_batch(batch)
+    if method == "auto" and 2 * len(pairs) * gradient_bytes(logp.params, _length(pairs)) > MOST_BYTES:
+        method = "sketch"
     return automatic(lambda name: PairGradients(logp, None, batch, **{**settings, "method": name}), method)
 
 
@@ -320,8 +330,13 @@ class _Meter:
         microbatch = self.microbatch
         if microbatch is None:
             bytes_per_pair = 2 * 4 * sum(p.numel() for p in self.params.values())
-            fits = max(1, VMAP_BYTES // max(1, bytes_per_pair))
-            microbatch = {"loop": 1, "sketch": 1, "vmap": fits}.get(self.method, len(self.batch))
+            ghost = 2 * gradient_bytes(self.params, _length(self.batch))
+            microbatch = {
+                "loop": 1,
+                "sketch": 1,
+                "vmap": max(1, VMAP_BYTES // max(1, bytes_per_pair)),
+                "ghost": max(1, GHOST_BYTES // max(1, ghost)),
+            }.get(self.method, len(self.batch))
         for start in range(0, len(self.batch), microbatch):
             part = self.batch.select(slice(start, start + microbatch))
             yield part.chosen, part.rejected
@@ -373,23 +388,25 @@ class _Meter:
         self._verified = True
 
 
+def _length(batch: PairBatch) -> int:
+    """Tokens or steps of the longest row."""
+    return max(x.shape[1] if x.ndim > 1 else 1 for rows in (batch.chosen, batch.rejected) for x in rows.values())
+
+
 def _some_rows(gradients: Gradients, rows: slice) -> Gradients:
-    return {
-        name: Factors(g.left[rows], g.right[rows]) if isinstance(g, Factors) else g[rows]
-        for name, g in gradients.items()
-    }
+    return {name: g.select(rows) if isinstance(g, Factors) else g[rows] for name, g in gradients.items()}
 
 
 def _joined_rows(chunks: list[Gradients]) -> Gradients:
-    """Chunks of rows behind each other; factors of chunks with other lengths are padded with zeros, which add nothing."""
+    """Chunks of rows behind each other."""
     joined: Gradients = {}
     for name in chunks[0]:
         pieces = [chunk[name] for chunk in chunks]
-        if isinstance(pieces[0], Factors):
-            factors = [p for p in pieces if isinstance(p, Factors)]
-            joined[name] = Factors(torch.cat([f.left for f in factors]), torch.cat([f.right for f in factors]))
+        factors = [p for p in pieces if isinstance(p, Factors)]
+        if len(factors) == len(pieces) and len({f.parts[0].right.shape[1] for f in factors}) == 1:
+            joined[name] = Factors.stacked(factors)
         else:
-            joined[name] = torch.cat([p for p in pieces if isinstance(p, Tensor)])
+            joined[name] = torch.cat([p.dense() if isinstance(p, Factors) else p for p in pieces])
     return joined
 
 

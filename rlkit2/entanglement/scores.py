@@ -132,6 +132,8 @@ class SequenceScore:
         prepare: checks rows and brings them into the form that `function` expects; run once per measurement.
         head: the output layer (language models only).
         collisions: `(module, rows) -> [B]`, sum over counted tokens of `log sum_v p(v)^2` (language models only; WPO's weights need it).
+        hidden: `(module, rows) -> [B, T-1, d]`, what enters the output layer where its outputs are the logits themselves: with it the ghost method
+            never holds the logits of more than one row.
     """
 
     module: nn.Module
@@ -141,6 +143,14 @@ class SequenceScore:
     prepare: Callable[[PairBatch], PairBatch] = field(default=lambda batch: batch)
     head: nn.Module | None = None
     collisions: Callable[[nn.Module, Rows], Tensor] | None = None
+    hidden: Callable[[nn.Module, Rows], Tensor] | None = None
+
+    def hidden_states(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        """What enters the output layer, `[B, T-1, d]`."""
+        assert self.hidden is not None
+        named = {f"module.{name}": value for name, value in params.items()}
+        states: Tensor = functional_call(_Bound(self.module, self.hidden), named, (rows,))
+        return states
 
     def terms(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
         """One term per token or step, `[B, T]`."""
@@ -299,7 +309,7 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
     known = _forward_arguments(model)
     config = getattr(model, "config", None)
 
-    def log_probabilities(module: nn.Module, rows: Rows) -> Tensor:
+    def outputs(module: nn.Module, rows: Rows) -> Tensor:
         ids = rows["input_ids"]
         # explicit position rows keep the sequences apart in every layer; the cache would only cost memory
         arguments: dict[str, Any] = {"input_ids": ids} if "input_ids" in known else {}
@@ -308,10 +318,15 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         if "use_cache" in known:
             arguments["use_cache"] = False
         if "attention_mask" in known and getattr(config, "pad_token_id", None) is not None:
-            # without a mask such models look through the ids for padding, which vmap does not allow; all rows begin with their tokens
-            arguments["attention_mask"] = torch.ones_like(ids)
+            # without a mask such models look through the ids for padding, which vmap does not allow; all rows begin with their tokens.
+            # Made of the shape alone: a mask that depends on the ids would be looked through too
+            arguments["attention_mask"] = torch.ones(ids.shape, dtype=torch.long, device=ids.device)
         output = module(**arguments) if "input_ids" in known else module(ids)
         logits: Tensor = getattr(output, "logits", output)[:, :-1]
+        return logits
+
+    def log_probabilities(module: nn.Module, rows: Rows) -> Tensor:
+        logits = outputs(module, rows)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.log_softmax(-1)
 
@@ -329,10 +344,16 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         if hasattr(model, "get_output_embeddings")
         else getattr(model, "lm_head", None)
     )
+
+    def hidden(module: nn.Module, rows: Rows) -> Tensor:
+        with _passing_on(head):
+            return outputs(module, rows)
+
     return SequenceScore(
         module=model,
         function=function,
         params=chosen_parameters(model, parameters),
+        hidden=hidden if _gives_logits(head, config) else None,
         mask=lambda rows: rows["completion_mask"][:, 1:].bool(),
         prepare=lambda batch: PairBatch(
             _right_padded(batch.chosen, "chosen", config), _right_padded(batch.rejected, "rejected", config)
@@ -340,6 +361,27 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         head=head,
         collisions=collisions,
     )
+
+
+def _gives_logits(head: Any, config: Any) -> bool:
+    """Whether the outputs of the output layer are the logits, neither scaled nor capped."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = [name for name in vars(text) if "softcap" in name or "logit_scal" in name or "logits_scal" in name] if text else []
+    return type(head) is nn.Linear and all(getattr(text, name) in (None, 1, 1.0) for name in names)
+
+
+@contextmanager
+def _passing_on(layer: Any) -> Iterator[None]:
+    """For the time of a forward pass the layer returns what it is given."""
+    own = vars(layer).get("forward")
+    layer.forward = lambda x: x
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
 def _forward_arguments(model: nn.Module) -> frozenset[str]:

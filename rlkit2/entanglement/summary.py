@@ -111,7 +111,7 @@ def _seed(geometry: GradientGeometry, index: int) -> GradientGeometry:
         pick(geometry.gap_l),
         parts={name: _seed(part, index) for name, part in geometry.parts.items()},
         method=geometry.method,
-        relative_error=geometry.relative_error,
+        relative_error=None if geometry.exact else geometry.relative_error,
         parameters=geometry.parameters,
     )
 

@@ -71,7 +71,7 @@ def _other(item, default):
     if isinstance(default, int):
         return default + 1
     if isinstance(default, float):
-        return default * 1.5 + 0.01
+        return 0.5 if "adam_beta" in item.name else default * 1.5 + 0.01
     return {"bf16": True, "activation_checkpointing": True}.get(item.name, 1)
 
 
