@@ -52,8 +52,9 @@ METHODS = ("loop", "vmap", "ghost", "sketch", "head")
 VMAP_BYTES = 2**28
 """What the gradients of one microbatch of vmap may take where no microbatch is given."""
 
-GHOST_BYTES = 2**28
+GHOST_BYTES = 2**27
 """What the gradients of one microbatch of ghost may take where no microbatch is given."""
+MANY_NUMBERS = 2**20
 MOST_BYTES = 2**31
 """Gradients kept at once (for a Gram matrix, the token products, a probe) may take this much; beyond it sketches are kept, or tokens left out."""
 
@@ -132,17 +133,18 @@ def _geometry(meter: _Meter, by_parameter: Mapping[str, Tensor], group_by: Group
 
 def _products(chosen: Gradients, rejected: Gradients) -> dict[str, Tensor]:
     """`[inner, sqnorm_w, sqnorm_l, gap_w, gap_l]` of a chunk by parameter, each `[5, ..., P]`."""
-    found: dict[str, Tensor] = {}
-    for name, g_w in chosen.items():
-        g_l = rejected[name]
-        products = [paired_inner(g_w, g_l), paired_inner(g_w, g_w), paired_inner(g_l, g_l)]
-        if isinstance(g_w, Tensor) and isinstance(g_l, Tensor):
-            apart = g_w - g_l
-            products += [paired_inner(g_w, apart), paired_inner(g_l, apart)]
-        else:
-            products += [products[1] - products[0], products[0] - products[2]]
-        found[name] = torch.stack(products)
-    return found
+    return {name: _five(g_w, rejected[name]) for name, g_w in chosen.items()}
+
+
+def _five(g_w: Tensor | Factors, g_l: Tensor | Factors) -> Tensor:
+    if isinstance(g_w, Tensor) and isinstance(g_l, Tensor):
+        if g_w.ndim == 2 and len(g_w) > 1 and g_w.numel() > MANY_NUMBERS:  # the products themselves take memory
+            return torch.cat([_five(g_w[i : i + 1], g_l[i : i + 1]) for i in range(len(g_w))], -1)
+        apart = g_w - g_l
+        sides = ((g_w, g_l), (g_w, g_w), (g_l, g_l), (g_w, apart), (g_l, apart))
+        return torch.stack([paired_inner(*both) for both in sides])
+    products = [paired_inner(*both) for both in ((g_w, g_l), (g_w, g_w), (g_l, g_l))]
+    return torch.stack([*products, products[1] - products[0], products[0] - products[2]])
 
 
 class PairGradients:

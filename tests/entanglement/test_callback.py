@@ -283,9 +283,12 @@ _FAULTS = [
 ] + [("rlkit2.entanglement.callback", f"EntanglementCallback.{name}") for name in ("_choose", "_reference", "_scorer", "_keep_lines", "_hold_against_trainer")]  # fmt: skip
 
 
+_DROPOUT = {"max_steps": 2, "logging_steps": 1, "disable_dropout": False}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    trainer = _trainer("DPO", tmp_path_factory.mktemp("plain"), max_steps=2, logging_steps=1, disable_dropout=False)
+    trainer = _trainer("DPO", tmp_path_factory.mktemp("plain"), **_DROPOUT, reference=gpt2(dropout=0.0))
     trainer.train()
     return _states(trainer)
 
@@ -310,7 +313,7 @@ def test_a_fault_anywhere_is_one_warning_and_the_training_is_the_same(tmp_path, 
         raise IndexError("index 40 is out of range")
 
     callback = EntanglementCallback(every=1, pairs=2)
-    trainer = _trainer("DPO", tmp_path, [callback], max_steps=2, logging_steps=1, disable_dropout=False)
+    trainer = _trainer("DPO", tmp_path, [callback], **_DROPOUT, reference=gpt2(dropout=0.0))
     monkeypatch.setattr(target, last, fault)
     with pytest.warns(EntanglementWarning, match="IndexError: index 40 is out of range") as said:
         trainer.train()

@@ -114,7 +114,7 @@ def _settle(kind, folder, options):
                 reference=_elsewhere(),
                 **{"max_steps": 2, **options},
             )
-        except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, KeyError, AttributeError) as error:
             if name == "with":
                 raise
             return f"TRL does not start: {error}"
@@ -122,7 +122,7 @@ def _settle(kind, folder, options):
             warnings.simplefilter("always")
             try:
                 trainer.train()
-            except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+            except (ValueError, TypeError, ImportError, RuntimeError, KeyError, AttributeError) as error:
                 if name == "with":
                     raise
                 return f"TRL does not train: {error}"
