@@ -1,17 +1,16 @@
-"""Preference pairs of text as token rows: from JSON lines, from strings with a tokenizer, from a trainer's token columns."""
+"""Preference pairs as token rows: from texts and chats with a tokenizer, or from a trainer's token columns."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlkit2.entanglement.scores import PairBatch
 from rlkit2.entanglement.trainers import RowForm
-from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError
+from rlkit2.errors import ConfigError, DatasetError
 
 Example = Mapping[str, Any]
 Row = tuple[list[int], list[int]]
@@ -20,43 +19,6 @@ Row = tuple[list[int], list[int]]
 SIDES = ("chosen", "rejected")
 IGNORED = -100
 """The label of tokens that are not trained (transformers' convention)."""
-
-
-def read_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Pairs from a file of JSON lines with the fields `prompt`, `chosen` and `rejected` (text, or lists of chat messages), and optionally
-    `ref_chosen_logps` and `ref_rejected_logps`.
-
-    Raises:
-        DatasetNotFoundError: no such file.
-        DatasetError: a line is no JSON object or lacks a field; the line's number is named.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DatasetNotFoundError(f"{path} does not exist; give a file of JSON lines with prompt, chosen and rejected")
-    pairs: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                pair = json.loads(line)
-            except ValueError as error:
-                raise DatasetError(f"{path} line {number} is no JSON: {error}") from error
-            missing = (
-                [name for name in ("prompt", "chosen", "rejected") if name not in pair]
-                if isinstance(pair, dict)
-                else ["object"]
-            )
-            if missing:
-                raise DatasetError(
-                    f"{path} line {number} has no {missing[0]!r}; each line needs prompt, chosen and rejected"
-                )
-            pairs.append(pair)
-            if limit is not None and len(pairs) >= limit:
-                break
-    if not pairs:
-        raise DatasetError(f"{path} holds no pairs")
-    return pairs
 
 
 def encode_pairs(

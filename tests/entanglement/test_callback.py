@@ -15,7 +15,7 @@ datasets = pytest.importorskip("datasets")
 
 from rlkit2.entanglement.callback import EntanglementWarning  # noqa: E402
 from rlkit2.entanglement.trainers import loss_from_arguments, refuse_partial_weights  # noqa: E402
-from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, read_pairs, token_rows  # noqa: E402
+from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, token_rows  # noqa: E402
 from rlkit2.entanglement.probe import REMEDIES, EntanglementProbe  # noqa: E402
 from rlkit2.entanglement.scores import as_pair_batch  # noqa: E402
 from rlkit2.errors import ConfigError, DatasetError  # noqa: E402
@@ -206,11 +206,6 @@ def test_a_merging_tokenizer_and_other_bad_pairs_are_refused(tmp_path):
         encode_pairs(words, [good], max_length=4)
     with pytest.raises(DatasetError, match="no prompt_ids"):
         token_rows([{"chosen_ids": [1]}])
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(good) + "\n{}\n")
-    with pytest.raises(DatasetError, match="line 2 has no 'prompt'"):
-        read_pairs(path)
-    assert read_pairs(path, 1) == [good]
 
 
 @pytest.mark.parametrize(
