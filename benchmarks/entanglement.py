@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--records", type=int, default=4, help="measured steps of the training run; 0 leaves it out")
-    parser.add_argument("--vocabulary", type=int, nargs="+", help="only loop and ghost at large vocabularies: 4 pairs of 256 tokens")
+    parser.add_argument(
+        "--vocabulary", type=int, nargs="+", help="only loop and ghost at large vocabularies: 4 pairs of 256 tokens"
+    )
     parser.add_argument("--width", type=int, default=64, help="of the model with a large vocabulary")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--one", choices=METHODS, help="one measurement at a large vocabulary, printed as JSON")

@@ -157,7 +157,9 @@ def model(
     report["reference"] = "given" if given is not None else "the model itself"
     labels = None
     if "tokens" in report:
-        sides = [loaded.tokenizer.convert_ids_to_tokens(report["tokens"][f"ids_{side}"]) for side in ("chosen", "rejected")]
+        sides = [
+            loaded.tokenizer.convert_ids_to_tokens(report["tokens"][f"ids_{side}"]) for side in ("chosen", "rejected")
+        ]
         labels = sides[0], sides[1]
         report["tokens"]["labels_chosen"], report["tokens"]["labels_rejected"] = labels
     out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def _never_ends_training(event: Callable[..., None]) -> Callable[..., None]:
         try:
             with untouched(kwargs.get("model")):
                 event(self, args, state, control, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._switch_off(error)
 
     return guarded
@@ -224,7 +224,7 @@ class EntanglementCallback(_Base):
         try:
             warnings.warn(f"EntanglementCallback: {text}", EntanglementWarning, stacklevel=2)
         except Warning:
-            print(f"EntanglementCallback: {text}", file=sys.stderr)
+            print(f"EntanglementCallback: {text}", file=sys.stderr)  # noqa: T201
 
     # --- choices -------------------------------------------------------------------------------------------------------------
 
@@ -240,6 +240,7 @@ class EntanglementCallback(_Base):
             ("evaluation data", getattr(kwargs.get("eval_dataloader"), "dataset", None)),
             ("training data", getattr(kwargs.get("train_dataloader"), "dataset", None)),
         ]
+        examples: list[Any]
         for origin, source in sources:
             if isinstance(source, PairBatch):
                 batch, examples = source.select(slice(0, self.pairs)), [{}]

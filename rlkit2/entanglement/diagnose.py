@@ -11,7 +11,7 @@ from torch import Tensor
 from rlkit2.entanglement.geometry import GradientGeometry
 from rlkit2.entanglement.measure import (
     MOST_BYTES,
-    Settings,
+    Sizes,
     automatic,
     gram_matrix,
     pair_geometry,
@@ -23,6 +23,7 @@ from rlkit2.entanglement.mitigation import MITIGATIONS
 from rlkit2.entanglement.scores import PairLike, SequenceScore, as_pair_batch, margin_inputs, sums_of_sides
 from rlkit2.entanglement.summary import entanglement_report
 from rlkit2.losses.margin import MarginLoss, get_margin_loss
+
 
 def diagnose(
     logp: SequenceScore,
@@ -65,15 +66,15 @@ def diagnose(
     sides = sums_of_sides(logp, pairs, microbatch)
     lengths = [logp.mask(rows).sum(-1) for rows in (pairs.chosen, pairs.rejected)]
     d_w, d_l = bound.coefficients(margin_inputs(logp, pairs, bound, sides, reference or sides))
-    settings: Settings = {"microbatch": microbatch, "sketch_dim": sketch_dim}
+    sizes: Sizes = {"microbatch": microbatch, "sketch_dim": sketch_dim}
     geometry = automatic(
-        lambda name: pair_geometry(logp, None, pairs, method=name, group_by=group_by, progress=progress, **settings),
+        lambda name: pair_geometry(logp, None, pairs, method=name, group_by=group_by, progress=progress, **sizes),
         method,
     )
     bytes_of_one = 4 * sum(p.numel() for p in logp.params.values())
     fits = 2 * len(pairs) * bytes_of_one <= MOST_BYTES
     gram_method = geometry.method if fits and geometry.method != "head" else "sketch"
-    gram = gram_matrix(logp, None, pairs, method=gram_method, **settings)
+    gram = gram_matrix(logp, None, pairs, method=gram_method, **sizes)
     report = entanglement_report(geometry, (d_w, d_l), gram=gram, pairwise=bound.name != "aot_unpaired")
     report |= {
         "loss": bound.name,

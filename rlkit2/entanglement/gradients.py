@@ -96,7 +96,10 @@ class Factors:
         """The sequences of all chunks behind each other."""
         parts = zip(*(chunk.parts for chunk in chunks), strict=True)
         return Factors(
-            tuple(Outer(torch.cat([p.left for p in same]), torch.cat([p.right for p in same]), same[0].size) for same in parts)
+            tuple(
+                Outer(torch.cat([p.left for p in same]), torch.cat([p.right for p in same]), same[0].size)
+                for same in parts
+            )
         )
 
 
@@ -317,7 +320,7 @@ def _joined(first: Tensor | Factors, second: Tensor | Factors) -> Tensor | Facto
     if isinstance(first, Factors):
         first, second = second, first
     if isinstance(second, Tensor):
-        return first + second  # type: ignore[no-any-return,operator]
+        return first + second  # type: ignore[operator]
     assert isinstance(first, Tensor)
     for part in second.parts:
         columns = part.right.shape[-1]
@@ -371,7 +374,10 @@ def _layer_gradients(
     if isinstance(module, nn.Linear) or conv1d:
         x = _wide(inputs[0].detach())
         steps, outs = x.reshape(len(x), -1, x.shape[-1]), delta.reshape(len(x), -1, delta.shape[-1])
-        found: Gradients = {"weight": smaller_form(steps, outs) if conv1d else smaller_form(outs, steps), "bias": outs.sum(1)}
+        found: Gradients = {
+            "weight": smaller_form(steps, outs) if conv1d else smaller_form(outs, steps),
+            "bias": outs.sum(1),
+        }
     elif isinstance(module, nn.Embedding):
         tokens = inputs[0].reshape(len(inputs[0]), -1)
         if module.padding_idx is not None:

@@ -62,20 +62,28 @@ Measured = TypeVar("Measured")
 GroupBy = str | Callable[[str], str] | None
 
 
-class Settings(TypedDict, total=False):
-    """How gradients are measured: what `pair_geometry`, `gram_matrix`, `update_alignment` and `PairGradients` have in common.
+class Sizes(TypedDict, total=False):
+    """How much is measured at a time and kept.
 
     Attributes:
-        method: see the table in this module; default "loop".
         microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap and `GHOST_BYTES` for ghost, all for head.
         sketch_dim: numbers per sketch; default 1024.
         seed: of the sketch; default 0.
     """
 
-    method: str
     microbatch: int | None
     sketch_dim: int
     seed: int
+
+
+class Settings(Sizes, total=False):
+    """How gradients are measured: what `pair_geometry`, `gram_matrix`, `update_alignment` and `PairGradients` have in common.
+
+    Attributes:
+        method: see the table in this module; default "loop".
+    """
+
+    method: str
 
 
 def pair_geometry(
@@ -249,12 +257,12 @@ def automatic(measure: Callable[[str], Measured], method: str) -> Measured:
         return measure("loop")
 
 
-def pair_gradients(logp: SequenceScore, batch: PairLike, method: str, **settings: Unpack[Settings]) -> PairGradients:
+def pair_gradients(logp: SequenceScore, batch: PairLike, method: str, **sizes: Unpack[Sizes]) -> PairGradients:
     """`PairGradients` of the score's own parameters; `method` may be "auto": ghost or loop as `automatic`, sketch beyond `MOST_BYTES`."""
     pairs = as_pair_batch(batch)
     if method == "auto" and 2 * len(pairs) * gradient_bytes(logp.params, _length(pairs)) > MOST_BYTES:
         method = "sketch"
-    return automatic(lambda name: PairGradients(logp, None, batch, **{**settings, "method": name}), method)
+    return automatic(lambda name: PairGradients(logp, None, batch, method=name, **sizes), method)
 
 
 def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike) -> Tensor:

@@ -98,7 +98,9 @@ def reference_scores(
     if reference is None:
         return None
     rows = reference.rows(examples, max_length=max_length)
-    masks = [score.mask(score.prepare(pairs).chosen) for score, pairs in ((reference.score, rows), (model.score, batch))]
+    masks = [
+        score.mask(score.prepare(pairs).chosen) for score, pairs in ((reference.score, rows), (model.score, batch))
+    ]
     if masks[0].shape != masks[1].shape:
         raise ConfigError(f"{reference.path} is not the same kind of model as {model.path}, or has another tokenizer")
     return reference.sums(rows, microbatch)

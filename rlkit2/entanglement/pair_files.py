@@ -7,7 +7,7 @@
 | hh | the same, texts in turns of `Human:` and `Assistant:` (HH-RLHF) |
 | ultrafeedback | a text `prompt`; `chosen` and `rejected` whole chats (UltraFeedback-binarized) |
 | sharegpt | `conversations` of `{from, value}`; `chosen` and `rejected` one such message each |
-| alpaca | `instruction`, perhaps `input`; `chosen` and `rejected`, or `output` of two texts, the better first; or `output_1`, `output_2`, `preference` |
+| alpaca | `instruction`, perhaps `input`; `chosen`, `rejected`, or `output` of two texts, the better first, or `output_1`, `output_2`, `preference` |
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ def read_pairs(
             raise DatasetError(f"{path} {place}: {error} (read as {format})") from None
         kept = {name: row[name] for name in (*REFERENCE, "margin") if row.get(name) is not None}
         for name, value in kept.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or value != value
+                or abs(value) == float("inf")
+            ):
                 raise DatasetError(f"{path} {place}: field {name!r} is {value!r}; it must be a finite number")
         if pairs and set(kept) != set(pairs[0]) - {"prompt", "chosen", "rejected"}:
             odd = sorted(set(kept) ^ (set(pairs[0]) - {"prompt", "chosen", "rejected"}))[0]
@@ -100,7 +105,9 @@ class _BadFieldError(Exception):
 
 
 def _kind(value: Any) -> str:
-    return {type(None): "null", str: "a text", list: "a list", dict: "an object", bool: "a truth value"}.get(type(value), "a number")
+    return {type(None): "null", str: "a text", list: "a list", dict: "an object", bool: "a truth value"}.get(
+        type(value), "a number"
+    )
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
@@ -113,7 +120,9 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 def _messages(value: Any, name: str) -> list[dict[str, str]]:
     """Chat messages as `{role, content}` of texts."""
     if not isinstance(value, list) or not value:
-        raise _BadFieldError(f"field {name!r} is {_kind(value) if value != [] else 'an empty list'}; it must be a list of chat messages")
+        raise _BadFieldError(
+            f"field {name!r} is {_kind(value) if value != [] else 'an empty list'}; it must be a list of chat messages"
+        )
     for number, message in enumerate(value):
         for part in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(part), str):
@@ -128,7 +137,9 @@ def _completions(row: Mapping[str, Any], prompt: str | list[dict[str, str]]) -> 
         if isinstance(prompt, str):
             found[side] = _text(row, side)
         elif isinstance(row.get(side), str):
-            raise _BadFieldError(f"field {side!r} is a text but the prompt is a list of chat messages; give both in one form")
+            raise _BadFieldError(
+                f"field {side!r} is a text but the prompt is a list of chat messages; give both in one form"
+            )
         else:
             found[side] = _messages(row.get(side), side)
         if not found[side]:
@@ -147,11 +158,15 @@ def _implicit(row: Mapping[str, Any]) -> Pair:
         shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
         if not shared:
-            raise _BadFieldError("fields 'chosen' and 'rejected' begin with different messages: the prompt must be the same")
+            raise _BadFieldError(
+                "fields 'chosen' and 'rejected' begin with different messages: the prompt must be the same"
+            )
         return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     first, second = _text(row, "chosen"), _text(row, "rejected")
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
-    shared = max(0, shared - 1) if shared and first[shared - 1] == " " else shared  # a space belongs to the word after it
+    shared = (
+        max(0, shared - 1) if shared and first[shared - 1] == " " else shared
+    )  # a space belongs to the word after it
     return _completions({"chosen": first[shared:], "rejected": second[shared:]}, first[:shared])
 
 
@@ -169,7 +184,9 @@ def _hh(row: Mapping[str, Any]) -> Pair:
 def _ultrafeedback(row: Mapping[str, Any]) -> Pair:
     prompt = _text(row, "prompt")
     pair = _implicit(row)
-    if pair["prompt"][-1]["content"].strip() != prompt.strip() and all(m["content"].strip() != prompt.strip() for m in pair["prompt"]):
+    if pair["prompt"][-1]["content"].strip() != prompt.strip() and all(
+        m["content"].strip() != prompt.strip() for m in pair["prompt"]
+    ):
         raise _BadFieldError("field 'prompt' is not what the messages of 'chosen' and 'rejected' have in common")
     return pair
 
@@ -179,7 +196,9 @@ def _sharegpt(row: Mapping[str, Any]) -> Pair:
 
     def message(value: Any, name: str) -> dict[str, str]:
         if not isinstance(value, Mapping) or value.get("from") not in roles or not isinstance(value.get("value"), str):
-            raise _BadFieldError(f"field {name!r} is not a message with 'from' (human, gpt or system) and a text 'value'")
+            raise _BadFieldError(
+                f"field {name!r} is not a message with 'from' (human, gpt or system) and a text 'value'"
+            )
         return {"role": roles[value["from"]], "content": value["value"]}
 
     turns = row.get("conversations")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.entanglement.geometry import GradientGeometry, batch_rates
-from rlkit2.entanglement.measure import PairGradients, Settings, pair_gradients
+from rlkit2.entanglement.measure import PairGradients, Sizes, pair_gradients
 from rlkit2.entanglement.mitigation import MITIGATIONS, group_coefficients, mask_shared_tokens
 from rlkit2.entanglement.scores import (
     PairBatch,
@@ -70,7 +70,7 @@ class EntanglementProbe:
         self.batch = logp.prepare(as_pair_batch(batch))
         self.loss = get_margin_loss(loss).bind(**(hyperparameters or {}))
         self.method = method
-        self._settings: Settings = {"microbatch": microbatch, "sketch_dim": sketch_dim}
+        self._sizes: Sizes = {"microbatch": microbatch, "sketch_dim": sketch_dim}
         self.dry_run, self.group_by = tuple(dry_run), group_by
         if reference == "initial":
             reference = self.scores()
@@ -103,7 +103,7 @@ class EntanglementProbe:
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and the rejected now, `[P]` each."""
-        return sums_of_sides(self.logp, self.batch, self._settings.get("microbatch"))
+        return sums_of_sides(self.logp, self.batch, self._sizes.get("microbatch"))
 
     def inputs(self, scores: tuple[Tensor, Tensor]) -> MarginInputs:
         """What the loss sees at these scores and the present parameters."""
@@ -177,7 +177,7 @@ class EntanglementProbe:
         return dict(zip(leaves, found, strict=True))
 
     def _gradients(self, batch: PairBatch) -> PairGradients:
-        found = pair_gradients(self.logp, batch, self.method, **self._settings)
+        found = pair_gradients(self.logp, batch, self.method, **self._sizes)
         self.method = found.method
         return found
 

@@ -196,9 +196,8 @@ def margin_inputs(
     """
     sides = batch.chosen, batch.rejected
     more: dict[str, Tensor] = {}
-    if loss.needs_collision or loss.needs_context:
-        if score.collisions is None:
-            raise ConfigError(f"loss {loss.name} needs a language model: give a score made by causal_lm_logp")
+    if (loss.needs_collision or loss.needs_context) and score.collisions is None:
+        raise ConfigError(f"loss {loss.name} needs a language model: give a score made by causal_lm_logp")
     if loss.needs_collision and score.collisions is not None:
         with torch.no_grad(), evaluation_mode(score.module):
             found = [score.collisions(score.module, rows) for rows in sides]
@@ -233,13 +232,13 @@ def untouched(model: Any) -> Iterator[None]:
     devices = sorted(
         {p.device.index for p, _, _ in parameters if p.device.type == "cuda" and p.device.index is not None}
     )
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_state(states[1])  # noqa: NPY002
             for module, training in flags:
                 module.training = training
             for p, gradient, requires in parameters:
@@ -366,7 +365,11 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
 def _gives_logits(head: Any, config: Any) -> bool:
     """Whether the outputs of the output layer are the logits, neither scaled nor capped."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = [name for name in vars(text) if "softcap" in name or "logit_scal" in name or "logits_scal" in name] if text else []
+    names = (
+        [name for name in vars(text) if "softcap" in name or "logit_scal" in name or "logits_scal" in name]
+        if text
+        else []
+    )
     return type(head) is nn.Linear and all(getattr(text, name) in (None, 1, 1.0) for name in names)
 
 

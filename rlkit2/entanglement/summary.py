@@ -41,7 +41,8 @@ def entanglement_report(
         gram: inner products of all gradients, `[2P, 2P]`: adds what a step on the whole batch does, own and cross parts.
         optimizer: `update_alignment(...)` of the optimiser's step, `[P]` each.
         realised: real change of chosen and rejected, `[P]` each.
-        outside: rates, `[P]` each, that come from terms of the loss outside all completions (the prompts' likelihood of ORPO); the batch meter adds them.
+        outside: rates, `[P]` each, that come from terms of the loss outside all completions (the prompts' likelihood of ORPO), for the batch
+            meter.
         pairwise: False for losses that give up the pairs' identity (`aot_unpaired`): leaves the per-pair meter out.
 
     Returns:

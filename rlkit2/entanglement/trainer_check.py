@@ -48,7 +48,7 @@ class CoefficientCheck:
         try:
             with untouched(self._model):
                 listen(*heard)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self.error = error
 
     def _forward(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -71,7 +71,9 @@ class CoefficientCheck:
         self._half = watched.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device)
         keep = self._keep_tokens if watched is getattr(output, "log_probs", None) else self._keep_logits
         values = watched.detach()
-        watched.register_hook(lambda gradient: self._guarded(keep, values, gradient.detach()))
+        watched.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self._guarded(keep, values, gradient.detach())
+        )
 
     def _keep_tokens(self, values: Tensor, gradient: Tensor) -> None:
         count = self._kept["ids"].shape[1] - 1

@@ -17,8 +17,7 @@ from rlkit2.losses.margin import MarginLoss, get_margin_loss, mixture, on_alpha_
 GIVE_LOSS = "give EntanglementCallback(loss=..., hyperparameters=...)"
 
 # transformers' own options that say how often, where and with which optimiser is trained, but not what is minimised
-_HARMLESS = frozenset(
-    """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+_HARMLESS = """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
     average_tokens_across_devices max_grad_norm bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
@@ -34,8 +33,7 @@ _HARMLESS = frozenset(
     group_by_length length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
     ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
     model_init_kwargs trust_remote_code disable_dropout dataset_num_proc pad_to_multiple_of pad_token padding_value padding_free
-    activation_offloading precompute_ref_batch_size generate_during_eval eos_token chat_template_path""".split()
-)
+    activation_offloading precompute_ref_batch_size generate_during_eval eos_token chat_template_path"""
 # options that loss_from_arguments and RowForm turn into what they mean, by trainer
 _MODELLED = {
     "DPO": """loss_type loss_weights beta label_smoothing use_weighting f_divergence_type f_alpha_divergence_coef discopop_tau max_length
@@ -71,7 +69,7 @@ def refuse_unknown_options(args: Any) -> None:
     Raises:
         ConfigError: such an option has another value than its default; it is named.
     """
-    known = _HARMLESS | set(_MODELLED[trainer_kind(args)].split())
+    known = {*_HARMLESS.split(), *_MODELLED[trainer_kind(args)].split()}
     for item in fields(args):
         if item.name in known or not item.init:
             continue
@@ -130,7 +128,10 @@ def _dpo(args: Any) -> MarginLoss:
     return bound[0] if plain else mixture(zip(bound, weights, strict=True))
 
 
-DPO_LOSSES = (*_ON_SCORES, *"nca_pair bco_pair sppo_hard aot aot_unpaired aot_pair apo_zero apo_down sft".split())
+DPO_LOSSES = (
+    *_ON_SCORES,
+    *("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "sft"),
+)
 """TRL's `loss_type`s of DPO that are modelled; any other is refused."""
 
 CPO_LOSSES = {"sigmoid": "cpo", "hinge": "hinge_free", "ipo": "ipo_free", "simpo": "simpo"}
@@ -229,8 +230,8 @@ def refuse_router_loss(args: Any, model: Any) -> None:
     Raises:
         ConfigError: naming `router_aux_loss_coef` or `output_router_logits`.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "output_router_logits"):
         return
     if hasattr(args, "router_aux_loss_coef"):

@@ -187,8 +187,8 @@ def on_alpha_reward(loss: str | MarginLoss, alpha: float) -> MarginLoss:
     def scores(x: MarginInputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         sizes = (x.len_chosen, x.len_rejected) if base.needs_lengths else (1, 1)
         found = [(alpha_reward(logp / size, alpha), size) for logp, size in zip((x.a, x.b), sizes, strict=True)]
-        (w, l) = ((reward * size, slope) for (reward, slope), size in found)
-        return w, l
+        first, second = ((reward * size, slope) for (reward, slope), size in found)
+        return first, second
 
     return _on_scores(base, scores, f"{base.name} on alpha rewards")
 

@@ -440,7 +440,7 @@ def _orpo(x: MarginInputs, lam: Any) -> Terms:
     needs="lengths context",
     couples_batch=True,
     ratio="as orpo, with P / (tokens of all prompts and chosen completions) in place of 1/n_w",
-    source="TRL's ORPO: the likelihood is the mean over all tokens of the batch's prompts and chosen completions (of the prompt only its gradient's scale is seen here)",
+    source="TRL's ORPO: the likelihood is the mean over all tokens of the batch's prompts and chosen completions",
     lam=0.1,
 )
 def _orpo_batch(x: MarginInputs, lam: Any) -> Terms:

@@ -153,7 +153,7 @@ def _mass(label_mass: Any, like: Tensor) -> Tensor:
     """The labels as a tensor, checked without waiting for the device: an accelerator stops by itself at a bad label."""
     y = torch.as_tensor(label_mass, dtype=like.dtype, device=like.device)
     try:
-        torch._assert_async(((y >= 0) & (y <= 1)).all(), _BAD_MASS)  # type: ignore[no-untyped-call]
+        torch._assert_async(((y >= 0) & (y <= 1)).all(), _BAD_MASS)
     except RuntimeError as error:
         if _BAD_MASS in str(error):
             given = f"; label_mass={label_mass}" if isinstance(label_mass, float | int) else ""

@@ -110,7 +110,20 @@ def test_rows_of_every_shape_are_read_or_one_line(capsys, tmp_path, rows, messag
     pairs.write_text("\n".join(json.dumps(row) for row in rows))
     loss = "bradley_terry" if kind == "rm" else "dpo"
     capsys.readouterr()
-    code = main(["entangle", "model", "--model", str(tmp_path / "model"), "--pairs", str(pairs), "--out", str(tmp_path / "out"), "--loss", loss])
+    code = main(
+        [
+            "entangle",
+            "model",
+            "--model",
+            str(tmp_path / "model"),
+            "--pairs",
+            str(pairs),
+            "--out",
+            str(tmp_path / "out"),
+            "--loss",
+            loss,
+        ]
+    )
     error = capsys.readouterr().err
     assert "Traceback" not in error
     if message is None:

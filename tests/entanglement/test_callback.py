@@ -14,10 +14,10 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from rlkit2.entanglement.callback import EntanglementWarning  # noqa: E402
-from rlkit2.entanglement.trainers import loss_from_arguments, refuse_partial_weights  # noqa: E402
 from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, token_rows  # noqa: E402
 from rlkit2.entanglement.probe import REMEDIES, EntanglementProbe  # noqa: E402
 from rlkit2.entanglement.scores import as_pair_batch  # noqa: E402
+from rlkit2.entanglement.trainers import loss_from_arguments, refuse_partial_weights  # noqa: E402
 from rlkit2.errors import ConfigError, DatasetError  # noqa: E402
 from rlkit2.losses.margin import MarginInputs  # noqa: E402
 from rlkit2.preferences import EntanglementCallback  # noqa: E402
@@ -275,7 +275,8 @@ _FAULTS = [
 ] + [
     ("rlkit2.entanglement.trainer_check", f"CoefficientCheck.{name}")
     for name in ("compare", "close", "_forward", "_keep_tokens", "_completions", "_pairs")
-] + [("rlkit2.entanglement.callback", f"EntanglementCallback.{name}") for name in ("_choose", "_reference", "_scorer", "_keep_lines", "_hold_against_trainer")]  # fmt: skip
+] + [("rlkit2.entanglement.callback", f"EntanglementCallback.{name}") for name in ("_choose", "_reference", "_scorer", "_keep_lines",
+                                                                                       "_hold_against_trainer")]  # fmt: skip
 
 
 _DROPOUT = {"max_steps": 2, "logging_steps": 1, "disable_dropout": False}
@@ -300,7 +301,7 @@ def test_a_fault_anywhere_is_one_warning_and_the_training_is_the_same(tmp_path, 
         calls.append(name)
         torch.rand(3)
         random.random()
-        np.random.rand(2)
+        np.random.rand(2)  # noqa: NPY002
         trainer.model.eval()
         for p in trainer.model.parameters():
             p.grad = None

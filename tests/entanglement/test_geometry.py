@@ -130,7 +130,9 @@ def test_left_padding_is_the_same_with_a_mask_and_refused_without(family, model_
     def shifted(rows):
         pads = torch.tensor([0, 3, 2, 5])
         width = rows["input_ids"].shape[1] + 5
-        found = {name: torch.zeros(4, width, dtype=torch.long) for name in ("input_ids", "completion_mask", "attention_mask")}
+        found = {
+            name: torch.zeros(4, width, dtype=torch.long) for name in ("input_ids", "completion_mask", "attention_mask")
+        }
         for i, pad in enumerate(pads.tolist()):
             for name in found:
                 row = rows[name][i] if name in rows else torch.ones_like(rows["input_ids"][i])
@@ -143,7 +145,9 @@ def test_left_padding_is_the_same_with_a_mask_and_refused_without(family, model_
     for method in ("loop", "ghost", "vmap"):
         found = pair_geometry(score, None, moved, method=method)
         torch.testing.assert_close(found.inner, expected.inner, rtol=1e-3, atol=1e-4 * float(expected.sqnorm_w.max()))
-    bare = PairBatch(*({k: v for k, v in rows.items() if k != "attention_mask"} for rows in (moved.chosen, moved.rejected)))
+    bare = PairBatch(
+        *({k: v for k, v in rows.items() if k != "attention_mask"} for rows in (moved.chosen, moved.rejected))
+    )
     with pytest.raises(ConfigError, match="as if padded on the left, and no attention_mask says so"):
         pair_geometry(score, None, bare)
 

@@ -29,10 +29,14 @@ SAMPLES = [
     ("implicit", {"chosen": "the film was good", "rejected": "the film was bad"}, TEXT),
     ("hh", {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: Yet no"},
      {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yes", "rejected": " Yet no"}),
-    ("hh", {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e\n\nHuman: f\n\nAssistant: g"},
+    ("hh", {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "rejected": "\n\nHuman: a\n\nAssistant: e\n\nHuman: f\n\nAssistant: g"},
      {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b\n\nHuman: c\n\nAssistant: d", "rejected": " e\n\nHuman: f\n\nAssistant: g"}),
-    ("ultrafeedback", {"prompt": "Hi", "chosen": [_user("Hi"), _assistant("Yes")], "rejected": [_user("Hi"), _assistant("No")], "score_chosen": 8.0}, CHAT),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}}, CHAT),
+    ("ultrafeedback", {"prompt": "Hi", "chosen": [_user("Hi"), _assistant("Yes")], "rejected": [_user("Hi"), _assistant("No")],
+                       "score_chosen": 8.0}, CHAT),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}],
+                  "chosen": {"from": "gpt", "value": "Yes"},
+                  "rejected": {"from": "gpt", "value": "No"}}, CHAT),
     ("alpaca", {"instruction": "Say", "input": "now", "output": ["x", "y"]}, {"prompt": "Say\n\nnow", "chosen": "\n\nx", "rejected": "\n\ny"}),
     ("alpaca", {"instruction": "Say", "input": "", "chosen": "x", "rejected": "y"}, {"prompt": "Say", "chosen": "\n\nx", "rejected": "\n\ny"}),
     ("alpaca", {"instruction": "Say", "output_1": "y", "output_2": "x", "preference": 2}, {"prompt": "Say", "chosen": "\n\nx", "rejected": "\n\ny"}),
@@ -69,7 +73,22 @@ def test_all_formats_have_a_sample():
     assert {name for name, _, _ in SAMPLES} == set(FORMATS)
 
 
-BAD = st.sampled_from([None, 3, 2.5, True, [], {}, "", [1], [{"role": "user"}], [{"role": 1, "content": "x"}], {"from": "gpt"}, float("nan")])
+BAD = st.sampled_from(
+    [
+        None,
+        3,
+        2.5,
+        True,
+        [],
+        {},
+        "",
+        [1],
+        [{"role": "user"}],
+        [{"role": 1, "content": "x"}],
+        {"from": "gpt"},
+        float("nan"),
+    ]
+)
 
 
 @given(sample=st.sampled_from(SAMPLES), bad=BAD, data=st.data())
@@ -101,11 +120,13 @@ def test_a_malformed_field_is_one_line_that_names_it(tmp_path_factory, sample, b
 @pytest.mark.parametrize(("text", "message"), [
     ("", "holds no pairs"), ("{]", "line 1 is not JSON"), ('"a"', "line 1 is a text"), ("[1, 2]", "row 1 is a number"), ("[" * 100_000, "not JSON"),
     ('{"a": 1}', "line 1 has the fields a, which are none of the known formats"), ("{}", "line 1 has the fields none"),
-    (json.dumps(TEXT) + "\n" + json.dumps({**TEXT, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}), "line 2: field 'ref_chosen_logps' stands in only some rows"),
+    (json.dumps(TEXT) + "\n" + json.dumps({**TEXT, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}),
+     "line 2: field 'ref_chosen_logps' stands in only some rows"),
     (json.dumps({**TEXT, "ref_chosen_logps": -1.0}), "has only one of ref_chosen_logps"),
     (json.dumps({**TEXT, "ref_chosen_logps": "x", "ref_rejected_logps": -1}), "line 1: field 'ref_chosen_logps' is 'x'"),
     (json.dumps({**CHAT, "chosen": "yes"}), "line 1: field 'chosen' is a text but the prompt is a list of chat messages"),
-    (json.dumps({**TEXT, "chosen": None}), "line 1: field 'chosen' is null"), (json.dumps({**TEXT, "prompt": 3}), "line 1: field 'prompt' is a number"),
+    (json.dumps({**TEXT, "chosen": None}), "line 1: field 'chosen' is null"),
+    (json.dumps({**TEXT, "prompt": 3}), "line 1: field 'prompt' is a number"),
 ])  # fmt: skip
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "pairs.jsonl"
