@@ -49,17 +49,21 @@ TOGETHER = [
     ("CPO", {"loss_type": "simpo", "alpha": 0.2, "label_smoothing": 0.2, "simpo_gamma": 0.1}),
 ]  # fmt: skip
 # what cannot be switched on here at all (other hardware, another package, another kind of data), or says where things are written
-ELSEWHERE = """output_dir fp16 fp16_full_eval bf16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel deepspeed fsdp
-    fsdp_config use_cpu no_cuda local_rank ddp_backend parallelism_config push_to_hub hub_model_id hub_token hub_strategy report_to
-    model_init_kwargs     resume_from_checkpoint remove_unused_columns per_device_train_batch_size max_steps optim optim_args optim_target_modules auto_find_batch_size
-    eval_strategy eval_steps eval_on_start load_best_model_at_end save_strategy debug skip_memory_metrics label_names generate_during_eval
-    is_encoder_decoder max_completion_length chat_template_path eos_token pad_token padding_value dataset_num_proc dataloader_num_workers
-    dataloader_prefetch_factor dataloader_persistent_workers dataloader_multiprocessing_context metric_for_best_model greater_is_better
-    include_for_metrics lr_scheduler_type lr_scheduler_kwargs full_determinism accelerator_config log_level log_level_replica project
-    liger_kernel_config gradient_checkpointing_kwargs activation_checkpointing_kwargs trackio_space_id trackio_bucket_id trackio_static_space_id
-    hub_private_repo hub_always_push hub_revision do_predict do_eval ddp_timeout ddp_bucket_cap_mb run_name logging_strategy
-    enable_jit_checkpoint train_sampling_strategy length_column_name trust_remote_code dataloader_drop_last disable_tqdm save_total_limit
-    save_steps eval_delay eval_accumulation_steps use_cache batch_eval_metrics eval_do_concat_batches prediction_loss_only"""
+ELSEWHERE = """output_dir fp16 fp16_full_eval bf16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode
+    use_liger_kernel deepspeed fsdp fsdp_config use_cpu no_cuda local_rank ddp_backend parallelism_config
+    push_to_hub hub_model_id hub_token hub_strategy report_to model_init_kwargs resume_from_checkpoint
+    remove_unused_columns per_device_train_batch_size max_steps optim optim_args optim_target_modules
+    auto_find_batch_size eval_strategy eval_steps eval_on_start load_best_model_at_end save_strategy debug
+    skip_memory_metrics label_names generate_during_eval is_encoder_decoder max_completion_length chat_template_path
+    eos_token pad_token padding_value dataset_num_proc dataloader_num_workers dataloader_prefetch_factor
+    dataloader_persistent_workers dataloader_multiprocessing_context metric_for_best_model greater_is_better
+    include_for_metrics lr_scheduler_type lr_scheduler_kwargs full_determinism accelerator_config log_level
+    log_level_replica project liger_kernel_config gradient_checkpointing_kwargs activation_checkpointing_kwargs
+    trackio_space_id trackio_bucket_id trackio_static_space_id hub_private_repo hub_always_push hub_revision
+    do_predict do_eval ddp_timeout ddp_bucket_cap_mb run_name logging_strategy enable_jit_checkpoint
+    train_sampling_strategy length_column_name trust_remote_code dataloader_drop_last disable_tqdm save_total_limit
+    save_steps eval_delay eval_accumulation_steps use_cache batch_eval_metrics eval_do_concat_batches
+    prediction_loss_only"""
 
 
 def _other(item, default):
