@@ -41,7 +41,7 @@ class EntanglementProbe:
         hyperparameters: of the loss.
         reference: reference scores `(chosen, rejected)`, `[P]` each, for losses that need them; a function that gives them, asked at every
             measurement; "initial": the scores of the model now.
-        method: loop, vmap, ghost or sketch; "auto": see `automatic_gradients`.
+        method: loop, vmap, ghost or sketch; "auto": see `pair_gradients`.
         microbatch: pairs at a time; default: see `pair_geometry`.
         sketch_dim: for the sketch.
         dry_run: remedies of `REMEDIES` whose effect is predicted each time.

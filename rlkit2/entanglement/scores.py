@@ -422,9 +422,9 @@ def _refuse_left_padding(ids: Tensor, side: str, config: Any) -> None:
     pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
     if pad is not None:
         suspect = (ids[:, 0] == pad) & ((starts > 1) | torch.tensor(pad != bos, device=ids.device))
-    else:  # the padding token is not known: rows that begin with one token, repeated here more often than there
-        same = ids[:, :1] == ids[:, 0]
-        suspect = (starts > 1) & (same & (starts[:, None] != starts[None])).any(1)
+    else:  # the padding token is not known: rows of different runs of the 0 that arrays are commonly padded with
+        runs = torch.where(ids[:, 0] == 0, starts, 0)
+        suspect = (runs > 1) & (runs != runs.min())
     if bool(suspect.any()):
         row = int(suspect.long().argmax())
         raise ConfigError(

@@ -421,3 +421,12 @@ def test_a_model_with_nan_weights_is_refused(toy):
     with pytest.raises(ConfigError, match="NaN or infinite"):
         pair_geometry(causal_lm_logp(model), None, pairs)
     assert np.isfinite(float(pair_geometry(causal_lm_logp(SmallGPT(width=16)), None, pairs).inner[0]))
+
+
+def test_every_regime_can_be_drawn():
+    from rlkit2.reporting.entanglement_figures import COLORS, regime_map
+
+    assert set(COLORS) == set(REGIMES)
+    count = len(REGIMES)
+    pairs = {name: [1.0] * count for name in ("c_w", "c_l", "d_w", "d_l")}
+    regime_map({"per_pair": {**pairs, "regime": list(REGIMES)}})

@@ -29,6 +29,7 @@ VALUES = {
         "max_length": [14, 11],
         "label_smoothing": [0.1],
         "beta": [0.7],
+        "loss_weights": [[2.0]],
     },
     "CPO": {"loss_type": list(CPO_LOSSES), "max_length": [14], "alpha": [0.05], "cpo_alpha": [0.0, 0.3]},
     "ORPO": {"max_length": [14], "beta": [0.5]},
