@@ -16,6 +16,7 @@ from rlkit2.preferences.entanglement import (
     REGIMES,
     GradientGeometry,
     PairBatch,
+    PairGradients,
     batch_rates,
     causal_lm_logp,
     entanglement_report,
@@ -430,3 +431,56 @@ def test_every_regime_can_be_drawn():
     count = len(REGIMES)
     pairs = {name: [1.0] * count for name in ("c_w", "c_l", "d_w", "d_l")}
     regime_map({"per_pair": {**pairs, "regime": list(REGIMES)}})
+
+
+class _Bigram(torch.nn.Module):
+    """An embedding with a padding row, a layer, an output layer: with a bias and tied if wanted."""
+
+    def __init__(self, vocabulary, width, *, bias, tied):
+        super().__init__()
+        self.wte = torch.nn.Embedding(vocabulary, width, padding_idx=2)
+        self.mix = torch.nn.Linear(width, width)
+        self.lm_head = torch.nn.Linear(width, vocabulary, bias=bias)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids):
+        return self.lm_head(torch.tanh(self.mix(self.wte(ids))).cumsum(1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("vocabulary", "width", "length"), [(11, 4, 9), (300, 40, 5), (300, 3, 12), (40, 64, 6)])
+def test_ghost_equals_the_loop_whichever_form_is_smaller(vocabulary, width, length, bias, tied):
+    """Gradients as matrices, as factors, as indices, and as sums of these."""
+    torch.manual_seed(0)
+    model = _Bigram(vocabulary, width, bias=bias, tied=tied).double()
+    sides = []
+    for extra in (0, 2):  # rejected rows are longer, so their gradients may take another form
+        ids = torch.randint(3, vocabulary, (4, length + extra))
+        ids[1, 2] = 2
+        mask = torch.zeros_like(ids)
+        for i in range(4):
+            mask[i, 1 + i % 3 : length - i % 2] = 1
+        sides.append({"input_ids": ids, "completion_mask": mask})
+    pairs, score = PairBatch(*sides), causal_lm_logp(model)
+    assert score.hidden is not None
+    found = [PairGradients(score, None, pairs, method=method, microbatch=3) for method in ("ghost", "loop")]
+    for name in ("gram", "geometry"):
+        ours, theirs = (getattr(one, name)() for one in found)
+        for a, b in [(ours, theirs)] if name == "gram" else [(ours.inner, theirs.inner), (ours.gap_l, theirs.gap_l)]:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    delta = {name: torch.randn_like(p) for name, p in score.params.items()}
+    for a, b in zip(found[0].along(delta), found[1].along(delta), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert model(pairs.chosen["input_ids"]).shape[-1] == vocabulary  # the output layer is itself again
+
+
+def test_capped_or_scaled_logits_do_not_take_the_short_way():
+    model = gpt2(dropout=0.0)
+    assert causal_lm_logp(model).hidden is not None
+    for name, value in (("final_logit_softcapping", 30.0), ("logit_scale", 0.1), ("logits_scaling", 8.0)):
+        other = copy.deepcopy(model)
+        setattr(other.config, name, value)
+        assert causal_lm_logp(other).hidden is None
