@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,8 +135,7 @@ def model(
     from rlkit2.reporting.entanglement_figures import write_model_page
     from rlkit2.training.run_files import write_json
 
-    said = Console(stderr=True, highlight=False, soft_wrap=True)
-    examples = read_pairs(pairs, limit, format=format, tell=said.print)
+    examples = read_pairs(pairs, limit, format=format, tell=partial(output.say, stderr=True))
     loaded = ModelFolder.load(model, dtype=dtype, device=device)
     batch = loaded.rows(examples, max_length=max_length)
     frozen = None if reference is None else ModelFolder.load(reference, dtype=dtype, device=device)
