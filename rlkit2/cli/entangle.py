@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from rlkit2.cli import output
 from rlkit2.cli.parsing import subcommand
-from rlkit2.errors import ConfigError, first_line, require
+from rlkit2.errors import ConfigError
 from rlkit2.progress import progress_bar
 
 Hyper = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE...")]
@@ -94,6 +95,7 @@ def model(
     loss: str = "dpo",
     hyper: Hyper = (),
     reference: Path | None = None,
+    format: Literal["auto", "explicit", "implicit", "hh", "ultrafeedback", "sharegpt", "alpaca"] = "auto",
     limit: int = 64,
     max_length: int | None = None,
     method: Literal["auto", "loop", "vmap", "ghost", "sketch", "head"] = "auto",
@@ -111,10 +113,11 @@ def model(
 
     Args:
         model: folder of a causal language model or a reward model (one label) that transformers loads; nothing is downloaded.
-        pairs: JSON lines with prompt, chosen and rejected; ref_chosen_logps and ref_rejected_logps go before --reference.
+        pairs: JSON lines, a JSON array, Parquet or a folder of datasets; ref_chosen_logps and ref_rejected_logps go before --reference.
         loss: name of the loss, also TRL's; see rlkit2 entangle losses.
         hyper: hyper-parameters of the loss, such as beta=0.1.
         reference: folder of the reference model; default: the model itself, as at the start of training.
+        format: of the rows; auto: told from the first one.
         limit: the first so many pairs.
         max_length: cut rows there.
         method: how gradients are measured; auto: ghost where the model allows it, else loop.
@@ -126,31 +129,20 @@ def model(
         out: folder of report.json and report.html.
         json: print the report as JSON.
     """
-    import torch
-
     from rlkit2.entanglement.diagnose import diagnose
-    from rlkit2.entanglement.language_pairs import check_vocabulary, read_pairs
+    from rlkit2.entanglement.model_folder import ModelFolder, reference_scores
+    from rlkit2.entanglement.pair_files import read_pairs
     from rlkit2.reporting.entanglement_figures import write_model_page
     from rlkit2.training.run_files import write_json
 
-    examples = read_pairs(pairs, limit)
-    score, batch, tokenizer = _load(model, examples, dtype, device, max_length)
-    check_vocabulary(batch, getattr(getattr(score.module, "config", None), "vocab_size", None))
-    given = None
-    if "ref_chosen_logps" in examples[0]:
-        columns = [[float(e[f"ref_{side}_logps"]) for e in examples] for side in ("chosen", "rejected")]
-        given = torch.tensor(columns[0], device=device), torch.tensor(columns[1], device=device)
-    elif reference is not None:
-        frozen, rows, _ = _load(reference, examples, dtype, device, max_length)
-        if frozen.mask(frozen.prepare(rows).chosen).shape != score.mask(score.prepare(batch).chosen).shape:
-            raise ConfigError(f"{reference} is not the same kind of model, or has another tokenizer, than {model}")
-        rows = frozen.prepare(rows)
-        with torch.no_grad():
-            sums = [frozen.sums(frozen.params, side) for side in (rows.chosen, rows.rejected)]
-        given = sums[0], sums[1]
+    examples = read_pairs(pairs, limit, format=format, tell=partial(output.say, stderr=True))
+    loaded = ModelFolder.load(model, dtype=dtype, device=device)
+    batch = loaded.rows(examples, max_length=max_length)
+    frozen = None if reference is None else ModelFolder.load(reference, dtype=dtype, device=device)
+    given = reference_scores(loaded, examples, batch, frozen, max_length=max_length, microbatch=microbatch)
     with progress_bar("gradients") as bar:
         report = diagnose(
-            score,
+            loaded.score,
             batch,
             loss,
             hyperparameters=_hyperparameters(hyper),
@@ -165,7 +157,9 @@ def model(
     report["reference"] = "given" if given is not None else "the model itself"
     labels = None
     if "tokens" in report:
-        sides = [tokenizer.convert_ids_to_tokens(report["tokens"][f"ids_{side}"]) for side in ("chosen", "rejected")]
+        sides = [
+            loaded.tokenizer.convert_ids_to_tokens(report["tokens"][f"ids_{side}"]) for side in ("chosen", "rejected")
+        ]
         labels = sides[0], sides[1]
         report["tokens"]["labels_chosen"], report["tokens"]["labels_rejected"] = labels
     out.mkdir(parents=True, exist_ok=True)
@@ -180,33 +174,6 @@ def model(
         _print(console, report)
         console.print(f"written: {out / 'report.json'}, {page}", highlight=False)
     return 0
-
-
-def _load(
-    folder: Path, examples: Sequence[dict[str, Any]], dtype: str, device: str, max_length: int | None
-) -> tuple[Any, Any, Any]:
-    """The score, the rows and the tokenizer of a model folder."""
-    import torch
-
-    from rlkit2.entanglement.language_pairs import encode_pairs, reward_rows
-    from rlkit2.entanglement.scores import PairBatch, causal_lm_logp, sequence_reward
-
-    transformers = require("transformers", extra="trl")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the folder of a model saved with save_pretrained")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        reward = any("SequenceClassification" in name for name in config.architectures or ())
-        kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-        network = kind.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, dtype)).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot load {folder}: {first_line(error)}") from error
-    if reward and config.num_labels != 1:
-        raise ConfigError(f"{folder} is a classifier with {config.num_labels} labels; a reward model has one")
-    batch = reward_rows(examples, tokenizer) if reward else encode_pairs(tokenizer, examples, max_length=max_length)
-    sides = ({name: tensor.to(device) for name, tensor in rows.items()} for rows in (batch.chosen, batch.rejected))
-    return sequence_reward(network) if reward else causal_lm_logp(network), PairBatch(*sides), tokenizer
 
 
 def _hyperparameters(given: Sequence[str]) -> dict[str, float]:

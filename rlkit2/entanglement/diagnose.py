@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from rlkit2.entanglement.geometry import GradientGeometry
-from rlkit2.entanglement.measure import gram_matrix, pair_geometry, token_cosines, token_geometry, token_rates
+from rlkit2.entanglement.measure import (
+    MOST_BYTES,
+    Sizes,
+    automatic,
+    gram_matrix,
+    pair_geometry,
+    token_cosines,
+    token_geometry,
+    token_rates,
+)
 from rlkit2.entanglement.mitigation import MITIGATIONS
-from rlkit2.entanglement.scores import PairLike, SequenceScore, as_pair_batch, evaluation_mode
+from rlkit2.entanglement.scores import PairLike, SequenceScore, as_pair_batch, margin_inputs, sums_of_sides
 from rlkit2.entanglement.summary import entanglement_report
-from rlkit2.errors import ConfigError
-from rlkit2.losses.margin import MarginInputs, MarginLoss, get_margin_loss
-
-MOST_BYTES = 2**31
-"""Gradients kept at once for the Gram matrix or the token products may take this much; beyond it sketches are kept, or tokens left out."""
+from rlkit2.losses.margin import MarginLoss, get_margin_loss
 
 
 def diagnose(
@@ -58,22 +63,18 @@ def diagnose(
     """
     pairs = logp.prepare(as_pair_batch(batch))
     bound = get_margin_loss(loss).bind(**(hyperparameters or {}))
-    sides = _sums(logp, pairs.chosen, microbatch), _sums(logp, pairs.rejected, microbatch)
+    sides = sums_of_sides(logp, pairs, microbatch)
     lengths = [logp.mask(rows).sum(-1) for rows in (pairs.chosen, pairs.rejected)]
-    d_w, d_l = bound.coefficients(MarginInputs(*sides, *(reference or sides), *lengths))
-    settings: dict[str, Any] = {"microbatch": microbatch, "sketch_dim": sketch_dim}
-    measured = {"group_by": group_by, "progress": progress, **settings}
-    if method == "auto":
-        try:
-            geometry = pair_geometry(logp, None, pairs, method="ghost", **measured)
-        except ConfigError:
-            geometry = pair_geometry(logp, None, pairs, method="loop", **measured)
-    else:
-        geometry = pair_geometry(logp, None, pairs, method=method, **measured)
+    d_w, d_l = bound.coefficients(margin_inputs(logp, pairs, bound, sides, reference or sides))
+    sizes: Sizes = {"microbatch": microbatch, "sketch_dim": sketch_dim}
+    geometry = automatic(
+        lambda name: pair_geometry(logp, None, pairs, method=name, group_by=group_by, progress=progress, **sizes),
+        method,
+    )
     bytes_of_one = 4 * sum(p.numel() for p in logp.params.values())
     fits = 2 * len(pairs) * bytes_of_one <= MOST_BYTES
     gram_method = geometry.method if fits and geometry.method != "head" else "sketch"
-    gram = gram_matrix(logp, None, pairs, method=gram_method, **settings)
+    gram = gram_matrix(logp, None, pairs, method=gram_method, **sizes)
     report = entanglement_report(geometry, (d_w, d_l), gram=gram, pairwise=bound.name != "aot_unpaired")
     report |= {
         "loss": bound.name,
@@ -88,17 +89,6 @@ def diagnose(
     if tokens and longest > 1 and 2 * longest * bytes_of_one <= MOST_BYTES:
         report["tokens"] = _tokens(logp, pairs, worst, float(d_w[worst]), float(d_l[worst]))
     return report
-
-
-def _sums(logp: SequenceScore, rows: Mapping[str, Tensor], microbatch: int | None) -> Tensor:
-    count = len(next(iter(rows.values())))
-    size = microbatch or count
-    with torch.no_grad(), evaluation_mode(logp.module):
-        parts = [
-            logp.sums(logp.params, {name: tensor[start : start + size] for name, tensor in rows.items()})
-            for start in range(0, count, size)
-        ]
-    return torch.cat(parts)
 
 
 def _remedy(geometry: GradientGeometry, gram: Tensor, coefficients: tuple[Any, Any]) -> dict[str, float]:

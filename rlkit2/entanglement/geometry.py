@@ -22,12 +22,16 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError
 
-REGIMES = ("ideal", "both_down", "both_up", "inverted", "still")
+REGIMES = ("ideal", "both_down", "both_up", "inverted", "still", "undecided")
 """What one step does to a pair, by code: 0 chosen up and rejected down, 1 chosen not up, 2 rejected not down, 3 chosen down and rejected
-up (impossible with positive coefficients, by Cauchy-Schwarz), 4 neither moves (an inactive hinge, or parallel gradients in balance)."""
+up (impossible with positive coefficients, by Cauchy-Schwarz), 4 neither moves at all (an inactive hinge), 5 a rate is smaller than its error, so
+that rounding or a sketch's chance would decide."""
+
+Rates = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rate, size of its terms) of the chosen and of the rejected."""
 
 ROUNDING = 8.0
-"""Units in the last place within which a rate counts as zero."""
+"""Units in the last place that the error of an inner product of given numbers is taken to have, at most, relative to the two norms."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class GradientGeometry:
         gap_l: `<g_l, g_w - g_l>`, likewise.
         parts: the same numbers by group of parameters (they add up to the whole).
         method: how it was measured; "head" is a proxy that overlooks entanglement.
-        relative_error: standard error of an inner product in units of the product of the two norms.
+        relative_error: standard error of an inner product in units of the product of the two norms. Numbers that are given without one are taken
+            as exact: a rate within their rounding is 0. With one, such a rate is not known.
         parameters: which parameters the gradients are of, in words.
 
     Raises:
@@ -59,6 +64,7 @@ class GradientGeometry:
     relative_error: float | None = None
     parameters: str = ""
     from_numpy: bool = field(init=False, default=False)
+    exact: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "from_numpy", not isinstance(self.inner, Tensor))
@@ -78,6 +84,7 @@ class GradientGeometry:
             if name.startswith("sqnorm") and bool((tensor < 0).any()):
                 raise ConfigError(f"{name} is a squared norm and must be at least 0")
             object.__setattr__(self, name, np.asarray(tensor) if self.from_numpy else tensor)
+        object.__setattr__(self, "exact", self.relative_error is None)
         if self.relative_error is None:
             object.__setattr__(self, "relative_error", ROUNDING * torch.finfo(torch.as_tensor(self.inner).dtype).eps)
 
@@ -121,13 +128,16 @@ class GradientGeometry:
         (rate_w, _), (rate_l, _) = self._rates(d_w, d_l)
         return self._as_given(rate_w - rate_l)
 
-    def regime(self, d_w: Any, d_l: Any) -> Any:
-        """Code of what one step does to each pair, `[..., P]` integers; see `REGIMES`. Rates within rounding count as zero."""
-        (rate_w, bound_w), (rate_l, bound_l) = self._rates(d_w, d_l)
-        eps = ROUNDING * torch.finfo(rate_w.dtype).eps
+    def regime(self, d_w: Any, d_l: Any, *, standard_errors: float = 2.0) -> Any:
+        """Code of what one step does to each pair, `[..., P]` integers; see `REGIMES`.
+
+        Measured rates that are smaller than their error bound (`standard_errors` times `relative_error` times the size of their terms) make the
+        pair "undecided"; of exact numbers, rates within rounding count as 0.
+        """
+        rates = self._rates(d_w, d_l)
+        within = self._within_error(rates, standard_errors)
         sign_w, sign_l = (
-            torch.where(rate.abs() <= eps * bound, 0, rate.sign()).int()
-            for rate, bound in ((rate_w, bound_w), (rate_l, bound_l))
+            torch.where(small, 0, rate.sign()).int() for (rate, _), small in zip(rates, within, strict=True)
         )
         up, down = sign_w > 0, sign_l < 0
         code = torch.full_like(sign_w, 4)
@@ -135,15 +145,21 @@ class GradientGeometry:
         code[(up & ~down) | ((sign_w == 0) & (sign_l > 0))] = 2
         code[(down & ~up) | ((sign_w < 0) & (sign_l == 0))] = 1
         code[up & down] = 0
+        if not self.exact:
+            code[within[0] | within[1]] = 5
         return self._as_given(code)
 
     def undecided(self, d_w: Any, d_l: Any, *, standard_errors: float = 2.0) -> Any:
         """Where a rate is smaller than the method's error, so that the regime is not known: `[..., P]` booleans."""
-        (rate_w, bound_w), (rate_l, bound_l) = self._rates(d_w, d_l)
+        within = self._within_error(self._rates(d_w, d_l), standard_errors)
+        return self._as_given(within[0] | within[1])
+
+    def _within_error(self, rates: Rates, standard_errors: float) -> tuple[Tensor, Tensor]:
+        """Which of the two rates is smaller than its error; a rate without terms (both coefficients 0) has none."""
         assert self.relative_error is not None
         factor = standard_errors * self.relative_error
-        found = (rate_w.abs() < factor * bound_w) | (rate_l.abs() < factor * bound_l)
-        return self._as_given(found)
+        found = [(bound > 0) & (rate.abs() <= factor * bound) for rate, bound in rates]
+        return found[0], found[1]
 
     def thresholds(self, d_w: Any, d_l: Any) -> tuple[Any, Any]:
         """`(u |g_w|^2, |g_l|^2 / u)` with `u = d_w / d_l`: the inner product must stay below both (positive coefficients only)."""
@@ -173,8 +189,12 @@ class GradientGeometry:
         found = [torch.as_tensor(d, dtype=ip.dtype, device=ip.device).expand(ip.shape) for d in (d_w, d_l)]
         return found[0], found[1]
 
-    def _rates(self, d_w: Any, d_l: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Each rate with the size of the terms it is made of; of the two ways to write it, the one that cancels less."""
+    def _rates(self, d_w: Any, d_l: Any) -> Rates:
+        """Each rate, in the one of two ways to write it that cancels less, with the size of the terms that its error is relative to.
+
+        Subtracting gradients before they are multiplied keeps digits of the rate, but not those that the gradients themselves lack: the error
+        stays relative to their norms, unless the numbers are given as they are.
+        """
         ip, w2, l2 = self._tensors()
         c_w, c_l = self._coefficients(d_w, d_l)
         norms = w2.sqrt() * l2.sqrt()
@@ -187,7 +207,8 @@ class GradientGeometry:
             near_l = c_w.abs() * l2.sqrt() * apart + (c_w - c_l).abs() * l2
             rate_w = torch.where(near_w < bound_w, c_l * gap_w + (c_w - c_l) * w2, rate_w)
             rate_l = torch.where(near_l < bound_l, c_w * gap_l + (c_w - c_l) * l2, rate_l)
-            bound_w, bound_l = torch.minimum(near_w, bound_w), torch.minimum(near_l, bound_l)
+            if self.exact:
+                bound_w, bound_l = torch.minimum(near_w, bound_w), torch.minimum(near_l, bound_l)
         return (rate_w, bound_w), (rate_l, bound_l)
 
     def _as_given(self, tensor: Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def loss_table(
     if not -1 <= cosine <= 1 or min(norms) <= 0:
         raise ConfigError(f"cosine={cosine} must be in [-1, 1] and both norms {norms} above 0")
     one = [torch.tensor([x], dtype=torch.float64) for x in (*logps, *reference, *lengths)]
-    inputs = MarginInputs(*one)
+    inputs = replace(MarginInputs(*one), context_chosen=torch.zeros(1, dtype=torch.float64))
     product = torch.tensor([cosine * norms[0] * norms[1]], dtype=torch.float64)
     squares = [torch.tensor([norm**2], dtype=torch.float64) for norm in norms]
     geometry = GradientGeometry(product, squares[0], squares[1])

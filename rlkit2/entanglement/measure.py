@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from rlkit2.entanglement.gradients import (
     Score,
     cross_inner,
     ghost_gradients,
+    gradient_bytes,
     head_gradients,
     head_states,
     inner_with,
@@ -37,6 +38,7 @@ from rlkit2.entanglement.gradients import (
     vmap_gradients,
 )
 from rlkit2.entanglement.scores import (
+    PairBatch,
     PairLike,
     Rows,
     SequenceScore,
@@ -50,7 +52,38 @@ METHODS = ("loop", "vmap", "ghost", "sketch", "head")
 VMAP_BYTES = 2**28
 """What the gradients of one microbatch of vmap may take where no microbatch is given."""
 
+GHOST_BYTES = 2**27
+"""What the gradients of one microbatch of ghost may take where no microbatch is given."""
+MANY_NUMBERS = 2**20
+MOST_BYTES = 2**31
+"""Gradients kept at once (for a Gram matrix, the token products, a probe) may take this much; beyond it sketches are kept, or tokens left out."""
+
+Measured = TypeVar("Measured")
 GroupBy = str | Callable[[str], str] | None
+
+
+class Sizes(TypedDict, total=False):
+    """How much is measured at a time and kept.
+
+    Attributes:
+        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap and `GHOST_BYTES` for ghost, all for head.
+        sketch_dim: numbers per sketch; default 1024.
+        seed: of the sketch; default 0.
+    """
+
+    microbatch: int | None
+    sketch_dim: int
+    seed: int
+
+
+class Settings(Sizes, total=False):
+    """How gradients are measured: what `pair_geometry`, `gram_matrix`, `update_alignment` and `PairGradients` have in common.
+
+    Attributes:
+        method: see the table in this module; default "loop".
+    """
+
+    method: str
 
 
 def pair_geometry(
@@ -58,12 +91,9 @@ def pair_geometry(
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
     *,
-    method: str = "loop",
     group_by: GroupBy = None,
-    microbatch: int | None = None,
-    sketch_dim: int = 1024,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Unpack[Settings],
 ) -> GradientGeometry:
     """Inner products of the gradients of the chosen's and the rejected's score, for every pair.
 
@@ -72,12 +102,9 @@ def pair_geometry(
             and sketch), or one such function per side.
         params: parameters that gradients are taken of, by name; None: those of `logp`. A tied tensor counts once.
         batch: P pairs: a `PairBatch`, `(chosen, rejected)` rows, or one mapping of 2P rows, the chosen first.
-        method: see the table in this module.
         group_by: also give the parts by "layer", by "parameter", or by a function of the parameter's name.
-        microbatch: pairs at a time; default: 1 for loop and sketch, what fits `VMAP_BYTES` for vmap, all for ghost and head.
-        sketch_dim: numbers per sketch.
-        seed: of the sketch.
         progress: called with (pairs done, all pairs).
+        settings: `method`, `microbatch`, `sketch_dim`, `seed`: see `Settings`.
 
     Returns:
         Numbers `[P]` (`[S, P]` where every parameter has a leading seed axis and the score is `[S]`).
@@ -85,11 +112,11 @@ def pair_geometry(
     Raises:
         ConfigError: an unknown method, one that the model does not allow, an empty completion, or a log-probability that is not finite.
     """
-    meter = _Meter(logp, params, batch, method, sketch_dim, seed)
+    meter = _Meter(logp, params, batch, **settings)
     _grouping(group_by)
     chunks: list[dict[str, Tensor]] = []
     with meter.ready():
-        for chosen, rejected in meter.chunks(microbatch):
+        for chosen, rejected in meter.chunks():
             chunks.append(_products(*meter.both(chosen, rejected)))
             if progress:
                 progress(sum(chunk[next(iter(chunk))].shape[-1] for chunk in chunks), len(meter.batch))
@@ -114,17 +141,18 @@ def _geometry(meter: _Meter, by_parameter: Mapping[str, Tensor], group_by: Group
 
 def _products(chosen: Gradients, rejected: Gradients) -> dict[str, Tensor]:
     """`[inner, sqnorm_w, sqnorm_l, gap_w, gap_l]` of a chunk by parameter, each `[5, ..., P]`."""
-    found: dict[str, Tensor] = {}
-    for name, g_w in chosen.items():
-        g_l = rejected[name]
-        products = [paired_inner(g_w, g_l), paired_inner(g_w, g_w), paired_inner(g_l, g_l)]
-        if isinstance(g_w, Tensor) and isinstance(g_l, Tensor):
-            apart = g_w - g_l
-            products += [paired_inner(g_w, apart), paired_inner(g_l, apart)]
-        else:
-            products += [products[1] - products[0], products[0] - products[2]]
-        found[name] = torch.stack(products)
-    return found
+    return {name: _five(g_w, rejected[name]) for name, g_w in chosen.items()}
+
+
+def _five(g_w: Tensor | Factors, g_l: Tensor | Factors) -> Tensor:
+    if isinstance(g_w, Tensor) and isinstance(g_l, Tensor):
+        if g_w.ndim == 2 and len(g_w) > 1 and g_w.numel() > MANY_NUMBERS:  # the products themselves take memory
+            return torch.cat([_five(g_w[i : i + 1], g_l[i : i + 1]) for i in range(len(g_w))], -1)
+        apart = g_w - g_l
+        sides = ((g_w, g_l), (g_w, g_w), (g_l, g_l), (g_w, apart), (g_l, apart))
+        return torch.stack([paired_inner(*both) for both in sides])
+    products = [paired_inner(*both) for both in ((g_w, g_l), (g_w, g_w), (g_l, g_l))]
+    return torch.stack([*products, products[1] - products[0], products[0] - products[2]])
 
 
 class PairGradients:
@@ -138,14 +166,15 @@ class PairGradients:
         logp: Score | tuple[Score, Score],
         params: Mapping[str, Tensor] | None,
         batch: PairLike,
-        *,
-        method: str = "loop",
-        microbatch: int | None = None,
-        sketch_dim: int = 1024,
-        seed: int = 0,
+        **settings: Unpack[Settings],
     ) -> None:
-        self._meter = _Meter(logp, params, batch, method, sketch_dim, seed)
-        self.chosen, self.rejected = self._meter.all_gradients(microbatch)
+        self._meter = _Meter(logp, params, batch, **settings)
+        self.chosen, self.rejected = self._meter.all_gradients()
+
+    @property
+    def method(self) -> str:
+        """How they were taken."""
+        return self._meter.method
 
     def geometry(self, group_by: GroupBy = None) -> GradientGeometry:
         """The geometry of every pair."""
@@ -186,20 +215,14 @@ def gram_matrix(
     logp: Score | tuple[Score, Score],
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
-    *,
-    method: str = "loop",
-    microbatch: int | None = None,
-    sketch_dim: int = 1024,
-    seed: int = 0,
+    **settings: Unpack[Settings],
 ) -> Tensor:
     """Inner products of all gradients, `[2P, 2P]` (or `[S, 2P, 2P]`), the P chosen first. Memory: see `PairGradients`.
 
     Raises:
         ConfigError: see `pair_geometry`.
     """
-    return PairGradients(
-        logp, params, batch, method=method, microbatch=microbatch, sketch_dim=sketch_dim, seed=seed
-    ).gram()
+    return PairGradients(logp, params, batch, **settings).gram()
 
 
 def update_alignment(
@@ -207,9 +230,7 @@ def update_alignment(
     params: Mapping[str, Tensor] | None,
     batch: PairLike,
     delta: Mapping[str, Tensor],
-    *,
-    method: str = "loop",
-    microbatch: int | None = None,
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, Tensor]:
     """First-order change of every chosen and rejected score under a real change of the parameters: `<g, delta>`, `[P]` each.
 
@@ -221,9 +242,27 @@ def update_alignment(
     Raises:
         ConfigError: a parameter's change is missing or has another shape; see also `pair_geometry`.
     """
-    if method not in ("loop", "vmap", "ghost"):
-        raise ConfigError(f"method={method!r} of update_alignment must be loop, vmap or ghost")
-    return PairGradients(logp, params, batch, method=method, microbatch=microbatch).along(delta)
+    if settings.get("method", "loop") not in ("loop", "vmap", "ghost"):
+        raise ConfigError(f"method={settings['method']!r} of update_alignment must be loop, vmap or ghost")
+    return PairGradients(logp, params, batch, **settings).along(delta)
+
+
+def automatic(measure: Callable[[str], Measured], method: str) -> Measured:
+    """What `measure(method)` gives; for "auto" that of ghost where the model allows it, else of loop."""
+    if method != "auto":
+        return measure(method)
+    try:
+        return measure("ghost")
+    except ConfigError:
+        return measure("loop")
+
+
+def pair_gradients(logp: SequenceScore, batch: PairLike, method: str, **sizes: Unpack[Sizes]) -> PairGradients:
+    """`PairGradients` of the score's own parameters; `method` may be "auto": ghost or loop as `automatic`, sketch beyond `MOST_BYTES`."""
+    pairs = as_pair_batch(batch)
+    if method == "auto" and 2 * len(pairs) * gradient_bytes(logp.params, _length(pairs)) > MOST_BYTES:
+        method = "sketch"
+    return automatic(lambda name: PairGradients(logp, None, batch, method=name, **sizes), method)
 
 
 def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike) -> Tensor:
@@ -232,7 +271,7 @@ def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch:
     `h` are the last hidden states that predict completion tokens (Razin et al. 2024, "Unintentional unalignment"). It only ranks
     pairs: the higher, the more the chosen is likely to fall.
     """
-    meter = _Meter(logp, params, batch, "head")
+    meter = _Meter(logp, params, batch, method="head")
     sums = []
     with meter.ready():
         for side in (meter.batch.chosen, meter.batch.rejected):
@@ -249,13 +288,17 @@ class _Meter:
         logp: Score | tuple[Score, Score],
         params: Mapping[str, Tensor] | None,
         batch: PairLike,
-        method: str,
+        *,
+        method: str = "loop",
+        microbatch: int | None = None,
         sketch_dim: int = 1024,
         seed: int = 0,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-        self.method = method
+        if microbatch is not None and microbatch < 1:
+            raise ConfigError(f"microbatch={microbatch} must be at least 1")
+        self.method, self.microbatch = method, microbatch
         self.scores = logp if isinstance(logp, tuple) else (logp, logp)
         sequence = [score for score in self.scores if isinstance(score, SequenceScore)]
         if method in ("ghost", "head") and len(sequence) < 2:
@@ -292,14 +335,18 @@ class _Meter:
         """Evaluation mode for the time of the measurement."""
         return evaluation_mode(*self.modules) if self.modules else nullcontext()
 
-    def chunks(self, microbatch: int | None) -> Iterator[tuple[Rows, Rows]]:
+    def chunks(self) -> Iterator[tuple[Rows, Rows]]:
         """The pairs, `microbatch` at a time."""
+        microbatch = self.microbatch
         if microbatch is None:
             bytes_per_pair = 2 * 4 * sum(p.numel() for p in self.params.values())
-            fits = max(1, VMAP_BYTES // max(1, bytes_per_pair))
-            microbatch = {"loop": 1, "sketch": 1, "vmap": fits}.get(self.method, len(self.batch))
-        if microbatch < 1:
-            raise ConfigError(f"microbatch={microbatch} must be at least 1")
+            ghost = 2 * gradient_bytes(self.params, _length(self.batch))
+            microbatch = {
+                "loop": 1,
+                "sketch": 1,
+                "vmap": max(1, VMAP_BYTES // max(1, bytes_per_pair)),
+                "ghost": max(1, GHOST_BYTES // max(1, ghost)),
+            }.get(self.method, len(self.batch))
         for start in range(0, len(self.batch), microbatch):
             part = self.batch.select(slice(start, start + microbatch))
             yield part.chosen, part.rejected
@@ -328,11 +375,11 @@ class _Meter:
         found = self.gradients({name: torch.cat([chosen[name], rejected[name]]) for name in chosen}, 0)
         return _some_rows(found, slice(0, count)), _some_rows(found, slice(count, None))
 
-    def all_gradients(self, microbatch: int | None) -> tuple[Gradients, Gradients]:
+    def all_gradients(self) -> tuple[Gradients, Gradients]:
         """Gradients of all rows of both sides."""
         sides: tuple[list[Gradients], list[Gradients]] = ([], [])
         with self.ready():
-            for chunk in self.chunks(microbatch):
+            for chunk in self.chunks():
                 for side, found in zip(sides, self.both(*chunk), strict=True):
                     side.append(found)
         return _joined_rows(sides[0]), _joined_rows(sides[1])
@@ -351,23 +398,25 @@ class _Meter:
         self._verified = True
 
 
+def _length(batch: PairBatch) -> int:
+    """Tokens or steps of the longest row."""
+    return max(x.shape[1] if x.ndim > 1 else 1 for rows in (batch.chosen, batch.rejected) for x in rows.values())
+
+
 def _some_rows(gradients: Gradients, rows: slice) -> Gradients:
-    return {
-        name: Factors(g.left[rows], g.right[rows]) if isinstance(g, Factors) else g[rows]
-        for name, g in gradients.items()
-    }
+    return {name: g.select(rows) if isinstance(g, Factors) else g[rows] for name, g in gradients.items()}
 
 
 def _joined_rows(chunks: list[Gradients]) -> Gradients:
-    """Chunks of rows behind each other; factors of chunks with other lengths are padded with zeros, which add nothing."""
+    """Chunks of rows behind each other."""
     joined: Gradients = {}
     for name in chunks[0]:
         pieces = [chunk[name] for chunk in chunks]
-        if isinstance(pieces[0], Factors):
-            factors = [p for p in pieces if isinstance(p, Factors)]
-            joined[name] = Factors(torch.cat([f.left for f in factors]), torch.cat([f.right for f in factors]))
+        factors = [p for p in pieces if isinstance(p, Factors)]
+        if len(factors) == len(pieces) and len({f.parts[0].right.shape[1] for f in factors}) == 1:
+            joined[name] = Factors.stacked(factors)
         else:
-            joined[name] = torch.cat([p for p in pieces if isinstance(p, Tensor)])
+            joined[name] = torch.cat([p.dense() if isinstance(p, Factors) else p for p in pieces])
     return joined
 
 
@@ -445,7 +494,7 @@ def _token_gradients(
     logp: SequenceScore, params: Mapping[str, Tensor] | None, batch: PairLike, pair: int, sides: set[str]
 ) -> dict[str, Tensor]:
     """`[T, D]` gradients of the counted terms of one pair, per side."""
-    meter = _Meter(logp, params, batch, "loop")
+    meter = _Meter(logp, params, batch)
     if not 0 <= pair < len(meter.batch):
         raise ConfigError(f"pair={pair} is not one of the batch's {len(meter.batch)} pairs")
     one = meter.batch.select(slice(pair, pair + 1))

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlkit2.entanglement.geometry import GradientGeometry
 from rlkit2.entanglement.scores import PairBatch
 from rlkit2.errors import ConfigError
-from rlkit2.losses.margin_base import softplus
 
 SMALLEST_NORM = 1e-12
 LONGEST_STEP = 10.0
@@ -240,47 +239,3 @@ def _common_subsequence(first: list[int], second: list[int]) -> list[tuple[int, 
         else:
             j += 1
     return found
-
-
-class TokenMask(nn.Module):
-    """A learned mask in (0, 1) per token from its hidden state, open at the start.
-
-    Sparsity-regularised masking is named by Yuan et al. 2024; the form here is our own.
-
-    Args:
-        hidden_size: width of the hidden states.
-    """
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, 2.0)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[..., T, hidden]` to `[..., T]`."""
-        mask: Tensor = self.gate(hidden).squeeze(-1).sigmoid()
-        return mask
-
-
-def masked_dpo_loss(
-    ratios: tuple[Tensor, Tensor],
-    completion: tuple[Tensor, Tensor],
-    masks: tuple[Tensor, Tensor],
-    *,
-    beta: float = 0.1,
-    sparsity: float = 0.01,
-) -> Tensor:
-    """DPO on masked sums of token log-ratios plus `sparsity` times the mean mask, `[P]`.
-
-    Args:
-        ratios: token log-ratios to the reference of chosen and rejected, `[P, T]` each.
-        completion: 1 on completion tokens, `[P, T]` each.
-        masks: token masks in [0, 1], `[P, T]` each (`TokenMask`, or `differing_tokens`).
-    """
-    sums, share = [], []
-    for ratio, tokens, mask in zip(ratios, completion, masks, strict=True):
-        weight = tokens.to(ratio.dtype) * mask
-        sums.append((ratio * weight).sum(-1))
-        share.append(weight.sum(-1) / tokens.sum(-1).clamp(min=1))
-    return softplus(-beta * (sums[0] - sums[1])) + sparsity * (share[0] + share[1]) / 2

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlkit2.entanglement.geometry import GradientGeometry, batch_rates
-from rlkit2.entanglement.measure import PairGradients
+from rlkit2.entanglement.measure import PairGradients, Sizes, pair_gradients
 from rlkit2.entanglement.mitigation import MITIGATIONS, group_coefficients, mask_shared_tokens
-from rlkit2.entanglement.scores import PairBatch, PairLike, SequenceScore, as_pair_batch, evaluation_mode
+from rlkit2.entanglement.scores import (
+    PairBatch,
+    PairLike,
+    SequenceScore,
+    as_pair_batch,
+    evaluation_mode,
+    margin_inputs,
+    sums_of_sides,
+)
 from rlkit2.entanglement.summary import entanglement_report
 from rlkit2.errors import ConfigError
 from rlkit2.losses.margin import MarginInputs, MarginLoss, get_margin_loss
@@ -31,8 +39,10 @@ class EntanglementProbe:
         batch: the pairs.
         loss: name or object of the margin loss that is trained.
         hyperparameters: of the loss.
-        reference: reference scores `(chosen, rejected)`, `[P]` each, for losses that need them; "initial": the scores of the model now.
-        method: loop, vmap, ghost or sketch; "auto": ghost where the model allows it, else loop.
+        reference: reference scores `(chosen, rejected)`, `[P]` each, for losses that need them; a function that gives them, asked at every
+            measurement; "initial": the scores of the model now.
+        method: loop, vmap, ghost or sketch; "auto": see `pair_gradients`.
+        microbatch: pairs at a time; default: see `pair_geometry`.
         sketch_dim: for the sketch.
         dry_run: remedies of `REMEDIES` whose effect is predicted each time.
         group_by: also report parts, see `pair_geometry`.
@@ -48,21 +58,19 @@ class EntanglementProbe:
         loss: str | MarginLoss,
         *,
         hyperparameters: Mapping[str, Any] | None = None,
-        reference: tuple[Tensor, Tensor] | str | None = None,
+        reference: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | str | None = None,
         method: str = "auto",
+        microbatch: int | None = None,
         sketch_dim: int = 1024,
         dry_run: Sequence[str] = ("normalised", "band", "likelihood"),
         group_by: str | None = None,
     ) -> None:
-        unknown = [name for name in dry_run if name not in REMEDIES]
-        if unknown:
-            raise ConfigError(f"unknown remedy {unknown[0]!r}; known: {', '.join(REMEDIES)}")
-        if method not in ("auto", "loop", "vmap", "ghost", "sketch"):
-            raise ConfigError(f"method={method!r} of a probe must be auto, loop, vmap, ghost or sketch")
+        self.check_choices(method, dry_run)
         self.logp = logp
         self.batch = logp.prepare(as_pair_batch(batch))
         self.loss = get_margin_loss(loss).bind(**(hyperparameters or {}))
-        self.method, self.sketch_dim = method, sketch_dim
+        self.method = method
+        self._sizes: Sizes = {"microbatch": microbatch, "sketch_dim": sketch_dim}
         self.dry_run, self.group_by = tuple(dry_run), group_by
         if reference == "initial":
             reference = self.scores()
@@ -76,25 +84,38 @@ class EntanglementProbe:
         self.reference = reference
         self._held: PairGradients | None = None
         self._start: dict[str, Tensor] = {}
+        self._context_step: dict[str, Tensor] = {}
         self._scores: tuple[Tensor, Tensor] | None = None
+        self._inputs: MarginInputs | None = None
+
+    @staticmethod
+    def check_choices(method: str, dry_run: Sequence[str]) -> None:
+        """Refuse an unknown method or remedy.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        unknown = [name for name in dry_run if name not in REMEDIES]
+        if unknown:
+            raise ConfigError(f"unknown remedy {unknown[0]!r}; known: {', '.join(REMEDIES)}")
+        if method not in ("auto", "loop", "vmap", "ghost", "sketch"):
+            raise ConfigError(f"method={method!r} of a probe must be auto, loop, vmap, ghost or sketch")
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and the rejected now, `[P]` each."""
-        with torch.no_grad(), evaluation_mode(self.logp.module):
-            sides = [self.logp.sums(self.logp.params, rows) for rows in (self.batch.chosen, self.batch.rejected)]
-        return sides[0], sides[1]
+        return sums_of_sides(self.logp, self.batch, self._sizes.get("microbatch"))
 
-    def coefficients(self, scores: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`(d_w, d_l)` of the loss at these scores."""
-        lengths = [self.logp.mask(rows).sum(-1) for rows in (self.batch.chosen, self.batch.rejected)]
-        reference = self.reference if self.reference is not None else (None, None)
-        d_w, d_l = self.loss.coefficients(MarginInputs(*scores, *reference, *lengths))
-        return d_w, d_l
+    def inputs(self, scores: tuple[Tensor, Tensor]) -> MarginInputs:
+        """What the loss sees at these scores and the present parameters."""
+        reference = self.reference() if callable(self.reference) else self.reference
+        return margin_inputs(self.logp, self.batch, self.loss, scores, reference)
 
     def before(self) -> None:
         """Take the gradients at the present parameters."""
         self._scores = self.scores()
+        self._inputs = self.inputs(self._scores)
         self._held = self._gradients(self.batch)
+        self._context_step = self._context(self._inputs)
         self._start = {name: p.detach().clone() for name, p in self.logp.params.items()}
 
     def after(self, *, step: int | None = None, lr: float | None = None) -> dict[str, Any]:
@@ -103,21 +124,23 @@ class EntanglementProbe:
         Raises:
             ConfigError: `before()` was not called.
         """
-        if self._held is None or self._scores is None:
+        if self._held is None or self._scores is None or self._inputs is None:
             raise ConfigError("EntanglementProbe.after() needs before() in front of the optimiser's step")
         held, scores = self._held, self._scores
         now = self.scores()
         realised = now[0] - scores[0], now[1] - scores[1]
         delta = {name: p.detach() - self._start[name] for name, p in self.logp.params.items()}
         predicted = held.along(delta)
-        d_w, d_l = self.coefficients(scores)
+        d_w, d_l = self.loss.coefficients(self._inputs)
         geometry, gram = held.geometry(self.group_by), held.gram()
+        outside = held.along(self._context_step) if self._context_step else None
         report = entanglement_report(
             geometry,
             (d_w, d_l),
             gram=gram,
             optimizer=predicted,
             realised=realised,
+            outside=outside,
             pairwise=self.loss.name != "aot_unpaired",
         )
         record = {
@@ -134,24 +157,38 @@ class EntanglementProbe:
                 "optimizer": [side.tolist() for side in predicted],
                 "realised": [side.tolist() for side in realised],
             },
-            "dry_run": {name: self._try(name, held, geometry, gram, (d_w, d_l)) for name in self.dry_run},
+            "dry_run": {name: self._try(name, held, geometry, gram, (d_w, d_l), outside) for name in self.dry_run},
         }
-        self._held, self._scores, self._start = None, None, {}
+        self._held, self._scores, self._inputs, self._start = None, None, None, {}
         return record
 
+    def _context(self, inputs: MarginInputs) -> dict[str, Tensor]:
+        """The direction in which a loss that counts the prompts' likelihood moves the parameters for their sake, per unit of learning rate."""
+        if not self.loss.needs_context:
+            return {}
+        rows = self.batch.chosen
+        first = rows["completion_mask"].long().argmax(1, keepdim=True)
+        prompt = torch.arange(rows["input_ids"].shape[1], device=first.device)[None] < first
+        leaves = {name: p.detach().requires_grad_() for name, p in self.logp.params.items()}
+        with evaluation_mode(self.logp.module), torch.enable_grad():
+            terms = self.logp.terms(leaves, {**rows, "completion_mask": prompt.long()})
+            mean = terms.sum() / (inputs.len_chosen + inputs.context_chosen).sum()
+            found = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
     def _gradients(self, batch: PairBatch) -> PairGradients:
-        if self.method == "auto":
-            try:
-                found = PairGradients(self.logp, None, batch, method="ghost")
-            except ConfigError:
-                self.method = "loop"
-            else:
-                self.method = "ghost"
-                return found
-        return PairGradients(self.logp, None, batch, method=self.method, sketch_dim=self.sketch_dim)
+        found = pair_gradients(self.logp, batch, self.method, **self._sizes)
+        self.method = found.method
+        return found
 
     def _try(
-        self, name: str, held: PairGradients, geometry: GradientGeometry, gram: Tensor, own: tuple[Tensor, Tensor]
+        self,
+        name: str,
+        held: PairGradients,
+        geometry: GradientGeometry,
+        gram: Tensor,
+        own: tuple[Tensor, Tensor],
+        outside: tuple[Tensor, Tensor] | None,
     ) -> dict[str, float]:
         """What a step on the batch would do with a remedy in place."""
         if name == "token_mask":
@@ -163,6 +200,8 @@ class EntanglementProbe:
             remedy = MITIGATIONS.get(name)
             found = batch_rates(gram, *(remedy(geometry, *own) if remedy else group_coefficients(gram, *own)))
             chosen, rejected = found.chosen, found.rejected
+        if outside is not None:
+            chosen, rejected = chosen + outside[0], rejected + outside[1]
         return {
             "rate_chosen": float(chosen.mean()),
             "rate_rejected": float(rejected.mean()),

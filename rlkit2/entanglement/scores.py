@@ -7,6 +7,7 @@ a margin loss. It is functional in the parameters, so gradients can be taken per
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlkit2.errors import ConfigError
+from rlkit2.losses.margin import MarginInputs, MarginLoss
 
 Rows = Mapping[str, Tensor]
 """Named tensors whose first axis counts sequences."""
@@ -129,6 +131,9 @@ class SequenceScore:
         mask: `rows -> [B, T]`, which terms count.
         prepare: checks rows and brings them into the form that `function` expects; run once per measurement.
         head: the output layer (language models only).
+        collisions: `(module, rows) -> [B]`, sum over counted tokens of `log sum_v p(v)^2` (language models only; WPO's weights need it).
+        hidden: `(module, rows) -> [B, T-1, d]`, what enters the output layer where its outputs are the logits themselves: with it the ghost method
+            never holds the logits of more than one row.
     """
 
     module: nn.Module
@@ -137,6 +142,15 @@ class SequenceScore:
     mask: Callable[[Rows], Tensor]
     prepare: Callable[[PairBatch], PairBatch] = field(default=lambda batch: batch)
     head: nn.Module | None = None
+    collisions: Callable[[nn.Module, Rows], Tensor] | None = None
+    hidden: Callable[[nn.Module, Rows], Tensor] | None = None
+
+    def hidden_states(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        """What enters the output layer, `[B, T-1, d]`."""
+        assert self.hidden is not None
+        named = {f"module.{name}": value for name, value in params.items()}
+        states: Tensor = functional_call(_Bound(self.module, self.hidden), named, (rows,))
+        return states
 
     def terms(self, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
         """One term per token or step, `[B, T]`."""
@@ -152,6 +166,50 @@ class SequenceScore:
         return self.sums(params, {name: value.unsqueeze(0) for name, value in item.items()}).squeeze(0)
 
 
+def sums_of_sides(score: SequenceScore, batch: PairBatch, microbatch: int | None = None) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and the rejected of prepared pairs at the score's own parameters, `[P]` each, `microbatch` pairs at a time."""
+    size = microbatch or len(batch)
+    with torch.no_grad(), evaluation_mode(score.module):
+        found = [
+            torch.cat(
+                [
+                    score.sums(score.params, {name: tensor[start : start + size] for name, tensor in rows.items()})
+                    for start in range(0, len(batch), size)
+                ]
+            )
+            for rows in (batch.chosen, batch.rejected)
+        ]
+    return found[0], found[1]
+
+
+def margin_inputs(
+    score: SequenceScore,
+    batch: PairBatch,
+    loss: MarginLoss,
+    sums: tuple[Tensor, Tensor],
+    reference: tuple[Tensor, Tensor] | None,
+) -> MarginInputs:
+    """What a loss may see of these (prepared) pairs: their scores, reference scores, lengths, and what else this loss needs.
+
+    Raises:
+        ConfigError: the loss needs what only language models have.
+    """
+    sides = batch.chosen, batch.rejected
+    more: dict[str, Tensor] = {}
+    if (loss.needs_collision or loss.needs_context) and score.collisions is None:
+        raise ConfigError(f"loss {loss.name} needs a language model: give a score made by causal_lm_logp")
+    if loss.needs_collision and score.collisions is not None:
+        with torch.no_grad(), evaluation_mode(score.module):
+            found = [score.collisions(score.module, rows) for rows in sides]
+        more |= {"collision_chosen": found[0], "collision_rejected": found[1]}
+    if loss.needs_context:
+        mask = score.mask(batch.chosen)
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        more["context_chosen"] = (places * mask).amax(1) - mask.sum(1)
+    lengths = [score.mask(rows).sum(-1) for rows in sides]
+    return MarginInputs(*sums, *(reference or (None, None)), *lengths, **more)
+
+
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Dropout off and every submodule's training flag restored afterwards."""
@@ -163,6 +221,29 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in flags:
             submodule.training = training
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Random states, training flags, gradients and what requires them are afterwards as before, whatever happens."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    flags = [(module, module.training) for module in modules]
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()] if modules else []
+    devices = sorted(
+        {p.device.index for p, _, _ in parameters if p.device.type == "cuda" and p.device.index is not None}
+    )
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            for module, training in flags:
+                module.training = training
+            for p, gradient, requires in parameters:
+                p.grad = gradient
+                p.requires_grad_(requires)
 
 
 def chosen_parameters(module: nn.Module, parameters: str | Iterable[str] = "trainable") -> dict[str, Tensor]:
@@ -225,8 +306,9 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         parameters: "trainable", "all" or names.
     """
     known = _forward_arguments(model)
+    config = getattr(model, "config", None)
 
-    def function(module: nn.Module, rows: Rows) -> Tensor:
+    def outputs(module: nn.Module, rows: Rows) -> Tensor:
         ids = rows["input_ids"]
         # explicit position rows keep the sequences apart in every layer; the cache would only cost memory
         arguments: dict[str, Any] = {"input_ids": ids} if "input_ids" in known else {}
@@ -234,11 +316,26 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         if "use_cache" in known:
             arguments["use_cache"] = False
+        if "attention_mask" in known and getattr(config, "pad_token_id", None) is not None:
+            # without a mask such models look through the ids for padding, which vmap does not allow; all rows begin with their tokens.
+            # Made of the shape alone: a mask that depends on the ids would be looked through too
+            arguments["attention_mask"] = torch.ones(ids.shape, dtype=torch.long, device=ids.device)
         output = module(**arguments) if "input_ids" in known else module(ids)
         logits: Tensor = getattr(output, "logits", output)[:, :-1]
+        return logits
+
+    def log_probabilities(module: nn.Module, rows: Rows) -> Tensor:
+        logits = outputs(module, rows)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return logits.log_softmax(-1)
+
+    def function(module: nn.Module, rows: Rows) -> Tensor:
+        logp = log_probabilities(module, rows).gather(-1, rows["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
         return logp * rows["completion_mask"][:, 1:].to(logp.dtype)
+
+    def collisions(module: nn.Module, rows: Rows) -> Tensor:
+        squares = (2 * log_probabilities(module, rows)).logsumexp(-1)
+        return (squares * rows["completion_mask"][:, 1:].to(squares.dtype)).sum(-1)
 
     any_model: Any = model
     head = (
@@ -246,16 +343,48 @@ def causal_lm_logp(model: nn.Module, *, parameters: str | Iterable[str] = "train
         if hasattr(model, "get_output_embeddings")
         else getattr(model, "lm_head", None)
     )
+
+    def hidden(module: nn.Module, rows: Rows) -> Tensor:
+        with _passing_on(head):
+            return outputs(module, rows)
+
     return SequenceScore(
         module=model,
         function=function,
         params=chosen_parameters(model, parameters),
+        hidden=hidden if _gives_logits(head, config) else None,
         mask=lambda rows: rows["completion_mask"][:, 1:].bool(),
         prepare=lambda batch: PairBatch(
-            _right_padded(batch.chosen, "chosen"), _right_padded(batch.rejected, "rejected")
+            _right_padded(batch.chosen, "chosen", config), _right_padded(batch.rejected, "rejected", config)
         ),
         head=head,
+        collisions=collisions,
     )
+
+
+def _gives_logits(head: Any, config: Any) -> bool:
+    """Whether the outputs of the output layer are the logits, neither scaled nor capped."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = (
+        [name for name in vars(text) if "softcap" in name or "logit_scal" in name or "logits_scal" in name]
+        if text
+        else []
+    )
+    return type(head) is nn.Linear and all(getattr(text, name) in (None, 1, 1.0) for name in names)
+
+
+@contextmanager
+def _passing_on(layer: Any) -> Iterator[None]:
+    """For the time of a forward pass the layer returns what it is given."""
+    own = vars(layer).get("forward")
+    layer.forward = lambda x: x
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
 def _forward_arguments(model: nn.Module) -> frozenset[str]:
@@ -264,7 +393,7 @@ def _forward_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters)
 
 
-def _right_padded(rows: Rows, side: str) -> dict[str, Tensor]:
+def _right_padded(rows: Rows, side: str, config: Any = None) -> dict[str, Tensor]:
     """`input_ids` and `completion_mask` with every row's padding on the right and no column that is padding everywhere."""
     for name in ("input_ids", "completion_mask"):
         if name not in rows:
@@ -272,6 +401,8 @@ def _right_padded(rows: Rows, side: str) -> dict[str, Tensor]:
                 f"{side} rows have no {name}: a language-model pair needs input_ids and completion_mask [P, T]"
             )
     ids, completion = rows["input_ids"], rows["completion_mask"].long()
+    if "attention_mask" not in rows:
+        _refuse_left_padding(ids, side, config)
     attended = rows["attention_mask"].long() if "attention_mask" in rows else torch.ones_like(ids)
     attended = attended | completion
     order = attended.argsort(dim=1, descending=True, stable=True)
@@ -283,6 +414,22 @@ def _right_padded(rows: Rows, side: str) -> dict[str, Tensor]:
             f"{side} completion of pair {int(empty[0])} is empty: drop the pair or check the completion mask"
         )
     return {"input_ids": ids, "completion_mask": completion}
+
+
+def _refuse_left_padding(ids: Tensor, side: str, config: Any) -> None:
+    """Without an attention mask, tokens in front count as context: refuse rows that begin as padded ones do."""
+    starts = (ids == ids[:, :1]).long().cumprod(1).sum(1)  # how often each row's first token stands at its beginning
+    pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
+    if pad is not None:
+        suspect = (ids[:, 0] == pad) & ((starts > 1) | torch.tensor(pad != bos, device=ids.device))
+    else:  # the padding token is not known: rows of different runs of the 0 that arrays are commonly padded with
+        runs = torch.where(ids[:, 0] == 0, starts, 0)
+        suspect = (runs > 1) & (runs != runs.min())
+    if bool(suspect.any()):
+        row = int(suspect.long().argmax())
+        raise ConfigError(
+            f"{side} row {row} begins with token {int(ids[row, 0])} as if padded on the left, and no attention_mask says so: give attention_mask"
+        )
 
 
 def sequence_reward(model: nn.Module, *, parameters: str | Iterable[str] = "trainable") -> SequenceScore:

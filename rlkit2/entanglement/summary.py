@@ -27,6 +27,7 @@ def entanglement_report(
     gram: Any = None,
     optimizer: tuple[Any, Any] | None = None,
     realised: tuple[Any, Any] | None = None,
+    outside: tuple[Any, Any] | None = None,
     pairwise: bool = True,
 ) -> dict[str, Any]:
     """Summarise how a loss moves both log-probabilities of every pair.
@@ -40,6 +41,8 @@ def entanglement_report(
         gram: inner products of all gradients, `[2P, 2P]`: adds what a step on the whole batch does, own and cross parts.
         optimizer: `update_alignment(...)` of the optimiser's step, `[P]` each.
         realised: real change of chosen and rejected, `[P]` each.
+        outside: rates, `[P]` each, that come from terms of the loss outside all completions (the prompts' likelihood of ORPO), for the batch
+            meter.
         pairwise: False for losses that give up the pairs' identity (`aot_unpaired`): leaves the per-pair meter out.
 
     Returns:
@@ -60,6 +63,7 @@ def entanglement_report(
                     gram=None if gram is None else gram[s],
                     optimizer=None if optimizer is None else (optimizer[0][s], optimizer[1][s]),
                     realised=None if realised is None else (realised[0][s], realised[1][s]),
+                    outside=None if outside is None else (outside[0][s], outside[1][s]),
                     pairwise=pairwise,
                 )
                 for s in seeds
@@ -67,7 +71,7 @@ def entanglement_report(
         }
     d_w, d_l = (d.expand(ip.shape) for d in (d_w, d_l))
     regime = torch.as_tensor(geometry.regime(d_w, d_l))
-    meters = _meters(geometry, d_w, d_l, gram, optimizer, realised, pairwise)
+    meters = _meters(geometry, d_w, d_l, gram, optimizer, realised, outside, pairwise)
     report: dict[str, Any] = {
         "pairs": len(geometry),
         "method": geometry.method,
@@ -108,7 +112,7 @@ def _seed(geometry: GradientGeometry, index: int) -> GradientGeometry:
         pick(geometry.gap_l),
         parts={name: _seed(part, index) for name, part in geometry.parts.items()},
         method=geometry.method,
-        relative_error=geometry.relative_error,
+        relative_error=None if geometry.exact else geometry.relative_error,
         parameters=geometry.parameters,
     )
 
@@ -120,6 +124,7 @@ def _meters(
     gram: Any,
     optimizer: tuple[Any, Any] | None,
     realised: tuple[Any, Any] | None,
+    outside: tuple[Any, Any] | None,
     pairwise: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(chosen, rejected) of every meter whose numbers are there."""
@@ -129,7 +134,8 @@ def _meters(
         found["pair"] = torch.as_tensor(rate_w), torch.as_tensor(rate_l)
     if gram is not None:
         rates = batch_rates(torch.as_tensor(gram), d_w, d_l)
-        found["batch"] = rates.chosen, rates.rejected
+        more = outside or (0.0, 0.0)
+        found["batch"] = rates.chosen + more[0], rates.rejected + more[1]
     for name, change in (("optimizer", optimizer), ("realised", realised)):
         if change is not None:
             sides = torch.as_tensor(change[0]).detach(), torch.as_tensor(change[1]).detach()

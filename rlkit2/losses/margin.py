@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError
 from rlkit2.losses.margin_base import MarginInputs, MarginLoss, Terms
-from rlkit2.losses.margin_table import MARGIN_LOSSES
+from rlkit2.losses.margin_table import MARGIN_LOSSES, alpha_reward, f_score
 
 __all__ = [
     "MARGIN_LOSSES",
@@ -37,7 +37,10 @@ __all__ = [
     "margin_coefficients",
     "margin_loss",
     "mixture",
+    "on_alpha_reward",
+    "on_f_divergence",
     "weighted",
+    "wpo",
     "wpo_weight",
 ]
 
@@ -113,6 +116,8 @@ def mixture(
         source="MPO (Wang et al. 2024, arXiv 2411.10442): weighted sum of preference, quality and generation losses",
         needs_reference=any(loss.needs_reference for loss, _ in bound),
         needs_lengths=any(loss.needs_lengths for loss, _ in bound),
+        needs_collision=any(loss.needs_collision for loss, _ in bound),
+        needs_context=any(loss.needs_context for loss, _ in bound),
         couples_batch=any(loss.couples_batch for loss, _ in bound),
     )
 
@@ -130,11 +135,77 @@ def weighted(loss: str | MarginLoss, weight: Callable[[MarginInputs], Tensor] | 
 
 
 def wpo_weight(inputs: MarginInputs) -> Tensor:
-    """`p_w p_l` with `p` the geometric mean probability per token (WPO, Zhou et al. 2024, without the alignment term)."""
+    """WPO's weight `w_w w_l` of a pair (Zhou et al. 2024, arXiv 2406.11827, eq. 2), `[..., P]`.
+
+    `w = exp(mean_t [log p_t - log sum_v p_t(v)^2])` where the inputs hold `collision_*`, else without the second term (not aligned).
+    """
     if inputs.len_chosen is None:
         raise ConfigError("WPO weighting needs len_chosen and len_rejected")
-    weight: Tensor = (inputs.a / inputs.len_chosen + inputs.b / inputs.len_rejected).exp()
+    sides = [inputs.a, inputs.b]
+    if inputs.collision_chosen is not None:
+        sides = [inputs.a - inputs.collision_chosen, inputs.b - inputs.collision_rejected]
+    weight: Tensor = (sides[0] / inputs.len_chosen + sides[1] / inputs.len_rejected).exp()
     return weight
+
+
+def wpo(loss: str | MarginLoss) -> MarginLoss:
+    """The loss with WPO's aligned weights (TRL's `use_weighting`); the inputs must hold lengths and `collision_*`.
+
+    Raises:
+        ConfigError: a loss that couples the batch, whose terms do not belong to one pair each.
+    """
+    base = get_margin_loss(loss)
+    if base.couples_batch:
+        raise ConfigError(f"loss {base.name} couples the batch: WPO's weights per pair cannot be put on it")
+    return replace(weighted(base, wpo_weight), name=f"wpo {base.name}", needs_lengths=True, needs_collision=True)
+
+
+def on_f_divergence(loss: str | MarginLoss, divergence: str, *, alpha: float = 0.5) -> MarginLoss:
+    """Any loss of the log-ratios with f-DPO's scores in their place (Wang et al. 2023, arXiv 2309.16240); see `f_score`.
+
+    Raises:
+        ConfigError: a loss without reference, or an unknown divergence.
+    """
+    base = get_margin_loss(loss)
+    if not base.needs_reference:
+        raise ConfigError(f"loss {base.name} has no reference: an f-divergence needs one")
+    f_score(divergence, torch.zeros(1), alpha)
+
+    def scores(x: MarginInputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        (score_w, slope_w), (score_l, slope_l) = (f_score(divergence, r, alpha) for r in (x.ratio_w, x.ratio_l))
+        return (x.ref_chosen + score_w, slope_w), (x.ref_rejected + score_l, slope_l)
+
+    return _on_scores(base, scores, f"{base.name} on {divergence}")
+
+
+def on_alpha_reward(loss: str | MarginLoss, alpha: float) -> MarginLoss:
+    """A reference-free loss with AlphaPO's reward `(1 - p^-alpha)/alpha` in place of `log p` (Gupta et al. 2025): of the token mean where the loss is
+    length-normalised, else of the sum.
+    """
+    base = get_margin_loss(loss)
+
+    def scores(x: MarginInputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        sizes = (x.len_chosen, x.len_rejected) if base.needs_lengths else (1, 1)
+        found = [(alpha_reward(logp / size, alpha), size) for logp, size in zip((x.a, x.b), sizes, strict=True)]
+        first, second = ((reward * size, slope) for (reward, slope), size in found)
+        return first, second
+
+    return _on_scores(base, scores, f"{base.name} on alpha rewards")
+
+
+def _on_scores(
+    base: MarginLoss,
+    scores: Callable[[MarginInputs], tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+    name: str,
+) -> MarginLoss:
+    """The loss of other scores in place of both log-probabilities; `scores` gives each with its slope, and coefficients follow the chain rule."""
+
+    def terms(x: MarginInputs, **hyperparameters: Any) -> Terms:
+        (score_w, slope_w), (score_l, slope_l) = scores(x)
+        value, d_w, d_l = base.terms(replace(x, logp_chosen=score_w, logp_rejected=score_l), **hyperparameters)
+        return value, d_w * slope_w, d_l * slope_l
+
+    return replace(base, name=name, terms=terms, ratio=f"{base.ratio}, times the scores' slopes", aliases=())
 
 
 def length_desensitized_logp(token_logps: Tensor, mask: Tensor, other_length: Tensor, ld_alpha: float) -> Tensor:

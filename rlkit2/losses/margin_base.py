@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +29,9 @@ class MarginInputs:
     """What a margin loss may look at: tensors or numpy arrays of shape `[P]` or `[S, P]`.
 
     `logp_*` and `ref_*` are log-probabilities SUMMED over the completion (also for length-normalised losses), `len_*` the numbers of
-    completion tokens (at least 1). The kind that is given is the kind that comes back.
+    completion tokens (at least 1). Few losses need more: `collision_*` is the sum over completion tokens of `log sum_v p(v)^2` (at most 0),
+    `context_chosen` the number of tokens before the chosen completion that the likelihood counts too (at least 0). The kind that is given
+    is the kind that comes back.
 
     Raises:
         ConfigError: shapes differ, a value is NaN or infinite, or a length is below 1.
@@ -41,10 +43,13 @@ class MarginInputs:
     ref_rejected: Any = None
     len_chosen: Any = None
     len_rejected: Any = None
+    collision_chosen: Any = None
+    collision_rejected: Any = None
+    context_chosen: Any = None
     from_numpy: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        names = ("logp_chosen", "logp_rejected", "ref_chosen", "ref_rejected", "len_chosen", "len_rejected")
+        names = [item.name for item in fields(self) if item.init]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         object.__setattr__(self, "from_numpy", not any(isinstance(value, Tensor) for value in given.values()))
         first = torch.as_tensor(self.logp_chosen)
@@ -57,7 +62,7 @@ class MarginInputs:
                     f"{name} has shape {tuple(tensor.shape)} but logp_chosen {tuple(first.shape)}: give one number per pair"
                 )
             object.__setattr__(self, name, tensor)
-        for name in ("ref", "len"):
+        for name in ("ref", "len", "collision"):
             if (getattr(self, f"{name}_chosen") is None) != (getattr(self, f"{name}_rejected") is None):
                 raise ConfigError(f"only one of {name}_chosen and {name}_rejected is given: give both or none")
         if not torch.compiler.is_compiling():
@@ -118,6 +123,8 @@ class MarginLoss:
     source: str
     needs_reference: bool = False
     needs_lengths: bool = False
+    needs_collision: bool = False
+    needs_context: bool = False
     couples_batch: bool = False
     aliases: tuple[str, ...] = ()
 
@@ -151,6 +158,10 @@ class MarginLoss:
             )
         if self.needs_lengths and inputs.len_chosen is None:
             raise ConfigError(f"loss {self.name} is length-normalised: give len_chosen and len_rejected")
+        if self.needs_collision and inputs.collision_chosen is None:
+            raise ConfigError(f"loss {self.name} is weighted as in WPO: give collision_chosen and collision_rejected")
+        if self.needs_context and inputs.context_chosen is None:
+            raise ConfigError(f"loss {self.name} counts the prompt's tokens too: give context_chosen")
         return self.terms(inputs, **complete)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from rlkit2.errors import ConfigError
 from rlkit2.losses.margin_base import MarginInputs, MarginLoss, Terms, softplus
 
 MARGIN_LOSSES: dict[str, MarginLoss] = {}
@@ -41,6 +42,7 @@ def _loss(
             source=source,
             needs_reference="reference" in needs,
             needs_lengths="lengths" in needs,
+            needs_context="context" in needs,
             couples_batch=couples_batch,
             aliases=aliases,
         )
@@ -255,26 +257,45 @@ def _apo_down(x: MarginInputs, beta: Any) -> Terms:
     return torch.sigmoid(r_w) + torch.sigmoid(-z), d_l - beta * _sigmoid_slope(r_w), d_l
 
 
+def _largest_exponent(like: Tensor) -> float:
+    return math.log(torch.finfo(like.dtype).max) - 10
+
+
 def _capped_exp(exponent: Tensor) -> Tensor:
-    return exponent.clamp(max=math.log(torch.finfo(exponent.dtype).max) - 10).exp()
-
-
-# f-DPO: f'(pi/pi0) and its slope as functions of the log-ratio
-_F_SCORES: dict[str, Callable[[Tensor, Any], tuple[Tensor, Tensor]]] = {
-    "forward_kl": lambda r, _: (1 - _capped_exp(-r), _capped_exp(-r)),
-    "js_divergence": lambda r, _: (math.log(2) + logsigmoid(r), torch.sigmoid(-r)),
-    "alpha_divergence": lambda r, alpha: (
-        (_capped_exp((alpha - 1) * r) - 1) / (alpha - 1),
-        _capped_exp((alpha - 1) * r),
-    ),
-}
+    return exponent.clamp(max=_largest_exponent(exponent)).exp()
 
 
 def _f_dpo(x: MarginInputs, beta: Any, divergence: str, alpha: Any = None) -> Terms:
-    (score_w, slope_w), (score_l, slope_l) = (_F_SCORES[divergence](r, alpha) for r in (x.ratio_w, x.ratio_l))
+    (score_w, slope_w), (score_l, slope_l) = (f_score(divergence, r, alpha) for r in (x.ratio_w, x.ratio_l))
     z = beta * (score_w - score_l)
     k = beta * torch.sigmoid(-z)
     return softplus(-z), k * slope_w, k * slope_l
+
+
+def f_score(divergence: str, ratio: Tensor, alpha: Any = 0.5) -> tuple[Tensor, Tensor]:
+    """f-DPO's score `f'(pi/pi0)` of a log-ratio to the reference, and its slope (Wang et al. 2023).
+
+    Args:
+        divergence: "reverse_kl" (the log-ratio itself), "forward_kl", "js_divergence" or "alpha_divergence" (whose limit at alpha 1 is reverse KL
+            and at alpha 0 forward KL).
+        alpha: of the last, any number.
+
+    Raises:
+        ConfigError: no such divergence.
+    """
+    if divergence == "forward_kl":
+        return 1 - _capped_exp(-ratio), _capped_exp(-ratio)
+    if divergence == "js_divergence":
+        return math.log(2) + logsigmoid(ratio), torch.sigmoid(-ratio)
+    if divergence == "alpha_divergence" and alpha != 1:
+        power = (alpha - 1) * ratio
+        # past the cap the value stays and so does the slope: exp(power) - 1 loses all digits near alpha = 1, expm1 none
+        return torch.expm1(power.clamp(max=_largest_exponent(power))) / (alpha - 1), _capped_exp(power)
+    if divergence in ("reverse_kl", "alpha_divergence"):
+        return ratio, torch.ones_like(ratio)
+    raise ConfigError(
+        f"unknown divergence {divergence!r}; choose one of: reverse_kl, forward_kl, js_divergence, alpha_divergence"
+    )
 
 
 @_loss(
@@ -356,15 +377,22 @@ def _simpo(x: MarginInputs, beta: Any, gamma: Any, label_smoothing: Any) -> Term
     beta=0.1,
     gamma=0.5,
     alpha=0.0,
+    label_smoothing=0.0,
 )
-def _alphapo(x: MarginInputs, beta: Any, gamma: Any, alpha: Any) -> Terms:
-    mean_w, mean_l = x.a / x.len_chosen, x.b / x.len_rejected
+def _alphapo(x: MarginInputs, beta: Any, gamma: Any, alpha: Any, label_smoothing: Any) -> Terms:
+    (reward_w, slope_w), (reward_l, slope_l) = (
+        alpha_reward(mean, alpha) for mean in (x.a / x.len_chosen, x.b / x.len_rejected)
+    )
+    value, k = _smoothed(beta * (reward_w - reward_l) - gamma, beta, label_smoothing)
+    return value, k * slope_w / x.len_chosen, k * slope_l / x.len_rejected
+
+
+def alpha_reward(logp: Tensor, alpha: Any) -> tuple[Tensor, Tensor]:
+    """AlphaPO's reward `(1 - p^-alpha)/alpha` of a log-probability, and its slope `p^-alpha`; alpha 0 is the log-probability itself."""
     if alpha == 0:
-        return _simpo(x, beta, gamma, 0.0)
-    power_w, power_l = _capped_exp(-alpha * mean_w), _capped_exp(-alpha * mean_l)
-    z = beta * (power_l - power_w) / alpha - gamma
-    k = beta * torch.sigmoid(-z)
-    return softplus(-z), k * power_w / x.len_chosen, k * power_l / x.len_rejected
+        return logp, torch.ones_like(logp)
+    power = -alpha * logp
+    return -torch.expm1(power.clamp(max=_largest_exponent(power))) / alpha, _capped_exp(power)
 
 
 @_loss(
@@ -381,25 +409,44 @@ def _rrhf(x: MarginInputs, lam: Any) -> Terms:
 
 
 def _log_odds(mean_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """`log p/(1-p)` and `1-p` of `p = e^mean_logp`, for p up to 1 - eps."""
-    mean_logp = mean_logp.clamp(max=-torch.finfo(mean_logp.dtype).eps)
-    rest = -torch.expm1(mean_logp)
-    return mean_logp - rest.log(), rest
+    """`log p/(1-p)` of `p = e^mean_logp` and its slope `1/(1-p)`; for p above 1 - eps the value stays, so its slope is 0."""
+    largest = -torch.finfo(mean_logp.dtype).eps
+    inside = mean_logp.clamp(max=largest)
+    rest = -torch.expm1(inside)
+    return inside - rest.log(), torch.where(mean_logp <= largest, 1 / rest, 0)
+
+
+def _odds_ratio(x: MarginInputs, lam: Any) -> Terms:
+    (odds_w, slope_w), (odds_l, slope_l) = _log_odds(x.a / x.len_chosen), _log_odds(x.b / x.len_rejected)
+    z = odds_w - odds_l
+    k = lam * torch.sigmoid(-z)
+    return lam * softplus(-z), k * slope_w / x.len_chosen, k * slope_l / x.len_rejected
 
 
 @_loss(
     "orpo",
     needs="lengths",
     ratio="[1 + lam s(-z)/(1-p_w)] (1-p_l) n_l / (lam s(-z) n_w)",
-    source="Hong et al. 2024 (lam is TRL's beta)",
+    source="Hong et al. 2024 (lam is TRL's beta); every pair's likelihood per token of its own completion",
     lam=0.1,
 )
 def _orpo(x: MarginInputs, lam: Any) -> Terms:
-    mean_w = x.a / x.len_chosen
-    (odds_w, rest_w), (odds_l, rest_l) = _log_odds(mean_w), _log_odds(x.b / x.len_rejected)
-    z = odds_w - odds_l
-    k = lam * torch.sigmoid(-z)
-    return -mean_w + lam * softplus(-z), (1 + k / rest_w) / x.len_chosen, k / rest_l / x.len_rejected
+    value, d_w, d_l = _odds_ratio(x, lam)
+    return value - x.a / x.len_chosen, d_w + 1 / x.len_chosen, d_l
+
+
+@_loss(
+    "orpo_batch",
+    needs="lengths context",
+    couples_batch=True,
+    ratio="as orpo, with P / (tokens of all prompts and chosen completions) in place of 1/n_w",
+    source="TRL's ORPO: the likelihood is the mean over all tokens of the batch's prompts and chosen completions",
+    lam=0.1,
+)
+def _orpo_batch(x: MarginInputs, lam: Any) -> Terms:
+    value, d_w, d_l = _odds_ratio(x, lam)
+    scale = x.a.shape[-1] / (x.len_chosen + x.context_chosen).sum(-1, keepdim=True)
+    return value - scale * x.a, d_w + scale, d_l
 
 
 # --- reference-free losses on sums -----------------------------------------------------------------------------------------------

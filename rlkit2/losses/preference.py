@@ -34,7 +34,7 @@ def bradley_terry_loss(
         `[..., P]`.
 
     Raises:
-        ConfigError: shapes differ or `label_mass` is a number outside [0, 1].
+        ConfigError: shapes differ or a `label_mass` is NaN or outside [0, 1] (on an accelerator the device stops instead).
     """
     (first, second), numpy = _pair(return_w, return_l)
     y = _mass(label_mass, first)
@@ -146,12 +146,20 @@ def _pair(first: Any, second: Any) -> tuple[tuple[Tensor, Tensor], bool]:
     return tensors, numpy
 
 
+_BAD_MASS = "label_mass must be in [0, 1] everywhere: it is the probability that the second segment is preferred"
+
+
 def _mass(label_mass: Any, like: Tensor) -> Tensor:
-    if isinstance(label_mass, float | int) and not 0.0 <= label_mass <= 1.0:
-        raise ConfigError(
-            f"label_mass={label_mass} must be in [0, 1]: the probability that the second segment is preferred"
-        )
-    return torch.as_tensor(label_mass, dtype=like.dtype, device=like.device)
+    """The labels as a tensor, checked without waiting for the device: an accelerator stops by itself at a bad label."""
+    y = torch.as_tensor(label_mass, dtype=like.dtype, device=like.device)
+    try:
+        torch._assert_async(((y >= 0) & (y <= 1)).all(), _BAD_MASS)
+    except RuntimeError as error:
+        if _BAD_MASS in str(error):
+            given = f"; label_mass={label_mass}" if isinstance(label_mass, float | int) else ""
+            raise ConfigError(_BAD_MASS + given) from error
+        # inside torch.func.vmap values cannot be looked at
+    return y
 
 
 def _as_given(tensor: Tensor, numpy: bool) -> Any:

@@ -137,13 +137,19 @@ class ScriptedTeacher:
             seed: of the noise and the mistakes.
 
         Raises:
-            ConfigError: shapes differ, or a threshold has no unit, or a negative one.
+            ConfigError: shapes differ, a reward is not finite, or a threshold has no unit, or a negative one.
         """
         first, second = (np.asarray(rewards, dtype=np.float64) for rewards in (rewards_1, rewards_2))
         if first.shape != second.shape or first.ndim != 2:
             raise ConfigError(
                 f"step rewards have shapes {first.shape} and {second.shape}; both must be [pairs, steps], cut to one length"
             )
+        for name, rewards in (("rewards_1", first), ("rewards_2", second)):
+            odd = ~np.isfinite(rewards).all(1)
+            if odd.any():
+                raise ConfigError(
+                    f"{name} of query {int(odd.argmax())} hold NaN or infinite rewards: a teacher cannot compare them, leave the segment out"
+                )
         skip, equal = self._threshold("skip", average), self._threshold("equal", average)
         sums = first.sum(1), second.sum(1)
         generator = np.random.default_rng(seed)

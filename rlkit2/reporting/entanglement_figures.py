@@ -19,7 +19,7 @@ from rlkit2.reporting.report import STYLE, html_table
 from rlkit2.training.run_files import write_atomically
 
 Record = Mapping[str, Any]
-COLORS = {"ideal": "C2", "both_down": "C3", "both_up": "C1", "inverted": "C4", "still": "0.6"}
+COLORS = {"ideal": "C2", "both_down": "C3", "both_up": "C1", "inverted": "C4", "still": "0.6", "undecided": "0.8"}
 BINS = np.linspace(-1, 1, 41)
 
 

@@ -82,6 +82,57 @@ def test_model(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+_SAY = {"role": "user", "content": "<bos> the film"}
+_ANSWER = {"role": "assistant", "content": "positive"}
+_GOOD = {"prompt": "<bos> the film <answer>", "chosen": " positive", "rejected": " negative"}
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"prompt": "a", "chosen": [_SAY, _ANSWER], "rejected": [_SAY, _SAY]}], "line 1: field 'prompt' is not what the messages"),
+    ([{"prompt": _SAY["content"], "chosen": [_SAY, _ANSWER], "rejected": [_SAY, {**_ANSWER, "content": "negative"}]}], "no chat_template"),
+    ([{**_GOOD, "prompt": [_SAY]}], "line 1: field 'chosen' is a text but the prompt is a list of chat messages"),
+    ([_GOOD, {**_GOOD, "chosen": None}], "line 2: field 'chosen' is null"),
+    ([_GOOD, {**_GOOD, "prompt": 7}], "line 2: field 'prompt' is a number"),
+    ([{**_GOOD, "chosen": " positive" * 40}], "pair 0 (chosen) has 45 tokens but the model 32 positions"),
+    ([{**_GOOD, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, _GOOD], "line 2: field 'ref_chosen_logps' stands in only some rows"),
+    ([_GOOD, [1]], "line 2 is a list"),
+    ([{**_GOOD, "prompt": ""}], None),
+    ([_GOOD], None),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["lm", "rm"])
+def test_rows_of_every_shape_are_read_or_one_line(capsys, tmp_path, rows, message, kind):
+    pytest.importorskip("transformers")
+    from tests.entanglement.tiny_trl import gpt2, tokenizer
+
+    gpt2(labels=1 if kind == "rm" else None).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    loss = "bradley_terry" if kind == "rm" else "dpo"
+    capsys.readouterr()
+    code = main(
+        [
+            "entangle",
+            "model",
+            "--model",
+            str(tmp_path / "model"),
+            "--pairs",
+            str(pairs),
+            "--out",
+            str(tmp_path / "out"),
+            "--loss",
+            loss,
+        ]
+    )
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if message is None:
+        assert code == 0 or "is empty" in error or "reward" in error
+    else:
+        assert code == 2
+        assert message in error.replace("\n", " ")
+
+
 def test_help(capsys):
     assert main(["entangle"]) == 2
     assert main(["entangle", "--help"]) == 0

@@ -1,8 +1,10 @@
 """The callback with the real trainers of TRL on a tiny model made on the spot."""
 
 import copy
+import importlib
 import json
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -11,54 +13,18 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from rlkit2.entanglement.callback import loss_from_arguments, refuse_partial_weights  # noqa: E402
-from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, read_pairs, token_rows  # noqa: E402
-from rlkit2.entanglement.probe import REMEDIES  # noqa: E402
+from rlkit2.entanglement.callback import EntanglementWarning  # noqa: E402
+from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, token_rows  # noqa: E402
+from rlkit2.entanglement.probe import REMEDIES, EntanglementProbe  # noqa: E402
 from rlkit2.entanglement.scores import as_pair_batch  # noqa: E402
+from rlkit2.entanglement.trainers import loss_from_arguments, refuse_partial_weights  # noqa: E402
 from rlkit2.errors import ConfigError, DatasetError  # noqa: E402
 from rlkit2.losses.margin import MarginInputs  # noqa: E402
 from rlkit2.preferences import EntanglementCallback  # noqa: E402
 from rlkit2.preferences.entanglement import causal_lm_logp  # noqa: E402
-from tests.entanglement.tiny_trl import gpt2, text_pairs, tokenizer  # noqa: E402
+from tests.entanglement.tiny_trl import gpt2, make_trainer, text_pairs, tokenizer, training_state  # noqa: E402
 
-COMMON = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "seed": 0,
-    "max_steps": 4,
-}
-
-
-def _trainer(kind, folder, callbacks=(), **options):
-    """A trainer of TRL; its configuration and class move between releases."""
-    model, reference = gpt2(labels=1 if kind == "Reward" else None), gpt2()
-    module = trl
-    if kind in ("CPO", "ORPO"):
-        module = pytest.importorskip(f"trl.experimental.{kind.lower()}")
-    arguments = {**COMMON, **options}
-    config = getattr(module, f"{kind}Config")(output_dir=str(folder), **arguments)
-    extra = {"ref_model": reference} if kind == "DPO" else {}
-    return getattr(module, f"{kind}Trainer")(
-        model=model,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(text_pairs(32)),
-        processing_class=tokenizer(),
-        callbacks=list(callbacks),
-        **extra,
-    )
-
-
-def _states(trainer):
-    """Everything that training depends on."""
-    state = {f"p/{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
-    for i, slots in enumerate(trainer.optimizer.state.values()):
-        state |= {f"o/{i}/{name}": torch.as_tensor(x).clone() for name, x in slots.items()}
-    return {**state, "rng": torch.get_rng_state()}
+_trainer, _states = make_trainer, training_state
 
 
 def _lines(folder):
@@ -80,7 +46,7 @@ def test_dpo_training_is_bit_identical_with_the_callback(tmp_path, method):
         )
         trainer = _trainer("DPO", tmp_path / name, [callback] if name == "with" else [], **options)
         trainer.train()
-        found.append({**_states(trainer), "python": torch.tensor(random.getstate()[1])})
+        found.append(_states(trainer))
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
         assert torch.equal(tensor, found[1][key]), key
@@ -141,7 +107,7 @@ def test_gradients_and_modes_are_untouched(tmp_path):
 def test_other_trainers(tmp_path, kind):
     _trainer(kind, tmp_path, [EntanglementCallback(every=2, pairs=3)], max_steps=2, logging_steps=1).train()
     (line,) = _lines(tmp_path)
-    assert line["loss"] == {"CPO": "1*cpo+1*sft", "ORPO": "orpo", "Reward": "bradley_terry"}[kind]
+    assert line["loss"] == {"CPO": "1*cpo+1*sft", "ORPO": "orpo_batch", "Reward": "bradley_terry"}[kind]
     predicted, real = (np.array(line["changes"][name]) for name in ("optimizer", "realised"))
     assert np.abs(predicted - real).max() < 0.25 * np.abs(real).max() + 1e-3
 
@@ -240,19 +206,39 @@ def test_a_merging_tokenizer_and_other_bad_pairs_are_refused(tmp_path):
         encode_pairs(words, [good], max_length=4)
     with pytest.raises(DatasetError, match="no prompt_ids"):
         token_rows([{"chosen_ids": [1]}])
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(good) + "\n{}\n")
-    with pytest.raises(DatasetError, match="line 2 has no 'prompt'"):
-        read_pairs(path)
-    assert read_pairs(path, 1) == [good]
 
 
-def test_unpaired_data_and_unknown_losses_are_refused(tmp_path):
-    callback = EntanglementCallback(dataset=[{"prompt": "a", "completion": "b", "label": True}])
-    with pytest.raises(DatasetError, match="unpaired and no prompt has"):
-        _trainer("DPO", tmp_path, [callback]).train()
-    with pytest.raises(ConfigError, match="cannot make pairs of rows with text"):
-        _trainer("DPO", tmp_path, [EntanglementCallback(dataset=[{"text": "a"}])]).train()
+@pytest.mark.parametrize(
+    ("dataset", "reason"),
+    [
+        ([{"prompt": "a", "completion": "b", "label": True}], "unpaired and no prompt has"),
+        ([{"text": "a"}], "cannot make pairs of rows with text"),
+        ([{"prompt_ids": [1], "chosen_ids": [999], "rejected_ids": [2]}], "beyond the model's vocabulary"),
+        ([{"prompt_ids": [4] * 40, "chosen_ids": [5], "rejected_ids": [6]}], "41 tokens but the model 32 positions"),
+        ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "prompt of pair 0 is int"),
+        ([{"prompt": "a", "chosen": None, "rejected": "b"}], "chosen of pair 0 is null"),
+        ([{"prompt": [{"role": "user", "content": "a"}], "chosen": "x", "rejected": "y"}], "prompt of chat messages but chosen is text"),
+        ([1, 2], "cannot make pairs of int rows"),
+        (7, "cannot take pairs from int"),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_bad_pairs_switch_the_callback_off_and_the_training_goes_on(tmp_path, dataset, reason):
+    callback = EntanglementCallback(every=1, dataset=dataset)
+    trainer = _trainer("DPO", tmp_path, [callback], max_steps=1, max_length=None)
+    if reason is None:  # an empty dataset: the next source is taken
+        trainer.train()
+        assert callback.off is None
+        return
+    with pytest.warns(EntanglementWarning, match=reason) as said:
+        trainer.train()
+    assert len([w for w in said if w.category is EntanglementWarning]) == 1
+    assert reason in callback.off
+    assert trainer.state.global_step == 1
+    assert not (tmp_path / "entanglement.jsonl").exists()
+
+
+def test_kto_and_unknown_trainers(tmp_path):
     rows = [
         {"prompt": p, "completion": c, "label": w}
         for p, c, w in (("a", "x", True), ("b", "y", True), ("a", "z", False))
@@ -268,9 +254,177 @@ def test_unpaired_data_and_unknown_losses_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot tell the loss from SFTConfig"):
         loss_from_arguments(trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     with pytest.raises(ConfigError, match="unknown remedy 'magic'"):
-        _trainer("DPO", tmp_path, [EntanglementCallback(dry_run=("magic",))]).train()
+        EntanglementCallback(dry_run=("magic",))
     with pytest.raises(ConfigError, match="every=0"):
         EntanglementCallback(every=0)
-    bad = [{"prompt_ids": [1], "chosen_ids": [999], "rejected_ids": [2]}]
-    with pytest.raises(ConfigError, match="beyond the model's vocabulary"):
-        _trainer("DPO", tmp_path, [EntanglementCallback(dataset=bad)]).train()
+    with pytest.raises(ConfigError, match="reference='final'"):
+        EntanglementCallback(reference="final")
+
+
+# --- nothing ends a training -----------------------------------------------------------------------------------------------------
+
+_FAULTS = [
+    ("rlkit2.entanglement.callback", name)
+    for name in ("calling_trainer", "refuse_partial_weights", "loss_from_arguments", "refuse_router_loss", "trained_pairs", "check_vocabulary",
+                 "check_positions", "causal_lm_logp", "sums_of_sides", "EntanglementProbe", "CoefficientCheck", "log_values", "_rows", "_score",
+                 "RowForm.of")
+] + [
+    ("rlkit2.entanglement.probe", name)
+    for name in ("pair_gradients", "entanglement_report", "margin_inputs", "batch_rates", "EntanglementProbe.before", "EntanglementProbe.after",
+                 "EntanglementProbe.scores", "EntanglementProbe.inputs", "EntanglementProbe._try")
+] + [
+    ("rlkit2.entanglement.trainer_check", f"CoefficientCheck.{name}")
+    for name in ("compare", "close", "_forward", "_keep_tokens", "_completions", "_pairs")
+] + [("rlkit2.entanglement.callback", f"EntanglementCallback.{name}") for name in ("_choose", "_reference", "_scorer", "_keep_lines",
+                                                                                       "_hold_against_trainer")]  # fmt: skip
+
+
+_DROPOUT = {"max_steps": 2, "logging_steps": 1, "disable_dropout": False}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    trainer = _trainer("DPO", tmp_path_factory.mktemp("plain"), **_DROPOUT, reference=gpt2(dropout=0.0))
+    trainer.train()
+    return _states(trainer)
+
+
+@pytest.mark.parametrize(("module", "name"), _FAULTS)
+def test_a_fault_anywhere_is_one_warning_and_the_training_is_the_same(tmp_path, monkeypatch, undisturbed, module, name):
+    """The fault also leaves random states, modes and gradients behind as it should not."""
+    home = importlib.import_module(module)
+    *owner, last = name.split(".")
+    target = getattr(home, owner[0]) if owner else home
+    calls = []
+
+    def fault(*args, **kwargs):
+        calls.append(name)
+        torch.rand(3)
+        random.random()
+        np.random.rand(2)  # noqa: NPY002
+        trainer.model.eval()
+        for p in trainer.model.parameters():
+            p.grad = None
+            p.requires_grad_(False)
+        raise IndexError("index 40 is out of range")
+
+    callback = EntanglementCallback(every=1, pairs=2)
+    trainer = _trainer("DPO", tmp_path, [callback], **_DROPOUT, reference=gpt2(dropout=0.0))
+    monkeypatch.setattr(target, last, fault)
+    with pytest.warns(EntanglementWarning, match="IndexError: index 40 is out of range") as said:
+        trainer.train()
+    assert calls
+    assert len([w for w in said if w.category is EntanglementWarning]) == 1
+    assert callback.off is not None
+    assert callback.probe is None
+    state = _states(trainer)
+    for key, tensor in undisturbed.items():
+        assert torch.equal(tensor, state[key]), key
+
+
+def test_warnings_that_are_errors_end_no_training_either(tmp_path, capsys):
+    callback = EntanglementCallback(dataset=[{"text": "a"}])
+    trainer = _trainer("DPO", tmp_path, [callback], max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EntanglementWarning)
+        trainer.train()
+    assert "cannot make pairs of rows with text" in capsys.readouterr().err
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("DPO", {"max_length": 12}), ("DPO", {"max_length": 12, "truncation_mode": "keep_end"}), ("DPO", {"max_length": None}),
+    ("CPO", {"max_length": 12}), ("ORPO", {"max_length": 13}), ("Reward", {"max_length": 16}), ("Reward", {}),
+])  # fmt: skip
+@pytest.mark.parametrize("given", ["texts", "training data", "evaluation data"])
+def test_rows_are_those_of_the_trainers_own_batches(tmp_path, kind, options, given):
+    texts = [pair for suffix in (6, 1, 4) for pair in text_pairs(2, suffix=suffix, seed=suffix)]
+    callback = EntanglementCallback(every=1, pairs=4, dataset=texts if given == "texts" else None)
+    others = text_pairs(8, seed=3)
+    trainer = _trainer(kind, tmp_path, [callback], train=texts if given == "training data" else others,
+                       evaluation=texts if given == "evaluation data" else None, max_steps=1, disable_dropout=True,
+                       eval_strategy="no", per_device_eval_batch_size=6, **options)  # fmt: skip
+    kept = []
+    monkey = EntanglementProbe.__init__
+
+    def spy(self, *args, **kwargs):
+        monkey(self, *args, **kwargs)
+        kept.append(self.batch)
+
+    EntanglementProbe.__init__ = spy
+    try:
+        trainer.train()
+    finally:
+        EntanglementProbe.__init__ = monkey
+    assert callback.off is None, callback.off
+    assert callback._origin == {"texts": "dataset"}.get(given, given)
+    source = trainer.train_dataset
+    if given != "training data":
+        evaluation = datasets.Dataset.from_list(texts)
+        source = _trainer(kind, tmp_path / "again", train=texts, **options).train_dataset
+        assert len(source) <= len(evaluation)
+    rows = [source[i] for i in range(min(4, len(source)))]
+    names = ("chosen_ids", "rejected_ids", "prompt_ids")
+    if kind in ("DPO", "Reward"):
+        rows = [{k: row[k] for k in names if k in row} for row in rows]
+    batch = trainer.data_collator(rows)
+    for side, name in enumerate(("chosen", "rejected")):
+        ours = (kept[0].chosen, kept[0].rejected)[side]
+        if kind in ("CPO", "ORPO"):
+            theirs = [r[r != -100].tolist() for r in batch[f"{name}_labels"]]
+        else:
+            half = {k: v.chunk(2)[side] for k, v in batch.items()}
+            mask = half.get("completion_mask", half["attention_mask"]).bool()
+            theirs = [ids[m].tolist() for ids, m in zip(half["input_ids"], mask, strict=True)]
+        mask = ours.get("completion_mask", ours.get("attention_mask")).bool()
+        assert [ids[m].tolist() for ids, m in zip(ours["input_ids"], mask, strict=True)] == theirs
+
+
+def test_a_reference_that_moves_is_followed_or_refused(tmp_path):
+    options = {
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 1.0,
+        "max_steps": 3,
+        "disable_dropout": True,
+        "learning_rate": 1e-2,
+    }
+    moving, still = (EntanglementCallback(every=1, pairs=2) for _ in range(2))
+    _trainer("DPO", tmp_path / "a", [moving], **options).train()
+    _trainer("DPO", tmp_path / "b", [still], **{**options, "sync_ref_model": False}).train()
+    assert [line["per_pair"]["d_w"] for line in _lines(tmp_path / "a")] == [
+        pytest.approx([0.05] * 2, abs=1e-7)
+    ] * 3  # the reference is the policy at every step
+    last = _lines(tmp_path / "b")[-1]["per_pair"]["d_w"]
+    assert max(abs(d - 0.05) for d in last) > 1e-5
+    refused = EntanglementCallback(every=1, pairs=2, reference="initial")
+    with pytest.warns(EntanglementWarning, match="sync_ref_model moves the reference"):
+        _trainer("DPO", tmp_path / "c", [refused], **options).train()
+
+
+def test_orpo_batch_meter_is_the_step_on_the_trainers_loss(tmp_path):
+    """A plain gradient step on ORPO's loss of the measured pairs changes them as the batch meter says."""
+    pairs = text_pairs(4, suffix=4)
+    callback = EntanglementCallback(every=1, pairs=4, dataset=pairs)
+    options = {
+        "optim": "sgd",
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "lr_scheduler_type": "constant",
+        "disable_dropout": True,
+    }
+    _trainer("ORPO", tmp_path, [callback], train=pairs, **options).train()
+    (line,) = _lines(tmp_path)
+    for side in ("chosen", "rejected"):
+        assert 1e-3 * line["meters"]["batch"][side] == pytest.approx(line["meters"]["optimizer"][side], rel=1e-3)
+
+
+def test_labels_that_are_ignored_in_the_middle_do_not_count():
+    rows = [{"prompt_input_ids": [1, 4], "chosen_input_ids": [1, 4, 5, 6, 7, 8], "chosen_labels": [-100, -100, 5, -100, 7, 8],
+             "rejected_input_ids": [1, 4, 9], "rejected_labels": [-100, -100, 9]}]  # fmt: skip
+    batch = token_rows(rows)
+    assert batch.chosen["completion_mask"].tolist() == [[0, 0, 1, 0, 1, 1]]
+    assert batch.rejected["completion_mask"].tolist() == [[0, 0, 1]]

@@ -1,12 +1,13 @@
 """Thresholds, regimes and rates as properties; closed forms of small models; seeds; reports; bad input."""
 
+import copy
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit2.entanglement.gradients import CountSketch
@@ -15,6 +16,7 @@ from rlkit2.preferences.entanglement import (
     REGIMES,
     GradientGeometry,
     PairBatch,
+    PairGradients,
     batch_rates,
     causal_lm_logp,
     entanglement_report,
@@ -26,7 +28,8 @@ from rlkit2.preferences.entanglement import (
     token_geometry,
     update_alignment,
 )
-from rlkit2.studies.toy_language import SentimentGrammar, SmallGPT
+from rlkit2.studies.toy_language import WORDS, SentimentGrammar, SmallGPT
+from tests.entanglement.tiny_trl import gpt2
 
 DOUBLE = torch.float64
 
@@ -73,6 +76,81 @@ def test_positive_coefficients_never_invert(g_w, g_l, d_w, d_l):
         for geometry in (_geometry([first], [second]), _plain(first, second)):
             assert geometry.regime(d_w, d_l).item() in (0, 1, 2, 4)
             assert geometry.regime(-d_w, -d_l).item() != 0
+
+
+@pytest.mark.parametrize("method", ["loop", "vmap", "ghost", "sketch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("suffix", [0, 5])
+def test_identical_pairs_in_a_batch_are_undecided_whatever_rounding_says(method, dtype, suffix):
+    torch.manual_seed(0)
+    model = SmallGPT(len(WORDS), width=32).to(dtype)
+    pairs = SentimentGrammar(suffix, 0).pairs(6)
+    rejected = {name: tensor.clone() for name, tensor in pairs.rejected.items()}
+    for name, tensor in rejected.items():
+        tensor[[1, 4]] = pairs.chosen[name][[1, 4]]
+    geometry = pair_geometry(causal_lm_logp(model), None, PairBatch(pairs.chosen, rejected), method=method)
+    for u in (0.3, 1.0):
+        regime = geometry.regime(torch.full((6,), u * 0.05, dtype=DOUBLE), 0.05)
+        names = [REGIMES[code] for code in regime.tolist()]
+        if u == 1:
+            assert {names[1], names[4]} == {"undecided"}
+        assert ((regime == REGIMES.index("undecided")) == geometry.undecided(u * 0.05, 0.05)).all()
+        if suffix == 0 and u == 1 and method != "sketch" and dtype != torch.bfloat16:
+            assert {names[i] for i in (0, 2, 3, 5)} == {"ideal"}
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 5))
+@settings(max_examples=15, deadline=None)
+def test_what_a_short_format_decides_a_long_one_decides_alike(seed, u):
+    """Rates near zero by design: the ratio of the coefficients is put next to a pair's own threshold."""
+    torch.manual_seed(seed)
+    model = SmallGPT(len(WORDS), width=16)
+    pairs = SentimentGrammar(seed % 13, seed).pairs(4)
+    short = pair_geometry(causal_lm_logp(model), None, pairs, method="ghost")
+    long = pair_geometry(causal_lm_logp(copy.deepcopy(model).double()), None, pairs, method="loop")
+    near = (long.inner / long.sqnorm_w).abs().float() * (1 + 1e-6 * torch.linspace(-30, 30, 4))
+    for ratio in (near, torch.full((4,), u)):
+        decided = ~short.undecided(ratio, 1.0) & ~long.undecided(ratio.double(), 1.0)
+        assert torch.equal(short.regime(ratio, 1.0)[decided], long.regime(ratio.double(), 1.0)[decided])
+    assert bool((~short.undecided(1.0, 1.0)).any())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "plain"])
+@pytest.mark.parametrize("model_pad", [0, None])
+def test_left_padding_is_the_same_with_a_mask_and_refused_without(family, model_pad):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model = gpt2(dropout=0.0)
+        model.config.pad_token_id = model_pad
+    elif model_pad is None:
+        model = SmallGPT(len(WORDS), width=16)
+    else:
+        return
+    pairs = SentimentGrammar(2, 0).pairs(4)
+
+    def shifted(rows):
+        pads = torch.tensor([0, 3, 2, 5])
+        width = rows["input_ids"].shape[1] + 5
+        found = {
+            name: torch.zeros(4, width, dtype=torch.long) for name in ("input_ids", "completion_mask", "attention_mask")
+        }
+        for i, pad in enumerate(pads.tolist()):
+            for name in found:
+                row = rows[name][i] if name in rows else torch.ones_like(rows["input_ids"][i])
+                found[name][i, pad : pad + len(row)] = row
+        return found
+
+    score = causal_lm_logp(model)
+    expected = pair_geometry(score, None, pairs, method="loop")
+    moved = PairBatch(shifted(pairs.chosen), shifted(pairs.rejected))
+    for method in ("loop", "ghost", "vmap"):
+        found = pair_geometry(score, None, moved, method=method)
+        torch.testing.assert_close(found.inner, expected.inner, rtol=1e-3, atol=1e-4 * float(expected.sqnorm_w.max()))
+    bare = PairBatch(
+        *({k: v for k, v in rows.items() if k != "attention_mask"} for rows in (moved.chosen, moved.rejected))
+    )
+    with pytest.raises(ConfigError, match="as if padded on the left, and no attention_mask says so"):
+        pair_geometry(score, None, bare)
 
 
 def _plain(g_w, g_l):
@@ -344,3 +422,65 @@ def test_a_model_with_nan_weights_is_refused(toy):
     with pytest.raises(ConfigError, match="NaN or infinite"):
         pair_geometry(causal_lm_logp(model), None, pairs)
     assert np.isfinite(float(pair_geometry(causal_lm_logp(SmallGPT(width=16)), None, pairs).inner[0]))
+
+
+def test_every_regime_can_be_drawn():
+    from rlkit2.reporting.entanglement_figures import COLORS, regime_map
+
+    assert set(COLORS) == set(REGIMES)
+    count = len(REGIMES)
+    pairs = {name: [1.0] * count for name in ("c_w", "c_l", "d_w", "d_l")}
+    regime_map({"per_pair": {**pairs, "regime": list(REGIMES)}})
+
+
+class _Bigram(torch.nn.Module):
+    """An embedding with a padding row, a layer, an output layer: with a bias and tied if wanted."""
+
+    def __init__(self, vocabulary, width, *, bias, tied):
+        super().__init__()
+        self.wte = torch.nn.Embedding(vocabulary, width, padding_idx=2)
+        self.mix = torch.nn.Linear(width, width)
+        self.lm_head = torch.nn.Linear(width, vocabulary, bias=bias)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids):
+        return self.lm_head(torch.tanh(self.mix(self.wte(ids))).cumsum(1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("vocabulary", "width", "length"), [(11, 4, 9), (300, 40, 5), (300, 3, 12), (40, 64, 6)])
+def test_ghost_equals_the_loop_whichever_form_is_smaller(vocabulary, width, length, bias, tied):
+    """Gradients as matrices, as factors, as indices, and as sums of these."""
+    torch.manual_seed(0)
+    model = _Bigram(vocabulary, width, bias=bias, tied=tied).double()
+    sides = []
+    for extra in (0, 2):  # rejected rows are longer, so their gradients may take another form
+        ids = torch.randint(3, vocabulary, (4, length + extra))
+        ids[1, 2] = 2
+        mask = torch.zeros_like(ids)
+        for i in range(4):
+            mask[i, 1 + i % 3 : length - i % 2] = 1
+        sides.append({"input_ids": ids, "completion_mask": mask})
+    pairs, score = PairBatch(*sides), causal_lm_logp(model)
+    assert score.hidden is not None
+    found = [PairGradients(score, None, pairs, method=method, microbatch=3) for method in ("ghost", "loop")]
+    for name in ("gram", "geometry"):
+        ours, theirs = (getattr(one, name)() for one in found)
+        for a, b in [(ours, theirs)] if name == "gram" else [(ours.inner, theirs.inner), (ours.gap_l, theirs.gap_l)]:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    delta = {name: torch.randn_like(p) for name, p in score.params.items()}
+    for a, b in zip(found[0].along(delta), found[1].along(delta), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert model(pairs.chosen["input_ids"]).shape[-1] == vocabulary  # the output layer is itself again
+
+
+def test_capped_or_scaled_logits_do_not_take_the_short_way():
+    model = gpt2(dropout=0.0)
+    assert causal_lm_logp(model).hidden is not None
+    for name, value in (("final_logit_softcapping", 30.0), ("logit_scale", 0.1), ("logits_scaling", 8.0)):
+        other = copy.deepcopy(model)
+        setattr(other.config, name, value)
+        assert causal_lm_logp(other).hidden is None

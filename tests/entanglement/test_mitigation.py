@@ -9,7 +9,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rlkit2.entanglement.mitigation import (
-    TokenMask,
     band_coefficients,
     coefficient_loss,
     differing_tokens,
@@ -17,7 +16,6 @@ from rlkit2.entanglement.mitigation import (
     group_coefficients,
     group_normalised_loss,
     likelihood_coefficients,
-    masked_dpo_loss,
     normalised_coefficients,
 )
 from rlkit2.entanglement.probe import REMEDIES, EntanglementProbe, log_values
@@ -158,23 +156,6 @@ def test_differing_tokens_are_what_is_left_of_the_common_subsequence():
     ]  # the last is part of the other: kept
     assert found[1].tolist() == [[0, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
     assert mask_w.sum() == 9  # the given masks are left alone
-
-
-def test_masked_loss_reduces_to_dpo_and_learns_sparse_masks():
-    generator = torch.Generator().manual_seed(0)
-    ratios = tuple(torch.randn(4, 7, generator=generator) for _ in range(2))
-    completion = tuple((torch.arange(7) < n).long().expand(4, 7) for n in (5, 6))
-    ones = (torch.ones(4, 7),) * 2
-    sums = [(r * m).sum(-1) for r, m in zip(ratios, completion, strict=True)]
-    zero = torch.zeros(4)
-    expected = margin_loss("dpo", MarginInputs(*sums, zero, zero))
-    torch.testing.assert_close(masked_dpo_loss(ratios, completion, ones, sparsity=0.0), expected)
-    torch.testing.assert_close(masked_dpo_loss(ratios, completion, ones, sparsity=0.5), expected + 0.5)
-    mask = TokenMask(3)
-    hidden = torch.randn(4, 7, 3, generator=generator)
-    assert (mask(hidden) > 0.85).all()
-    masked_dpo_loss(ratios, completion, (mask(hidden), mask(hidden)), sparsity=1.0).mean().backward()
-    assert mask.gate.bias.grad > 0  # sparsity closes the gates
 
 
 def test_the_probe_predicts_a_real_step_and_its_dry_runs(toy):

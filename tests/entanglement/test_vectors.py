@@ -344,7 +344,10 @@ def test_every_loss_gives_a_gradient_made_of_its_coefficients(vectors, logp):
     for name in MARGIN_LOSSES:
         leaves = {n: p.detach().requires_grad_() for n, p in logp.params.items()}
         inputs = MarginInputs(
-            logp.sums(leaves, batch.chosen), logp.sums(leaves, batch.rejected), *(vectors.tensor(k) for k in keys)
+            logp.sums(leaves, batch.chosen),
+            logp.sums(leaves, batch.rejected),
+            *(vectors.tensor(k) for k in keys),
+            context_chosen=vectors.tensor("len_w"),
         )
         found = torch.autograd.grad(margin_loss(name, inputs).sum(), list(leaves.values()), materialize_grads=True)
         d_w, d_l = margin_coefficients(name, inputs)

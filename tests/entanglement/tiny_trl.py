@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -52,3 +53,55 @@ def gpt2(*, labels: int | None = None, dropout: float = 0.1) -> Any:
         return transformers.GPT2LMHeadModel(config)
     config.num_labels = labels
     return transformers.GPT2ForSequenceClassification(config)
+
+
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "seed": 0,
+    "max_steps": 4,
+}
+
+
+def make_trainer(
+    kind: str,
+    folder: Any,
+    callbacks: Any = (),
+    *,
+    only_config: bool = False,
+    trainer_class: Any = None,
+    reference: Any = None,
+    train: Any = None,
+    evaluation: Any = None,
+    **options: Any,
+) -> Any:
+    """A trainer of TRL (or its configuration); classes move between releases."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    module = pytest.importorskip(f"trl.experimental.{kind.lower()}") if kind in ("CPO", "ORPO") else trl
+    config = getattr(module, f"{kind}Config")(output_dir=str(folder), **{**COMMON, **options})
+    if only_config:
+        return config
+    extra = {"ref_model": gpt2() if reference is None else reference} if kind == "DPO" else {}
+    if evaluation is not None:
+        extra["eval_dataset"] = datasets.Dataset.from_list(evaluation)
+    return (trainer_class or getattr(module, f"{kind}Trainer"))(
+        model=gpt2(labels=1 if kind == "Reward" else None),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(text_pairs(32) if train is None else train),
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        **extra,
+    )
+
+
+def training_state(trainer: Any) -> dict[str, torch.Tensor]:
+    """Everything that training depends on."""
+    state = {f"p/{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for i, slots in enumerate(trainer.optimizer.state.values()):
+        state |= {f"o/{i}/{name}": torch.as_tensor(x).clone() for name, x in slots.items()}
+    return {**state, "rng": torch.get_rng_state(), "python": torch.tensor(random.getstate()[1])}

@@ -1,5 +1,6 @@
 """Margin losses: reference values, closed coefficients against autograd, modifiers, bad input."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -19,7 +20,10 @@ from rlkit2.losses.margin import (
     margin_coefficients,
     margin_loss,
     mixture,
+    on_alpha_reward,
+    on_f_divergence,
     weighted,
+    wpo,
     wpo_weight,
 )
 
@@ -128,7 +132,7 @@ def test_closed_coefficients_equal_autograd(name, kind):
     extra = {"alpha": 0.25} if name == "alphapo" else {}
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         leaves, lengths = _batch(kind, dtype, generator)
-        inputs = MarginInputs(*leaves, *lengths)
+        inputs = MarginInputs(*leaves, *lengths, context_chosen=lengths[1])
         value = margin_loss(name, inputs, **extra)
         d_w, d_l = margin_coefficients(name, inputs, **extra)
         gradients = torch.autograd.grad(value.sum(), leaves[:2], allow_unused=True)
@@ -149,10 +153,11 @@ def test_seed_axis_equals_separate_seeds(name):
     generator = torch.Generator().manual_seed(1)
     batches = [_batch("random", torch.float64, generator) for _ in range(3)]
     lengths = [torch.stack([b[1][i] for b in batches]) for i in range(2)]
-    stacked = MarginInputs(*(torch.stack([b[0][i] for b in batches]) for i in range(4)), *lengths)
+    leaves = (torch.stack([b[0][i] for b in batches]) for i in range(4))
+    stacked = MarginInputs(*leaves, *lengths, context_chosen=lengths[1])
     value, (d_w, d_l) = margin_loss(name, stacked), margin_coefficients(name, stacked)
     for seed, (leaves, one) in enumerate(batches):
-        inputs = MarginInputs(*leaves, *one)
+        inputs = MarginInputs(*leaves, *one, context_chosen=one[1])
         assert torch.equal(value[seed], margin_loss(name, inputs))
         ours = margin_coefficients(name, inputs)
         assert torch.equal(d_w[seed], ours[0])
@@ -220,6 +225,89 @@ def test_length_desensitizing_scales_only_the_tail():
     result = length_desensitized_logp(logps, mask, other, 0.3)
     expected = torch.stack([logps[0, 1:3].sum() + 0.3 * logps[0, 3:5].sum(), logps[1, 2:4].sum()])
     torch.testing.assert_close(result, expected)
+
+
+def _equals_autograd(loss, inputs, leaves, tolerance):
+    value, (d_w, d_l) = loss.value(inputs), loss.coefficients(inputs)
+    gradients = torch.autograd.grad(value.sum(), leaves[:2], allow_unused=True)
+    g_a, g_b = (torch.zeros_like(leaves[0]) if g is None else g for g in gradients)
+    assert torch.stack([value, d_w, d_l]).isfinite().all()
+    scale = 1 + g_a.abs() + g_b.abs()
+    assert ((d_w + g_a).abs() <= tolerance * scale).all(), loss.name
+    assert ((d_l - g_b).abs() <= tolerance * scale).all(), loss.name
+
+
+@pytest.mark.parametrize("name", [n for n, loss in MARGIN_LOSSES.items() if loss.needs_reference])
+def test_every_link_on_every_divergence_equals_autograd(name):
+    leaves, lengths = _batch("random", torch.float64, torch.Generator().manual_seed(3))
+    inputs = MarginInputs(*leaves, *lengths)
+    for divergence in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
+        for alpha in (0.0, 0.5, 1.0, 1.0 + 1e-9, 2.0) if divergence == "alpha_divergence" else (0.5,):
+            if MARGIN_LOSSES[name].couples_batch:
+                continue  # ties among capped scores have no derivative
+            _equals_autograd(on_f_divergence(name, divergence, alpha=alpha), inputs, leaves, 1e-9)
+    same = on_f_divergence(name, "reverse_kl")
+    torch.testing.assert_close(same.value(inputs), margin_loss(name, inputs))
+
+
+@settings(deadline=None, max_examples=40)
+@given(step=st.floats(-1e-4, 1e-4), seed=st.integers(0, 1000), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_divergences_have_their_limits(step, seed, dtype):
+    """Alpha 1 is reverse KL and alpha 0 forward KL, and nearby alphas are near them: in value and coefficients."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, a0, b0 = (-20 + 3 * torch.rand(8, generator=generator, dtype=dtype) for _ in range(4))
+    inputs = MarginInputs(a, b, a0, b0)
+    for alpha, limit in ((1.0, "dpo"), (0.0, "dpo_forward_kl")):
+        for near in (alpha, alpha + step):
+            tolerance = {"rtol": 100 * abs(near - alpha) + 2e-5, "atol": 1e-5}
+            ours, theirs = margin_loss("dpo_alphadiv", inputs, alpha=near), margin_loss(limit, inputs)
+            torch.testing.assert_close(ours, theirs, **tolerance)
+            for one, other in zip(
+                margin_coefficients("dpo_alphadiv", inputs, alpha=near), margin_coefficients(limit, inputs), strict=True
+            ):
+                torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.0, 1e-8, 0.25, 1.0])
+@pytest.mark.parametrize("name", ["cpo", "hinge_free", "ipo_free", "simpo", "slic"])
+def test_alpha_rewards_equal_autograd_and_alphapo(name, alpha):
+    generator = torch.Generator().manual_seed(4)
+    lengths = [torch.randint(1, 9, (64,), generator=generator) for _ in range(2)]
+    leaves = [-(n * torch.rand(64, generator=generator, dtype=torch.float64)).requires_grad_() for n in lengths]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    inputs = MarginInputs(*leaves, None, None, *lengths)
+    loss = on_alpha_reward(name, alpha)
+    _equals_autograd(loss, inputs, leaves, 1e-9)
+    if name == "simpo":
+        for smoothing in (0.0, 0.2):
+            ours = margin_loss("alphapo", inputs, alpha=alpha, label_smoothing=smoothing)
+            torch.testing.assert_close(loss.value(inputs, label_smoothing=smoothing), ours)
+
+
+@settings(deadline=None, max_examples=60)
+@given(gap=st.floats(0, 1e-3), other=st.floats(1e-4, 5), power=st.floats(1, 9), length=st.integers(1, 50))
+def test_orpo_near_certainty_equals_its_own_autograd(gap, other, power, length):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-8)):
+        means = -torch.tensor([[gap * 10**-power, other], [other, gap * 10**-power]], dtype=torch.float64)
+        leaves = [(row * length).to(dtype).requires_grad_() for row in means]
+        n = torch.full((2,), length)
+        for name in ("orpo", "orpo_batch"):
+            _equals_autograd(
+                get_margin_loss(name), MarginInputs(*leaves, None, None, n, n, context_chosen=n), leaves, tolerance
+            )
+
+
+def test_wpo_is_aligned_where_the_inputs_say_how_and_refuses_coupled_losses():
+    leaves, lengths = _batch("random", torch.float64, torch.Generator().manual_seed(5))
+    collision = [-0.3 * n.double() for n in lengths]
+    inputs = MarginInputs(*leaves, *lengths, *collision)
+    plain = MarginInputs(*leaves, *lengths)
+    torch.testing.assert_close(wpo_weight(inputs), wpo_weight(plain) * math.exp(0.6))
+    _equals_autograd(wpo("ipo"), inputs, leaves, 1e-9)
+    with pytest.raises(ConfigError, match="couples the batch"):
+        wpo("aot")
+    with pytest.raises(ConfigError, match="give collision_chosen"):
+        wpo("dpo").value(plain)
 
 
 def test_bad_input_is_named():

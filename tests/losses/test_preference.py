@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlkit2.errors import ConfigError
 from rlkit2.losses.preference import (
@@ -103,3 +105,29 @@ def test_bad_input_is_named():
         cpl_loss(torch.zeros(2, 5), torch.zeros(2, 5), lam=0)
     with pytest.raises(ConfigError, match="discount=0"):
         segment_advantage(torch.zeros(2, 5), discount=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bad=st.sampled_from([-0.01, 1.01, float("nan"), float("inf"), -3.0]),
+    place=st.integers(0, 3),
+    kind=st.sampled_from(["number", "tensor", "numpy"]),
+)
+def test_labels_out_of_range_are_refused_in_every_form(bad, place, kind):
+    mass = np.full(4, 0.5)
+    mass[place] = bad
+    given_ = {"number": bad, "numpy": mass, "tensor": torch.tensor(mass)}[kind]
+    sides = (np.zeros(4), np.ones(4)) if kind == "numpy" else (torch.zeros(4), torch.ones(4))
+    for call in (
+        lambda: bradley_terry_loss(*sides, label_mass=given_),
+        lambda: cpl_loss(sides[0][:, None], sides[1][:, None], label_mass=given_),
+    ):
+        with pytest.raises(ConfigError, match=r"label_mass must be in \[0, 1\]"):
+            call()
+    bradley_terry_loss(*sides, label_mass=np.clip(np.nan_to_num(mass), 0, 1))
+
+
+def test_labels_may_be_batched_by_vmap():
+    y = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
+    found = torch.func.vmap(lambda one: bradley_terry_loss(torch.zeros(2), torch.ones(2), label_mass=one))(y)
+    assert found.shape == (2, 2)

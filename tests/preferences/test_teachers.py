@@ -293,3 +293,13 @@ def test_numbers_survive_the_inert_reader(tmp_path_factory, values, protocol):
     ):
         file.write_bytes(pickle.dumps(form, protocol=protocol))
         np.testing.assert_array_equal(np.asarray(read_inert_pickle(file)), np.asarray(form))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("preset", ["oracle", "noisy", "myopic", "mistake"])
+def test_rewards_that_are_not_finite_are_refused(bad, side, preset):
+    rewards = np.zeros((2, 5, 4))
+    rewards[side, 3, 2] = bad
+    with pytest.raises(ConfigError, match=f"rewards_{side + 1} of query 3 hold NaN or infinite"):
+        ScriptedTeacher(preset).label(*rewards, average=1.0)
