@@ -16,10 +16,10 @@ from rich.table import Table
 
 from rlkit2.cli.output import console, say
 from rlkit2.data import AuditReport, TransitionDataset
-from rlkit2.data.audit.checks import NOTES
 from rlkit2.data.audit.findings import Distribution
 from rlkit2.data.folders import minari_root
-from rlkit2.data.load import minari_data
+from rlkit2.data.notes import NOTES
+from rlkit2.data.sources.minari import minari_data
 from rlkit2.data.spec import env_spec_text
 from rlkit2.envs.builtin import builtin_id, data_root
 from rlkit2.envs.recipe import read_recipe
