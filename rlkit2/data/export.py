@@ -122,7 +122,10 @@ def write_minari(
             storage.update_episodes(file.while_written(episodes))
         storage._file_path = path / HDF5_FILE
     else:
-        measure, storage.get_size = storage.get_size, lambda: 0.0  # Minari measures the whole folder after every episode
+        measure, storage.get_size = (
+            storage.get_size,
+            lambda: 0.0,
+        )  # Minari measures the whole folder after every episode
         storage.update_episodes(episodes)
         storage.get_size = measure
     storage.update_metadata({"dataset_size": storage.get_size()})
@@ -142,7 +145,7 @@ class _CarefulFile:
         self.error: OSError | None = None
 
     def __enter__(self) -> _CarefulFile:
-        self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        self.file = open(self.path, "r+b", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -33,7 +33,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "obs_*",
         "o_*",
     ),
-    "actions": ("actions", "action", "actions_*", "action_*", "action.*", "act_*", "a_*"),
+    "actions": ("actions", "action", "actions_*", "action_*", "action.*", "act_*", "a", "a_*"),
     "rewards": ("rewards", "reward", "r"),
     "next_observations": (
         "next_observations",
