@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from rlkit2.data.actions import check_actions, learnt_as_continuous
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.load import Columns, Source, SpaceLike, read_dataset
+from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
 from rlkit2.nn.policy import Policy
@@ -185,16 +188,20 @@ def train(
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
         plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
+    check_actions(transitions)
     prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]), load_dataset)
     factory = agent_factory(plan, prepared)
     trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
-    if warning := unreachable_actions(trial, transitions):
-        shown.message(f"warning: {warning}")
+    doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
+    for doubt in doubts:
+        warnings.warn(doubt, DatasetWarning, stacklevel=2)
     with _evaluator(plan, env, shown) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
         elif plan != run.config:
             run.rewrite(plan)
+        if doubts:
+            run.update_manifest(warnings=doubts)
         shown.message(
             f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
         )

@@ -140,7 +140,7 @@ def action_space(seen: Columns) -> spaces.Space[Any]:
     the others their smallest and largest value with a margin of 5 % of the spread that does not cross zero.
     """
     if seen.dtype.kind == "b" and not seen.single:
-        return spaces.MultiBinary(seen.shape)
+        return spaces.MultiBinary(seen.shape[0] if len(seen.shape) == 1 else seen.shape)
     if seen.dtype.kind in "iub" or seen.consecutive:
         return choices(seen)
     return continuous(seen)
@@ -171,10 +171,14 @@ def continuous(seen: Columns) -> spaces.Box:
     margin = MARGIN * np.where(seen.high > seen.low, seen.high - seen.low, np.maximum(np.abs(seen.high), 1.0))
     low, high = seen.low - margin, seen.high + margin
     low, high = np.where(seen.low >= 0, np.maximum(low, 0), low), np.where(seen.high <= 0, np.minimum(high, 0), high)
+    # In float32, which the actions become: a margin below its resolution is one step of it.
+    low = np.minimum(low.astype(np.float32), np.nextafter(seen.low.astype(np.float32), np.float32(-np.inf)))
+    high = np.maximum(high.astype(np.float32), np.nextafter(seen.high.astype(np.float32), np.float32(np.inf)))
+    low, high = np.where(seen.low == 0, 0, low), np.where(seen.high == 0, 0, high)
     unit = (seen.low >= -1) & (seen.high <= 1)
     shape = seen.shape or (1,)
-    low, high = (np.where(unit, bound, found) for bound, found in ((-1.0, low), (1.0, high)))
-    return spaces.Box(low.reshape(shape).astype(np.float32), high.reshape(shape).astype(np.float32), dtype=np.float32)
+    low, high = (np.where(unit, bound, found).astype(np.float32) for bound, found in ((-1, low), (1, high)))
+    return spaces.Box(low.reshape(shape), high.reshape(shape), dtype=np.float32)
 
 
 def parse_space(text: str) -> Request:

@@ -183,7 +183,8 @@ def _after_termination(observations: Any, terminations: Flags, truncations: Flag
     """Rows that are flagged as terminations although the episode had ended with the row before, `[N]`.
 
     Runs of terminations are one episode that goes on only where the rows in them follow each other like the steps inside episodes do and
-    restarts do not: no column changes more than it ever does in a step, while nine in ten of the starts after a truncation jump further.
+    restarts do not: no column changes more than twice as much as it ever does in a step, while nine in ten of the starts after a truncation
+    jump further.
     """
     total = len(terminations)
     repeated = np.zeros(total, bool)
@@ -196,7 +197,7 @@ def _after_termination(observations: Any, terminations: Flags, truncations: Flag
     largest = np.max(
         [np.where(inside[rows, None], _changes(observations, rows), 0).max(axis=0) for rows in blocks], axis=0
     )
-    far = np.concatenate([(_changes(observations, rows) > largest).any(axis=1) for rows in blocks])
+    far = np.concatenate([(_changes(observations, rows) > 2 * largest).any(axis=1) for rows in blocks])
     if far[restarts].mean() < 0.9:
         return np.zeros(total, bool)
     repeated[1:] &= ~far
