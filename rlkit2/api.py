@@ -194,6 +194,7 @@ def train(
     trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
     doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
     for doubt in doubts:
+        shown.message(f"warning: {doubt}")
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
     with _evaluator(plan, env, shown) as evaluator:
         if run is None:

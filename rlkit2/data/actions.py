@@ -26,7 +26,7 @@ def check_actions(dataset: TransitionDataset) -> None:
             value = block.reshape(len(block), -1)[row, column]
             raise DatasetError(
                 f"{dataset.spec.id}: action value {value:g} in row {start + row}, column {column} lies outside its space "
-                f"{' '.join(str(space).split())}; give the space of the data with action_space= or --action-space (`rlkit2 data check` lists all)"
+                f"{' '.join(str(space).split())}; load the data with action_space=, or import them with --action-space"
             )
 
 

@@ -169,16 +169,18 @@ def continuous(seen: Columns) -> spaces.Box:
     if not known.all():
         raise DatasetError(f"action column {int(np.flatnonzero(~known)[0])} has no finite value")
     margin = MARGIN * np.where(seen.high > seen.low, seen.high - seen.low, np.maximum(np.abs(seen.high), 1.0))
-    low, high = seen.low - margin, seen.high + margin
+    low, high = _outwards(seen.low, seen.low - margin, -np.inf), _outwards(seen.high, seen.high + margin, np.inf)
     low, high = np.where(seen.low >= 0, np.maximum(low, 0), low), np.where(seen.high <= 0, np.minimum(high, 0), high)
-    # In float32, which the actions become: a margin below its resolution is one step of it.
-    low = np.minimum(low.astype(np.float32), np.nextafter(seen.low.astype(np.float32), np.float32(-np.inf)))
-    high = np.maximum(high.astype(np.float32), np.nextafter(seen.high.astype(np.float32), np.float32(np.inf)))
-    low, high = np.where(seen.low == 0, 0, low), np.where(seen.high == 0, 0, high)
     unit = (seen.low >= -1) & (seen.high <= 1)
     shape = seen.shape or (1,)
     low, high = (np.where(unit, bound, found).astype(np.float32) for bound, found in ((-1, low), (1, high)))
     return spaces.Box(low.reshape(shape), high.reshape(shape), dtype=np.float32)
+
+
+def _outwards(value: Array, wanted: Array, end: float) -> Array:
+    """`wanted` in float32, at least one float32 step beyond `value` in the direction of `end`."""
+    step = np.nextafter(value.astype(np.float32), np.float32(end))
+    return np.asarray((np.minimum if end < 0 else np.maximum)(wanted.astype(np.float32), step))
 
 
 def parse_space(text: str) -> Request:

@@ -10,6 +10,7 @@ from rlkit2.data.spec import DatasetSpec
 
 # What is counted, as a sentence after the number.
 NOTES = {
+    "non_finite_values": "values are NaN or infinite",
     "episodes_without_end_flag": "episodes were cut off without a flag; they count as truncated",
     "episodes_without_final_observation": "terminated episodes lack their final observation; the last one stands in, nothing is bootstrapped from it",
     "last_steps_dropped_for_want_of_a_next_observation": "last steps were left out because the observation after them was never stored",
@@ -25,8 +26,8 @@ NOTES = {
 
 
 def note_lines(notes: Mapping[str, int]) -> list[str]:
-    """The notes that have a sentence, as lines."""
-    return [f"{count:,} {NOTES[code]}" for code, count in notes.items() if code in NOTES]
+    """The notes as lines."""
+    return [f"{count:,} {NOTES.get(code, code.replace('_', ' '))}" for code, count in notes.items()]
 
 
 def say_notes(spec: DatasetSpec) -> None:

@@ -263,7 +263,7 @@ def test_a_broken_chain_cannot_be_written_and_leaves_nothing(tmp_path) -> None:
     values["next_observations"] = values["next_observations"] + 1
     with pytest.raises(DatasetError, match="not contiguous"):
         dataset_from_arrays(**values).to_minari("test/broken-v0")
-    with pytest.raises(DatasetError, match="no dataset id"):
+    with pytest.raises(DatasetError, match="not a dataset id"):
         dataset_from_arrays(**arrays([4])).to_minari("no version")
     with pytest.raises(DatasetError, match=r"could not be written .* No storage implemented for csv"):
         dataset_from_arrays(**arrays([4])).to_minari("test/csv-v0", data_format="csv")

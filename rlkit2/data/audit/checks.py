@@ -68,7 +68,7 @@ def audit(dataset: TransitionDataset, *, progress: Progress | None = None) -> Au
 def _noted(spec: DatasetSpec) -> Iterator[Finding]:
     """What the loader had to handle."""
     for code, count in spec.notes.items():
-        if code in NOTES:
+        if code in NOTES and code != "non_finite_values":  # found with its places
             severity: Severity = "info" if code == "action_spaces_inferred" else "warning"
             yield Finding(severity, code, f"{count} {NOTES[code]}")
 
