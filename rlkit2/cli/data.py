@@ -187,7 +187,9 @@ def import_file(
     for line in text.note_lines(dataset.spec.notes):
         output.say(line)
     if spec is None:
-        output.say(f"no --env: actions are {text.short(dataset.spec.action_space)}; evaluation will need an environment")
+        output.say(
+            f"no --env: actions are {text.short(dataset.spec.action_space)}; evaluation will need an environment"
+        )
     return 0
 
 
@@ -282,7 +284,9 @@ def cache(
     total = sum(entry.bytes for entry in found)
     if json:
         rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in found]
-        output.print_json({"folder": str(cache_folder()), "bytes": total, "removed": action == "clean", "entries": rows})
+        output.print_json(
+            {"folder": str(cache_folder()), "bytes": total, "removed": action == "clean", "entries": rows}
+        )
         return 0
     for entry in found:
         used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
@@ -290,7 +294,9 @@ def cache(
             f"{entry.bytes / 1e6:10,.1f} MB  {used}  {entry.dataset}{'  (its source is gone)' if entry.stale else ''}"
         )
     done = "removed" if action == "clean" else "kept"
-    output.say(f"{len(found)} dataset{'' if len(found) == 1 else 's'}, {total / 1e6:,.1f} MB {done} in {cache_folder()} (RLKIT2_CACHE)")
+    output.say(
+        f"{len(found)} dataset{'' if len(found) == 1 else 's'}, {total / 1e6:,.1f} MB {done} in {cache_folder()} (RLKIT2_CACHE)"
+    )
     return 0
 
 
