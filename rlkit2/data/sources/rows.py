@@ -182,7 +182,7 @@ def _changes(observations: Any, rows: slice) -> NDArray[Any]:
 def _after_termination(observations: Any, terminations: Flags, truncations: Flags) -> Flags:
     """Rows that are flagged as terminations although the episode had ended with the row before, `[N]`.
 
-    Runs of terminations are one episode that goes on only where the rows in them follow each other like the steps inside episodes do and
+    Runs of terminations are one episode that continues only where the rows in them follow each other like the steps inside episodes do and
     restarts do not: no column changes more than twice as much as it ever does in a step, while nine in ten of the starts after a truncation
     jump further.
     """
