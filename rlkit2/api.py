@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from rlkit2.data.actions import check_actions, learnt_as_continuous
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.load import Source, read_dataset
+from rlkit2.data.load import Columns, Source, SpaceLike, read_dataset
+from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
 from rlkit2.nn.policy import Policy
@@ -31,15 +34,32 @@ if TYPE_CHECKING:
 
 
 def load_dataset(
-    source: Source, *, observation_keys: Sequence[str] | None = None, cache: bool = True
+    source: Source,
+    *,
+    observation_keys: Sequence[str] | None = None,
+    cache: bool = True,
+    spec: DatasetSpec | None = None,
+    observation_space: SpaceLike | None = None,
+    action_space: SpaceLike | None = None,
+    columns: Columns | None = None,
+    max_episode_steps: int | None = None,
+    never_terminates: bool = False,
 ) -> TransitionDataset:
     """A dataset as aligned tensors.
 
     Args:
         source: a Minari id (looked for locally, then at Minari's remotes), a built-in id (`builtin/rooms`, built on
-            first use; `rlkit2 data list` shows all), a `minari.MinariDataset`, a D4RL-style `.hdf5` file, a folder, or arrays by name.
+            first use; `rlkit2 data list` shows all), a `minari.MinariDataset`, a file (D4RL, robomimic and d3rlpy HDF5, npz, OGBench npz, CSV,
+            Parquet, or the format of a reader of yours), a folder, or arrays by name.
         observation_keys: the keys of Dict observations to use, in order; default: all.
         cache: keep aligned records on disk, so that the next time takes milliseconds.
+        spec: spaces and environment of data that do not tell them.
+        observation_space, action_space: a space, or text such as `box(-2,2)`, `discrete(4)`, `discrete`, `continuous`. What is told by neither the
+            caller nor the files is inferred from the values, with a `DatasetWarning`. Values outside a given space are refused.
+        columns: names (or patterns, `o_*`) of the columns or arrays that make up `observations, actions, rewards, terminations, truncations,
+            episodes`, where they are not the usual ones.
+        max_episode_steps: steps after which an episode was cut off, for files that do not tell.
+        never_terminates: what is flagged as an end is a cut.
 
     Raises:
         DatasetNotFoundError: nothing of that name in any place.
@@ -51,7 +71,18 @@ def load_dataset(
         with progress_bar(f"building {builtin_id(source)}") as progress:
             source = ensure_builtin(source, progress=progress)
     with progress_bar("reading the dataset") as progress:
-        return read_dataset(source, observation_keys=observation_keys, cache=cache, progress=progress)
+        return read_dataset(
+            source,
+            observation_keys=observation_keys,
+            cache=cache,
+            spec=spec,
+            observation_space=observation_space,
+            action_space=action_space,
+            columns=columns,
+            max_episode_steps=max_episode_steps,
+            never_terminates=never_terminates,
+            progress=progress,
+        )
 
 
 def train(
@@ -157,16 +188,21 @@ def train(
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
         plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
+    check_actions(transitions)
     prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]), load_dataset)
     factory = agent_factory(plan, prepared)
     trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
-    if warning := unreachable_actions(trial, transitions):
-        shown.message(f"warning: {warning}")
+    doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
+    for doubt in doubts:
+        shown.message(f"warning: {doubt}")
+        warnings.warn(doubt, DatasetWarning, stacklevel=2)
     with _evaluator(plan, env, shown) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
         elif plan != run.config:
             run.rewrite(plan)
+        if doubts:
+            run.update_manifest(warnings=doubts)
         shown.message(
             f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
         )

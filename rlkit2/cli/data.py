@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from rlkit2.api import load_dataset
 from rlkit2.cli import data_text as text
 from rlkit2.cli import output
 from rlkit2.cli.parsing import subcommand
+from rlkit2.cli.reading import Reading
 from rlkit2.data import audit, read_dataset
+from rlkit2.data.cache import cache_folder, clean, entries, verify
 from rlkit2.data.folders import minari_root
 from rlkit2.data.load import local_datasets
 from rlkit2.data.relabel import load_reward, reward_values
@@ -24,7 +28,8 @@ from rlkit2.progress import progress_bar
 
 Source = Positional[Annotated[str, arg(metavar="DATASET")]]
 NewId = Positional[Annotated[str, arg(metavar="NEW_ID")]]
-Keys = Annotated[tuple[str, ...] | None, arg(metavar="KEY...")]
+HowToRead = Annotated[Reading, OmitArgPrefixes]
+AS_IS = Reading()
 File = Annotated[Path | None, arg(metavar="FILE")]
 Id = Annotated[str | None, arg(metavar="ID")]
 Number = Annotated[float | None, arg(metavar="RETURN")]
@@ -48,18 +53,18 @@ def list_datasets(*, json: bool = False) -> int:
     return 0
 
 
-def info(source: Source, *, observation_keys: Keys = None, json: bool = False, markdown: bool = False) -> int:
+def info(source: Source, *, reading: HowToRead = AS_IS, json: bool = False, markdown: bool = False) -> int:
     """What a dataset holds.
 
     Example: rlkit2 data info builtin/rooms
 
     Args:
-        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
-        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        source: Minari id, builtin/... id, or a file or folder in a known format.
+        reading: how to read it.
         json: print JSON.
         markdown: print a card in Markdown.
     """
-    dataset = load_dataset(source, observation_keys=observation_keys)
+    dataset = load_dataset(source, **reading.options())
     described = text.describe(dataset, source)
     if json:
         output.print_json(described)
@@ -73,7 +78,7 @@ def info(source: Source, *, observation_keys: Keys = None, json: bool = False, m
 def check(
     source: Source,
     *,
-    observation_keys: Keys = None,
+    reading: HowToRead = AS_IS,
     figure: File = None,
     json: bool = False,
 ) -> int:
@@ -82,12 +87,12 @@ def check(
     Example: rlkit2 data check mujoco/hopper/medium-v0 --figure hopper.png
 
     Args:
-        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
-        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        source: Minari id, builtin/... id, or a file or folder in a known format.
+        reading: how to read it.
         figure: draw the distributions into this file (.png, .svg, .pdf).
         json: print everything as JSON.
     """
-    dataset = load_dataset(source, observation_keys=observation_keys)
+    dataset = load_dataset(source, **reading.options())
     with progress_bar("checking") as progress:
         report = audit(dataset, progress=progress)
     drawn = report.figure(figure) if figure is not None else None
@@ -140,6 +145,7 @@ def import_file(
     file: Positional[Annotated[Path, arg(metavar="FILE")]],
     dataset_id: NewId,
     *,
+    reading: HowToRead = AS_IS,
     env: Id = None,
     eval_env: Id = None,
     ref_min_score: Number = None,
@@ -147,13 +153,14 @@ def import_file(
     description: Text = None,
     format: Literal["hdf5", "arrow"] = "hdf5",
 ) -> int:
-    """Make a Minari dataset of a D4RL-style file.
+    """Make a Minari dataset of a file in another format.
 
     Example: rlkit2 data import hopper_medium.hdf5 my/hopper/medium-v0 --env Hopper-v5
 
     Args:
-        file: D4RL-style HDF5 file (observations, actions, rewards, terminals, timeouts, with or without next_observations).
+        file: file or folder in a known format (D4RL, robomimic and d3rlpy HDF5, npz, OGBench npz, CSV, Parquet, a reader of yours).
         dataset_id: id of the new Minari dataset, namespace/name-v0.
+        reading: how to read it.
         env: Gymnasium id of the environment, which also tells the spaces; default: none, and spaces as the arrays allow.
         eval_env: Gymnasium id of the environment to evaluate in; default: the same.
         ref_min_score: return of a random policy there.
@@ -165,7 +172,7 @@ def import_file(
     if not file.exists():
         raise DatasetError(f"{file} does not exist")
     with progress_bar(f"reading {file}") as progress:
-        dataset = read_dataset(file, spec=spec, cache=False, progress=progress)
+        dataset = read_dataset(file, spec=spec, cache=False, progress=progress, **reading.options())
     with progress_bar(f"writing {dataset_id}") as progress:
         written = dataset.to_minari(
             dataset_id,
@@ -181,7 +188,7 @@ def import_file(
         output.say(line)
     if spec is None:
         output.say(
-            f"no --env: spaces are those the arrays allow, actions {text.short(dataset.spec.action_space)}; evaluation will need an environment"
+            f"no --env: actions are {text.short(dataset.spec.action_space)}; evaluation will need an environment"
         )
     return 0
 
@@ -206,7 +213,7 @@ def relabel(
     dataset_id: NewId,
     *,
     reward: Annotated[str, arg(metavar="REWARD")],
-    observation_keys: Keys = None,
+    reading: HowToRead = AS_IS,
     description: Text = None,
     format: Literal["hdf5", "arrow"] = "hdf5",
 ) -> int:
@@ -215,15 +222,15 @@ def relabel(
     Example: rlkit2 data relabel builtin/rooms my/rooms/distance-v0 --reward rewards.py:distance
 
     Args:
-        source: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        source: Minari id, builtin/... id, or a file or folder in a known format.
         dataset_id: id of the new Minari dataset, namespace/name-v0.
         reward: file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n rows, giving n numbers; or a file
             (.npy, .npz, .safetensors) of one reward per transition.
-        observation_keys: keys of Dict observations, in order; default: all, or observation and desired_goal.
+        reading: how to read it.
         description: what the data are.
         format: hdf5 or arrow.
     """
-    dataset = load_dataset(source, observation_keys=observation_keys)
+    dataset = load_dataset(source, **reading.options())
     function, origin = load_reward(reward)
     with progress_bar("relabelling") as progress:
         relabelled = dataset.with_rewards(reward_values(dataset, function, progress=progress))
@@ -243,7 +250,56 @@ def relabel(
     return 0
 
 
-# name -> (function, one-line help, example)
+def cache(
+    action: Positional[Literal["list", "clean", "verify"]],
+    source: Positional[Annotated[str | None, arg(metavar="DATASET")]] = None,
+    *,
+    reading: HowToRead = AS_IS,
+    limit: Annotated[float | None, arg(metavar="GB")] = None,
+    json: bool = False,
+) -> int:
+    """Packed copies of datasets: list, clean, verify.
+
+    Example: rlkit2 data cache clean --limit 20
+
+    Args:
+        action: list: what is kept, with sizes; clean: remove all, or down to --limit; verify: hold DATASET's copy against its source.
+        source: the dataset to verify.
+        reading: how to read it.
+        limit: keep what was used last, up to so many gigabytes; what has lost its source goes first.
+        json: print JSON.
+    """
+    if action == "verify":
+        if source is None:
+            raise ConfigError("name the dataset: rlkit2 data cache verify DATASET")
+        kept = load_dataset(source, **reading.options())
+        same = verify(kept, load_dataset(source, cache=False, **reading.options()))
+        output.say(
+            f"{source}: the cached copy {'is the same as' if same else 'DIFFERS from'} its source ({kept.spec.content_hash[:12]})"
+        )
+        return 0 if same else 1
+    if limit is not None and (action != "clean" or limit < 0):
+        raise ConfigError("--limit is a number of gigabytes of at least 0, for: rlkit2 data cache clean")
+    found = entries() if action == "list" else clean(limit=None if limit is None else int(limit * 1e9))
+    total = sum(entry.bytes for entry in found)
+    if json:
+        rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in found]
+        output.print_json(
+            {"folder": str(cache_folder()), "bytes": total, "removed": action == "clean", "entries": rows}
+        )
+        return 0
+    for entry in found:
+        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        output.say(
+            f"{entry.bytes / 1e6:10,.1f} MB  {used}  {entry.dataset}{'  (its source is gone)' if entry.stale else ''}"
+        )
+    done = "removed" if action == "clean" else "kept"
+    output.say(
+        f"{len(found)} dataset{'' if len(found) == 1 else 's'}, {total / 1e6:,.1f} MB {done} in {cache_folder()} (RLKIT2_CACHE)"
+    )
+    return 0
+
+
 SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "list": list_datasets,
     "info": info,
@@ -251,6 +307,7 @@ SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "build": build,
     "import": import_file,
     "relabel": relabel,
+    "cache": cache,
 }
 
 

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from rlkit2.cli.output import console, say
 from rlkit2.data import AuditReport, TransitionDataset
-from rlkit2.data.audit.checks import NOTES
 from rlkit2.data.audit.findings import Distribution
 from rlkit2.data.folders import minari_root
-from rlkit2.data.load import minari_data
+from rlkit2.data.notes import note_lines as note_lines
+from rlkit2.data.sources.minari import minari_data
 from rlkit2.data.spec import env_spec_text
 from rlkit2.envs.builtin import builtin_id, data_root
 from rlkit2.envs.recipe import read_recipe
@@ -231,12 +231,6 @@ def _reference_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "reference", f"returns {found['ref_min_score']:.2f} (random) and {found['ref_max_score']:.2f} (expert)"
     else:
         yield "reference", "no reference returns, so returns cannot be normalised"
-
-
-def note_lines(notes: Mapping[str, int]) -> Iterator[str]:
-    """What the loader had to handle, as sentences."""
-    for code, count in notes.items():
-        yield f"{count} {NOTES.get(code, code.replace('_', ' '))}"
 
 
 def built(dataset: MinariDataset) -> str:

@@ -6,14 +6,15 @@ complete; whoever renames first wins and the others use that one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlkit2.data.dataset import TransitionDataset, write_in_memory
+from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.episodes import Episode, EpisodePacker, Progress
 from rlkit2.data.folders import remove_leftovers
-from rlkit2.data.records import Packed, Records, RecordWriter, content_hash, dtype_from_json, dtype_to_json
-from rlkit2.data.spaces import DatasetWarning
+from rlkit2.data.records import (
+    MemoryWriter,
+    Packed,
+    Records,
+    RecordWriter,
+    content_hash,
+    dtype_from_json,
+    dtype_to_json,
+    record_dtype,
+)
+from rlkit2.data.spaces import DatasetWarning, action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import CorruptDatasetError
 
-FORMAT = 1
-Fill = Callable[[RecordWriter], DatasetSpec]
+FORMAT = 2
+BLOCK = 4096  # bytes of a sampled block
+SAMPLES = 256  # blocks sampled from the files of a dataset
 
 
 def cache_folder() -> Path:
@@ -40,34 +52,112 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlkit2"
 
 
-def fingerprint(files: list[Path], *extra: Any) -> str:
-    """A key that changes with the names, sizes and times of `files`, or with `extra` (JSON values)."""
-    stats = [(str(path.resolve()), (info := path.stat()).st_size, info.st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([FORMAT, stats, extra], default=str).encode()).hexdigest()[:32]
+@dataclass(frozen=True)
+class Unpacked:
+    """A dataset before it is packed: its specification and the function that gives its episodes.
 
-
-def open_cached(key: str, dtype: np.dtype[Any], fill: Fill) -> TransitionDataset:
-    """The dataset under `key`, packed by `fill` where it is missing or damaged; in memory where the cache cannot be written.
-
-    `dtype` is the record layout.
+    `name` is for messages. `steps`: rows in all, 0 where unknown; `progress` is called with (rows done, rows in all). `checked`: actions outside
+    the specification's space are refused.
     """
-    folder = cache_folder() / "datasets" / key
-    if folder.is_dir():
-        try:
-            return _read(folder)
-        except (OSError, ValueError, LookupError, TypeError, CorruptDatasetError) as error:
-            warnings.warn(f"cache entry {folder} is damaged ({error}); it is built again", DatasetWarning, stacklevel=2)
-            _remove(folder)
+
+    name: str
+    spec: DatasetSpec
+    episodes: Callable[[], Iterable[Episode]]
+    steps: int = 0
+    progress: Progress | None = None
+    checked: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The record layout."""
+        flat, actions = self.spec.flattener, action_layout(self.spec.action_space)
+        return record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
+
+    def write(self, writer: RecordWriter) -> tuple[DatasetSpec, Packed]:
+        """Write all episodes; the specification with what was counted, and what describes the records."""
+        packer = EpisodePacker(writer, self.spec.flattener, self.spec.action_space, checked=self.checked)
+        packer.add_all(self.episodes(), self.name, self.progress, self.steps)
+        packed = writer.finish()
+        notes = {**self.spec.notes, **packer.notes}
+        notes |= {"non_finite_values": packed.non_finite} if packed.non_finite else {}
+        return replace(self.spec, content_hash=packed.content_hash, notes=notes), packed
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a dataset is cached: `source` tells which data and options, `state` how its files are now."""
+
+    source: str
+    state: str
+    files: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return f"{self.source}-{self.state}"
+
+
+def cache_key(files: Sequence[Path], *what: Any) -> Key:
+    """The key of data in `files` read in the way `what` tells (JSON values).
+
+    Its state changes with the names, sizes, times (of content and of inode, which copies and restored backups cannot keep), inodes, and with
+    256 blocks of 4 KiB sampled from the content, so that an open costs no more for a large dataset.
+    """
+    source = hashlib.sha256(json.dumps([FORMAT, what], default=str).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    share = max(1, SAMPLES // max(len(files), 1))
+    every = max(1, -(-len(files) // SAMPLES))
+    for number, path in enumerate(files):
+        info = path.stat()
+        told = (str(path.resolve()), info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+        digest.update(repr(told).encode())
+        if number % every == 0:
+            digest.update(_sampled(path, info.st_size, share))
+    return Key(source, digest.hexdigest()[:16], tuple(str(path.resolve()) for path in files[:1]))
+
+
+def _sampled(path: Path, size: int, blocks: int) -> bytes:
+    """Blocks of a file at equal distances, the first and the last among them."""
+    with path.open("rb", buffering=0) as file:
+        if size <= blocks * BLOCK:
+            return file.read()
+        parts = []
+        for number in range(blocks):
+            file.seek((size - BLOCK) * number // max(blocks - 1, 1))
+            parts.append(file.read(BLOCK))
+        return b"".join(parts)
+
+
+def find(key: Key) -> TransitionDataset | None:
+    """The dataset under `key`; None where it is missing or damaged (which is said)."""
+    folder = cache_folder() / "datasets" / key.name
+    if not folder.is_dir():
+        return None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent, ".*-*")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
+        found = _read(folder)
+    except (OSError, ValueError, LookupError, TypeError, CorruptDatasetError) as error:
+        warnings.warn(f"cache entry {folder} is damaged ({error}); it is built again", DatasetWarning, stacklevel=3)
+        _remove(folder)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # when it was last used
+    return found
+
+
+def store(key: Key, unpacked: Unpacked) -> TransitionDataset:
+    """Pack into the cache, in place of older states of the same source; in memory where the cache cannot be written, with a message."""
+    root = cache_folder() / "datasets"
+    folder = root / key.name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(root, ".*-*")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{key.name}-", dir=root))
     except OSError as error:
-        return _in_memory(dtype, fill, error)
+        return _in_memory(unpacked, error)
     try:
-        _write(temporary, dtype, fill)
+        _write(temporary, key, unpacked)
     except _CacheWriteError as error:
-        return _in_memory(dtype, fill, error)
+        return _in_memory(unpacked, error)
     else:
         try:
             temporary.rename(folder)
@@ -76,6 +166,9 @@ def open_cached(key: str, dtype: np.dtype[Any], fill: Fill) -> TransitionDataset
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for old in root.glob(f"{key.source}-*"):
+        if old != folder:
+            _remove(old)
     return _read(folder)
 
 
@@ -83,34 +176,77 @@ class _CacheWriteError(Exception):
     """The cache could not be written (as opposed to: the source could not be read)."""
 
 
-def build_in_memory(dtype: np.dtype[Any], fill: Fill) -> TransitionDataset:
+def pack_in_memory(unpacked: Unpacked) -> TransitionDataset:
     """Pack without a cache."""
-    spec: list[DatasetSpec] = []
-    records, packed = write_in_memory(dtype, lambda writer: spec.append(fill(writer)))
-    return TransitionDataset(records, torch.from_numpy(packed.episode_starts), _complete(spec[0], packed))
+    writer = MemoryWriter(unpacked.dtype)
+    spec, packed = unpacked.write(writer)
+    return TransitionDataset(writer.records(), torch.from_numpy(packed.episode_starts), spec)
 
 
-def verify(dataset: TransitionDataset) -> bool:
-    """Whether the records still have the content hash of the specification (reads everything; for datasets straight from a source)."""
-    return content_hash(dataset.records, dataset.episode_starts.numpy()) == dataset.spec.content_hash
+def verify(dataset: TransitionDataset, source: TransitionDataset | None = None) -> bool:
+    """Whether the records still have the content hash of the specification (reads everything; for datasets straight from a source).
+
+    `source`: the same data read afresh, `load_dataset(..., cache=False)`, whose content must be the same too.
+    """
+    own = content_hash(dataset.records, dataset.episode_starts.numpy()) == dataset.spec.content_hash
+    return own and (source is None or source.spec.content_hash == dataset.spec.content_hash)
 
 
-def _complete(spec: DatasetSpec, packed: Packed) -> DatasetSpec:
-    notes = dict(spec.notes) | ({"non_finite_values": packed.non_finite} if packed.non_finite else {})
-    return replace(spec, content_hash=packed.content_hash, notes=notes)
+@dataclass(frozen=True)
+class Entry:
+    """One dataset in the cache. `used`: when it was last opened, in seconds since 1970; `stale`: its source is gone."""
+
+    folder: Path
+    dataset: str
+    source: str
+    bytes: int
+    used: float
+    stale: bool
 
 
-def _in_memory(dtype: np.dtype[Any], fill: Fill, error: Exception) -> TransitionDataset:
+def entries() -> list[Entry]:
+    """The datasets in the cache, the one that was not used for longest first; damaged ones are stale."""
+    found = []
+    for folder in (cache_folder() / "datasets").glob("[!.]*"):
+        try:
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            used = folder.stat().st_mtime
+        except OSError:
+            continue  # another process has removed it
+        try:
+            described = json.loads((folder / "dataset.json").read_text())
+            dataset, source = json.loads(described["spec"])["id"], str((described.get("files") or [""])[0])
+        except (OSError, ValueError, LookupError, TypeError):
+            dataset, source = folder.name, ""
+        found.append(Entry(folder, dataset, source, size, used, not os.path.exists(source)))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def clean(*, limit: int | None = None) -> list[Entry]:
+    """Remove entries and return them: all (`limit=None`), or stale ones and then those not used for longest, until `limit` bytes are left."""
+    found = entries()
+    left = sum(entry.bytes for entry in found)
+    removed = []
+    for entry in sorted(found, key=lambda entry: not entry.stale):
+        if limit is None or entry.stale or left > limit:
+            _remove(entry.folder)
+            left -= entry.bytes
+            removed.append(entry)
+    return removed
+
+
+def _in_memory(unpacked: Unpacked, error: Exception) -> TransitionDataset:
     message = f"dataset cache {cache_folder()} cannot be written ({error}); the data stay in memory. Set RLKIT2_CACHE to a writable folder"
     warnings.warn(message, DatasetWarning, stacklevel=3)
-    return build_in_memory(dtype, fill)
+    return pack_in_memory(unpacked)
 
 
-def _write(folder: Path, dtype: np.dtype[Any], fill: Fill) -> None:
+def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
     try:
         file = open(folder / "records.bin", "wb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise _CacheWriteError(error) from error
+    dtype = unpacked.dtype
     with file:
 
         def sink(block: NDArray[np.uint8]) -> None:
@@ -121,16 +257,15 @@ def _write(folder: Path, dtype: np.dtype[Any], fill: Fill) -> None:
             except OSError as error:
                 raise _CacheWriteError(error) from error
 
-        writer = RecordWriter(dtype, sink)
-        spec = fill(writer)
-        packed = writer.finish()
+        spec, packed = unpacked.write(RecordWriter(dtype, sink))
     try:
         np.save(folder / "episode_starts.npy", packed.episode_starts)
         described = {
             "format": FORMAT,
+            "files": key.files,
             "length": packed.length,
             "records": dtype_to_json(dtype),
-            "spec": _complete(spec, packed).to_json(),
+            "spec": spec.to_json(),
         }
         (folder / "dataset.json").write_text(json.dumps(described))
     except OSError as error:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rlkit2.data.batch import Batch
-from rlkit2.data.records import FIELDS, Packed, Records, RecordWriter, record_dtype
+from rlkit2.data.infer import infer_spaces
+from rlkit2.data.notes import say_notes
+from rlkit2.data.records import FIELDS, MemoryWriter, Records, record_dtype
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import DatasetError
@@ -258,32 +259,11 @@ class TransitionDataset:
         return to_minari(self, dataset_id, **metadata)
 
 
-def write_in_memory(dtype: np.dtype[Any], fill: Callable[[RecordWriter], None]) -> tuple[Records, Packed]:
-    """Records in memory: `fill` adds the episodes to the writer it is given."""
-    blocks: list[NDArray[np.uint8]] = []
-    writer = RecordWriter(dtype, lambda block: blocks.append(block.copy()))
-    fill(writer)
-    packed = writer.finish()
-    return Records.from_numpy(np.concatenate(blocks).view(dtype)), packed
-
-
 def spec_of_arrays(observations: NDArray[Any], actions: NDArray[Any], dataset_id: str = "arrays") -> DatasetSpec:
-    """The spaces that plain arrays allow: unbounded observations (bytes: 0..255), actions in [-1, 1] (as in D4RL) or Discrete for integers."""
-    shape = observations.shape[1:]
-    if observations.dtype == np.uint8:
-        observation_space: spaces.Box = spaces.Box(0, 255, shape, np.uint8)
-    else:
-        observation_space = spaces.Box(-np.inf, np.inf, shape or (1,), np.float32)
-    action_space: spaces.Space[Any]
-    if np.issubdtype(actions.dtype, np.integer) and actions.size == len(actions):
-        action_space = spaces.Discrete(int(actions.max()) + 1)
-    elif np.issubdtype(actions.dtype, np.floating) and actions.ndim == 2:
-        action_space = spaces.Box(-1.0, 1.0, actions.shape[1:], np.float32)
-    else:
-        raise DatasetError(
-            f"actions of dtype {actions.dtype} and shape {actions.shape} have no default space; give a spec"
-        )
-    return DatasetSpec(observation_space=observation_space, action_space=action_space, id=dataset_id)
+    """The spaces that plain arrays allow, as `rlkit2.data.infer` has them; noted as inferred."""
+    observation_space, action_space = infer_spaces([(observations, actions)])
+    notes = {"action_spaces_inferred": 1}
+    return DatasetSpec(observation_space=observation_space, action_space=action_space, id=dataset_id, notes=notes)
 
 
 def dataset_from_arrays(
@@ -297,7 +277,8 @@ def dataset_from_arrays(
 ) -> TransitionDataset:
     """A dataset in memory from aligned arrays: `observations`, `next_observations` `[N, ...]`, `actions` `[N, act]` or integer `[N]`, the rest `[N]`.
 
-    An episode ends where either flag is true; a last episode without a flag counts as truncated. `spec` gives the spaces (or `spec_of_arrays`).
+    An episode ends where either flag is true; a last episode without a flag counts as truncated. `spec` gives the spaces; without one they are
+    inferred from the values, with a notice.
     Raises `DatasetError` for no rows, unequal lengths or shapes that do not fit the spaces.
     """
     given = dict(
@@ -324,7 +305,9 @@ def dataset_from_arrays(
             f"observations {arrays['observations'].shape} and next_observations {arrays['next_observations'].shape} differ in shape"
         )
     spec = spec or spec_of_arrays(arrays["observations"], arrays["actions"])
-    return pack_arrays(arrays, spec)
+    dataset = pack_arrays(arrays, spec)
+    say_notes(dataset.spec)
+    return dataset
 
 
 def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> TransitionDataset:
@@ -350,21 +333,22 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> Transi
     dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
     ends = (np.flatnonzero(terminations | truncations) + 1).tolist()
 
-    def fill(writer: RecordWriter) -> None:
-        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-            rows = slice(start, stop)
-            writer.add(
-                observations[rows],
-                next_observations[rows],
-                flattened_actions[rows],
-                arrays["rewards"][rows],
-                terminations[rows],
-                truncations[rows],
-            )
-
-    records, packed = write_in_memory(dtype, fill)
+    writer = MemoryWriter(dtype)
+    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+        rows = slice(start, stop)
+        writer.add(
+            observations[rows],
+            next_observations[rows],
+            flattened_actions[rows],
+            arrays["rewards"][rows],
+            terminations[rows],
+            truncations[rows],
+        )
+    packed = writer.finish()
     if packed.non_finite:
         notes["non_finite_values"] = packed.non_finite
     return TransitionDataset(
-        records, torch.from_numpy(packed.episode_starts), replace(spec, content_hash=packed.content_hash, notes=notes)
+        writer.records(),
+        torch.from_numpy(packed.episode_starts),
+        replace(spec, content_hash=packed.content_hash, notes=notes),
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from rlkit2.data.records import RecordWriter
-from rlkit2.data.spaces import ActionLayout, SpaceFlattener
-from rlkit2.errors import CorruptDatasetError, UnsupportedSpaceError
+from rlkit2.data.spaces import SpaceFlattener, action_bounds, action_layout, outside
+from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode as it is stored: `observations` and `actions` arrays or trees of arrays, the rest `[T]`; `name` is for messages."""
+    """One episode as it is stored: `observations` `[T + 1, ...]` and `actions` `[T, ...]` arrays or trees of arrays, the rest `[T]`.
+
+    `name` is for messages. `notes` counts what a reader had to do to it, under the names of `rlkit2.data.notes`.
+    """
 
     name: str
     observations: Any
@@ -26,6 +31,7 @@ class Episode:
     rewards: NDArray[Any]
     terminations: NDArray[Any]
     truncations: NDArray[Any]
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 class EpisodePacker:
@@ -34,16 +40,21 @@ class EpisodePacker:
     An episode normally has one observation more than actions. With as many observations as actions its last next observation was never
     stored: after a termination nothing is bootstrapped, so the last observation stands in for it; otherwise the last step is dropped and the
     step before it is the truncated one. Any other length is refused. An episode that ends without a flag counts as truncated.
+
+    `checked`: actions outside `action_space` are refused. Observations that float32 cannot tell apart (timestamps) are refused always.
     """
 
-    def __init__(self, writer: RecordWriter, flat: SpaceFlattener, actions: ActionLayout) -> None:
+    def __init__(
+        self, writer: RecordWriter, flat: SpaceFlattener, action_space: spaces.Space[Any], *, checked: bool = False
+    ) -> None:
         self.writer = writer
         self.flat = flat
-        self.actions = actions
+        self.actions = action_layout(action_space)
+        self.bounds = (action_space, *action_bounds(action_space)) if checked else None
         self.notes: dict[str, int] = {}
 
-    def _count(self, what: str) -> None:
-        self.notes[what] = self.notes.get(what, 0) + 1
+    def _count(self, what: str, number: int = 1) -> None:
+        self.notes[what] = self.notes.get(what, 0) + number
 
     def _flatten(self, episode: Episode) -> tuple[NDArray[Any], NDArray[Any]]:
         try:
@@ -59,7 +70,15 @@ class EpisodePacker:
 
     def add(self, episode: Episode) -> None:
         """Align and write one episode; `CorruptDatasetError` names it where lengths or shapes contradict each other."""
+        for what, number in episode.notes.items():
+            self._count(what, number)
+        if np.size(episode.rewards) == 0 and not _rows(episode.actions):
+            self._count("episodes_without_steps")
+            return
         observations, actions = self._flatten(episode)
+        if self.bounds is not None:
+            _check_actions(episode.name, actions, *self.bounds)
+        _check_float32(episode.name, observations)
         rewards, terminations, truncations = (
             np.asarray(a).reshape(-1) for a in (episode.rewards, episode.terminations, episode.truncations)
         )
@@ -67,8 +86,6 @@ class EpisodePacker:
         if not len(rewards) == len(terminations) == len(truncations) == steps:
             lengths = f"{steps} actions, {len(rewards)} rewards, {len(terminations)} terminations, {len(truncations)} truncations"
             raise CorruptDatasetError(f"{episode.name} has {lengths}; they must be equal")
-        if steps == 0:
-            raise CorruptDatasetError(f"{episode.name} has no steps")
         terminations, truncations = terminations.astype(bool), truncations.astype(bool)
         if len(observations) == steps:
             if terminations[-1]:
@@ -108,9 +125,70 @@ class EpisodePacker:
 
         `progress` is called with (rows done, `total` rows) after each episode.
         """
-        for episode in episodes:
-            self.add(episode)
-            if progress is not None:
-                progress(self.writer.length, max(total, self.writer.length))
+        with closing_all(episodes) as stream:
+            for episode in stream:
+                self.add(episode)
+                if progress is not None:
+                    progress(self.writer.length, max(total, self.writer.length))
         if self.writer.length == 0:
             raise CorruptDatasetError(f"{source} has no usable episode; a dataset needs at least one transition")
+
+
+@contextmanager
+def closing_all(episodes: Iterable[Episode]) -> Iterator[Iterable[Episode]]:
+    """The episodes; a generator is closed at the end, so that after an error its file is not left open."""
+    try:
+        yield episodes
+    finally:
+        if isinstance(episodes, Generator):
+            episodes.close()
+
+
+def _rows(tree: Any) -> int:
+    """Rows of an array or of the first array of a tree."""
+    while isinstance(tree, Mapping | tuple):
+        tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
+    return len(tree)
+
+
+def _check_actions(
+    name: str, actions: NDArray[Any], space: spaces.Space[Any], low: NDArray[Any], high: NDArray[Any]
+) -> None:
+    columns = actions.reshape(len(actions), -1)
+    if columns.dtype.kind == "f" and action_layout(space).dtype == np.int64 and not (columns == np.rint(columns)).all():
+        raise DatasetError(
+            f"{name}: actions are not whole numbers, but the given space is {space}; use --action-space continuous"
+        )
+    bad = outside(columns, low, high)
+    if bad.any():
+        step, column = np.argwhere(bad)[0].tolist()
+        raise DatasetError(
+            f"{name}: {int(bad.sum())} action values lie outside the given space {' '.join(str(space).split())}, the first in step {step}, "
+            f"column {column}: {columns[step, column]:g}; give the space that the data were made in"
+        )
+
+
+LARGE = 1024.0  # below, no column is counted as one that float32 cannot hold
+
+
+def _check_float32(name: str, observations: NDArray[Any]) -> None:
+    """Refuse columns whose steps are smaller than float32 can tell apart at their size, such as seconds since 1970."""
+    if (
+        len(observations) < 2
+        or observations.dtype.kind not in "fiu"
+        or observations.dtype.itemsize < 4
+        or observations.dtype == np.float32
+    ):
+        return
+    if max(observations.max(), -observations.min()) < LARGE:
+        return
+    columns = observations.reshape(len(observations), -1).astype(np.float64)
+    size = np.abs(columns).max(axis=0)
+    step = np.abs(np.diff(columns, axis=0)).mean(axis=0)
+    lost = (size >= LARGE) & (step < size * np.finfo(np.float32).eps / 2) & (step > size * 1e-12)
+    if lost.any():
+        column = int(np.flatnonzero(lost)[0])
+        raise DatasetError(
+            f"{name}: observation column {column} is as large as {size[column]:.6g} and changes by {step[column]:.3g} a step, "
+            "which float32 cannot hold; subtract its first value, or leave the column out"
+        )

@@ -17,6 +17,8 @@ from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.folders import minari_root, new_folder
+from rlkit2.data.sources.arrow import MOST_STEPS
+from rlkit2.data.sources.minari import HDF5_FILE
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import env_spec_text
 from rlkit2.errors import DatasetError
@@ -40,7 +42,7 @@ def to_minari(
     Args:
         dataset: what to write.
         dataset_id: `namespace/name-v0`.
-        data_format: `hdf5` or `arrow`.
+        data_format: `hdf5`, or `arrow` or `parquet` for episodes of at most 32,767 steps (Minari's own reader shifts longer ones).
         progress: called with (episodes done, episodes in all).
         metadata: JSON values for Minari's metadata (author, description, algorithm_name, ...) and whatever else should be remembered.
 
@@ -58,6 +60,12 @@ def to_minari(
     folder = root / dataset_id
     if folder.exists():
         raise DatasetError(f"{dataset_id} exists in {root}; choose another id or delete it")
+    longest = int(dataset.episode_lengths.max())
+    if data_format != "hdf5" and longest > MOST_STEPS:
+        raise DatasetError(
+            f"{dataset.spec.id} has an episode of {longest:,} steps; Minari's reader shifts {data_format} episodes above {MOST_STEPS:,} steps, "
+            "so they are not written: use the format hdf5"
+        )
     spec, flat, actions = dataset.spec, dataset.spec.flattener, action_layout(dataset.spec.action_space)
     described: dict[str, Any] = {
         "eval_env_spec": env_spec_text(spec.eval_env_spec),
@@ -108,10 +116,87 @@ def write_minari(
         data_format=data_format,
         jpeg_encoding=False,
     )
-    storage.update_episodes(episodes)
+    if data_format == "hdf5":
+        with _CarefulFile(path / HDF5_FILE) as file:
+            storage._file_path = file
+            storage.update_episodes(file.while_written(episodes))
+        storage._file_path = path / HDF5_FILE
+    else:
+        measure, storage.get_size = (
+            storage.get_size,
+            lambda: 0.0,
+        )  # Minari measures the whole folder after every episode
+        storage.update_episodes(episodes)
+        storage.get_size = measure
+    storage.update_metadata({"dataset_size": storage.get_size()})
     people = {key: {value} for key, value in metadata.items() if key in ("author", "author_email") and value}
     kept = {key: value for key, value in metadata.items() if value is not None}
     storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **kept, **people})
+
+
+class _CarefulFile:
+    """A file for h5py to write to that never fails: the HDF5 library crashes the process where a write does (a full disk).
+
+    The first error is kept, what comes after it is dropped, and the error is raised between two episodes or at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: OSError | None = None
+
+    def __enter__(self) -> _CarefulFile:
+        self.file = open(self.path, "r+b", buffering=0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.file.close()
+        if self.error is not None and kind is None:
+            raise self.error
+
+    def while_written(self, episodes: Iterable[EpisodeBuffer]) -> Iterator[EpisodeBuffer]:
+        """The episodes, until a write has failed."""
+        for episode in episodes:
+            yield episode
+            if self.error is not None:
+                raise self.error
+
+    def read(self, count: int = -1) -> bytes:
+        """As a raw file's."""
+        return self.file.read(count) or b""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """As a raw file's."""
+        return self.file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As a raw file's."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As a raw file's."""
+        return self.file.tell()
+
+    def write(self, data: bytes) -> int:
+        """Write all of `data`, or keep why that was not possible."""
+        view = memoryview(data)
+        size = len(view)
+        try:
+            while view and self.error is None:
+                view = view[self.file.write(view) or 0 :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size of the file, or keep why that was not possible."""
+        try:
+            return self.file.truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self.error = error
+            return size or 0
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def _episodes(dataset: TransitionDataset, progress: Progress | None) -> Iterator[EpisodeBuffer]:

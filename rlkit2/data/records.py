@@ -203,6 +203,18 @@ class RecordWriter:
         return Packed(self.length, starts, self.digest.hexdigest(), self.non_finite)
 
 
+class MemoryWriter(RecordWriter):
+    """A writer whose records stay in memory."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.blocks: list[NDArray[np.uint8]] = []
+        super().__init__(dtype, lambda block: self.blocks.append(block.copy()))
+
+    def records(self) -> Records:
+        """The records, after `finish`."""
+        return Records.from_numpy(np.concatenate(self.blocks).view(self.block.dtype))
+
+
 def content_hash(records: Records, starts: NDArray[np.int64], block_rows: int = 1 << 16) -> str:
     """The content hash computed afresh, to be held against the stored one."""
     digest = hashlib.sha256(repr(dtype_to_json(records.dtype)).encode())

@@ -20,6 +20,7 @@ from rlkit2.errors import ConfigError, UnsupportedSpaceError
 
 GOAL_KEYS = frozenset({"observation", "achieved_goal", "desired_goal"})
 Path = tuple[str | int, ...]
+ROUNDING = 1e-4  # of the action range: a smaller excess over the bounds is rounding
 
 
 class DatasetWarning(UserWarning):
@@ -60,12 +61,25 @@ class Leaf:
         """The inverse of `columns`: values `[n, *shape]` of this leaf, in the type of `stored_space`."""
         space = self.space
         if isinstance(space, spaces.Discrete):
-            return np.asarray(columns.argmax(axis=1) + space.start)
+            return np.asarray(columns.argmax(axis=1) + space.start).astype(space.dtype)
         if isinstance(space, spaces.MultiDiscrete):
             ends = np.cumsum(space.nvec.reshape(-1))
             chosen = np.stack([part.argmax(axis=1) for part in np.split(columns, ends[:-1], axis=1)], axis=1)
-            return np.asarray(chosen.reshape(-1, *space.shape) + space.start)
+            return np.asarray(chosen.reshape(-1, *space.shape) + space.start).astype(space.dtype)
         return columns.reshape(-1, *(space.shape or ())).astype(stored_space(space).dtype)
+
+
+def tree_of(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> Any:
+    """Nest the arrays of leaves under their paths, as the flatteners expect them."""
+    root: dict[Any, Any] = {}
+    for leaf, array in zip(leaves, arrays, strict=True):
+        if not leaf.path:
+            return array
+        node = root
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = array
+    return root
 
 
 def stored_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
@@ -283,3 +297,44 @@ def action_layout(space: spaces.Space[Any]) -> ActionLayout:
     dtype = np.dtype(np.float32 if continuous == {True} else np.int64)
     shape = () if isinstance(space, spaces.Discrete) else (leaves[-1].stop,)
     return ActionLayout(shape, dtype, tuple(leaves))
+
+
+def action_bounds(space: spaces.Space[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lowest and highest value of every action column, in the type the actions are stored in where that is float32."""
+    return _bounds([leaf.space for leaf in action_layout(space).leaves])
+
+
+def observation_bounds(flat: SpaceFlattener) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lowest and highest value of every observation column; one-hot columns lie in 0..1."""
+    one_hot = (spaces.Discrete, spaces.MultiDiscrete)
+    return _bounds(
+        [
+            spaces.MultiBinary(_width(leaf.space)) if isinstance(leaf.space, one_hot) else leaf.space
+            for leaf in flat.leaves
+        ]
+    )
+
+
+def _bounds(leaves: Sequence[spaces.Space[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    low: list[NDArray[Any]] = []
+    high: list[NDArray[Any]] = []
+    for leaf in leaves:
+        if isinstance(leaf, spaces.Box):
+            kind = np.float32 if leaf.dtype.kind == "f" else np.float64
+            pair = leaf.low.ravel().astype(kind), leaf.high.ravel().astype(kind)
+        elif isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
+            start = np.ravel(leaf.start)
+            pair = start, start + np.ravel(leaf.n if isinstance(leaf, spaces.Discrete) else leaf.nvec) - 1
+        else:
+            count = int(np.prod(leaf.shape or (1,)))
+            pair = np.zeros(count), np.ones(count)
+        low.append(pair[0])
+        high.append(pair[1])
+    return np.concatenate(low), np.concatenate(high)
+
+
+def outside(columns: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which values `[n, columns]` lie outside the bounds by more than rounding."""
+    width = high - low
+    slack = ROUNDING * np.where(np.isfinite(width), width, 1.0) if columns.dtype.kind == "f" else 0
+    return np.asarray((columns < low - slack) | (columns > high + slack))

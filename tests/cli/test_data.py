@@ -270,7 +270,7 @@ def bad_minari(what: str) -> str:
         ("unknown id", "no dataset 'test/unknown-v0' in"),
         ("no network", "there is no network to download it"),
         ("unknown built-in", "no built-in dataset 'builtin/room'; close ids: builtin/rooms"),
-        ("a folder", "is a folder but no dataset"),
+        ("a folder", "is a folder but not a dataset"),
         ("no file", "does not exist"),
     ],
 )
@@ -348,7 +348,7 @@ def test_help_of_every_command_shows_an_example(capsys: pytest.CaptureFixture[st
     status, out, _ = run(capsys, "--help")
     assert status == 0
     names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert names == ["list", "info", "check", "build", "import", "relabel"]
+    assert names == ["list", "info", "check", "build", "import", "relabel", "cache"]
     for name in names:
         with pytest.raises(SystemExit) as stopped:
             main(["data", name, "--help"])

@@ -50,8 +50,11 @@ def finding(report, code):
 ALWAYS = ["no_reference_scores", "no_environment"]  # arrays name neither
 
 
+BOXES = DatasetSpec(observation_space=spaces.Box(-np.inf, np.inf, (2,)), action_space=spaces.Box(-1, 1, (2,)))
+
+
 def test_a_clean_dataset_has_nothing_but_what_it_lacks():
-    dataset = dataset_from_arrays(**arrays())
+    dataset = dataset_from_arrays(**arrays(), spec=BOXES)
     report = audit(dataset)
     assert report.ok
     assert codes(report) == ALWAYS
@@ -83,11 +86,11 @@ def test_non_finite_values_are_errors_with_their_place(field, value):
 def test_action_bounds_tell_rounding_from_violation():
     data = arrays()
     data["actions"][6, 1] = 1 + 1e-5
-    report = audit(dataset_from_arrays(**data))
+    report = audit(dataset_from_arrays(**data, spec=BOXES))
     assert report.ok
     assert finding(report, "actions_out_of_bounds").severity == "warning"
     data["actions"][7, 0] = -1.5
-    report = audit(dataset_from_arrays(**data))
+    report = audit(dataset_from_arrays(**data, spec=BOXES))
     found = finding(report, "actions_out_of_bounds")
     assert not report.ok
     assert found.message.startswith("2 action values")

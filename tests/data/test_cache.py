@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,96 @@ def test_a_changed_source_is_packed_again() -> None:
     second = read_dataset(made.spec.dataset_id)
     assert float(second.rewards[1]) == 55.0
     assert second.spec.content_hash != first.spec.content_hash
+
+
+def overwrite(path: Path, how: str) -> None:
+    """Change one reward in an HDF5 file and leave name, size and time of content as they were."""
+    before = path.stat()
+    changed = path.with_name("changed")
+    shutil.copy2(path, changed)
+    with h5py.File(changed, "a") as file:
+        file["episode_1"]["rewards"][3] = 55.0
+    assert changed.stat().st_size == before.st_size
+    if how == "in place":
+        path.write_bytes(changed.read_bytes())
+    elif how == "another file":
+        changed.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["in place", "another file"])
+@pytest.mark.parametrize("blind", [(), ("st_ctime_ns",), ("st_ino",), ("st_ctime_ns", "st_ino")])
+def test_a_source_changed_under_the_same_size_and_time_is_packed_again(
+    how: str, blind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on file systems that have no change time or no stable inode, where the sampled content tells."""
+    stat = Path.stat
+
+    class Blind:
+        """What a file system tells."""
+
+        def __init__(self, info: os.stat_result) -> None:
+            self.info = info
+
+        def __getattr__(self, name: str) -> object:
+            return 0 if name in blind else getattr(self.info, name)
+
+    monkeypatch.setattr(Path, "stat", lambda path, **how: Blind(stat(path, **how)))
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    first = read_dataset(made.spec.dataset_id)
+    overwrite(Path(made.storage.data_path) / "main_data.hdf5", how)
+    second = read_dataset(made.spec.dataset_id)
+    assert float(second.rewards[7]) == 55.0
+    assert second.spec.content_hash != first.spec.content_hash
+
+
+def test_a_new_state_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    for _ in range(3):
+        read_dataset(made.spec.dataset_id)
+        overwrite(Path(made.storage.data_path) / "main_data.hdf5", "another file")
+    entry(tmp_path)
+
+
+def test_the_samples_of_a_large_file_are_few_and_reach_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(40 << 20))
+    key = cache.cache_key([path]).state
+    assert len(cache._sampled(path, 40 << 20, cache.SAMPLES)) == cache.SAMPLES * cache.BLOCK
+    info = path.stat()
+    for place in (0, (40 << 20) - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        assert cache.cache_key([path]).state != key
+
+
+def test_verify_holds_a_copy_against_its_source() -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    kept = read_dataset(made.spec.dataset_id)
+    assert verify(kept, read_dataset(made.spec.dataset_id, cache=False))
+    overwrite(Path(made.storage.data_path) / "main_data.hdf5", "in place")
+    assert verify(kept)
+    assert not verify(kept, read_dataset(made.spec.dataset_id, cache=False))
+
+
+def test_entries_are_listed_and_cleaned_down_to_a_limit() -> None:
+    made = [make_minari([Ending(steps, True, False)], *FAMILIES["box32"]) for steps in (100, 200, 300)]
+    for number, dataset in enumerate(made):
+        read_dataset(dataset)
+        (found,) = (entry for entry in cache.entries() if entry.dataset == dataset.spec.dataset_id)
+        os.utime(found.folder, (number, number))
+    found = cache.entries()
+    assert [entry.dataset for entry in found] == [dataset.spec.dataset_id for dataset in made]
+    assert not any(entry.stale for entry in found)
+    assert found[0].bytes > 100 * read_dataset(made[0], cache=False).records.dtype.itemsize
+    shutil.rmtree(made[2].storage.data_path)
+    removed = cache.clean(limit=found[1].bytes)
+    assert [entry.dataset for entry in removed] == [made[2].spec.dataset_id, made[0].spec.dataset_id]
+    assert [entry.dataset for entry in cache.entries()] == [made[1].spec.dataset_id]
+    assert len(cache.clean()) == 1
+    assert cache.entries() == []
 
 
 def shorten(folder: Path) -> None:

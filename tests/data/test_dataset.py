@@ -177,7 +177,7 @@ def test_negative_episode_and_missing_episode() -> None:
     [
         ({"rewards": np.zeros(3)}, "unequal lengths"),
         ({"next_observations": np.zeros((7, 2))}, "differ in shape"),
-        ({"actions": np.zeros((7, 2, 2))}, "no default space"),
+        ({"actions": np.full((7, 2), "left")}, "are not numbers"),
         ({"rewards": np.zeros((7, 2))}, r"expected \[7\]"),
     ],
 )
@@ -191,7 +191,7 @@ def test_arrays_without_rows_and_without_a_last_flag() -> None:
         dataset_from_arrays(**{name: value[:0] for name, value in arrays([4]).items()})
     dataset = dataset_from_arrays(**(arrays([4]) | {"terminations": np.zeros(4, bool)}))
     assert dataset.truncations.tolist() == [False, False, False, True]
-    assert dataset.spec.notes == {"episodes_without_end_flag": 1}
+    assert dataset.spec.notes == {"action_spaces_inferred": 1, "episodes_without_end_flag": 1}
 
 
 def test_observation_statistics_match_numpy() -> None:
@@ -263,7 +263,7 @@ def test_a_broken_chain_cannot_be_written_and_leaves_nothing(tmp_path) -> None:
     values["next_observations"] = values["next_observations"] + 1
     with pytest.raises(DatasetError, match="not contiguous"):
         dataset_from_arrays(**values).to_minari("test/broken-v0")
-    with pytest.raises(DatasetError, match="no dataset id"):
+    with pytest.raises(DatasetError, match="not a dataset id"):
         dataset_from_arrays(**arrays([4])).to_minari("no version")
     with pytest.raises(DatasetError, match=r"could not be written .* No storage implemented for csv"):
         dataset_from_arrays(**arrays([4])).to_minari("test/csv-v0", data_format="csv")

@@ -132,7 +132,7 @@ def test_unknown_ids_say_where_was_searched_and_what_is_close() -> None:
         match=r"'test/hopper/medum-v0' in .*/minari, and there is no network.*close ids here: test/hopper/medium-v0",
     ):
         read_dataset("test/hopper/medum-v0")
-    with pytest.raises(DatasetNotFoundError, match="no complete Minari id"):
+    with pytest.raises(DatasetNotFoundError, match="not a complete Minari id"):
         read_dataset("something")
     with pytest.raises(DatasetNotFoundError, match="does not exist"):
         read_dataset("missing/file.hdf5")
@@ -148,7 +148,7 @@ def test_folders(tmp_path: Path) -> None:
     assert len(read_dataset(str(moved))) == 10
     assert len(read_dataset(moved / "data" / "main_data.hdf5")) == 10
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="a folder but no dataset"):
+    with pytest.raises(DatasetError, match="a folder but not a dataset"):
         read_dataset(tmp_path / "empty")
 
 

@@ -12,22 +12,16 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from rlkit2.data.audit.findings import AuditReport, Distribution, Finding
-from rlkit2.data.audit.scan import Scan, action_bounds, chunks, space_text
+from rlkit2.data.audit.findings import AuditReport, Distribution, Finding, Severity
+from rlkit2.data.audit.scan import Scan, chunks, space_text
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.spaces import DatasetWarning, action_layout, flattener
+from rlkit2.data.notes import NOTES
+from rlkit2.data.spaces import DatasetWarning, action_bounds, action_layout, flattener
 from rlkit2.data.spec import DatasetSpec, env_spec_text
 from rlkit2.errors import RLKitError, first_line
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-# What the loader counts in `DatasetSpec.notes`, as a sentence after the number.
-NOTES = {
-    "episodes_without_end_flag": "episodes were cut off without a flag; they count as truncated",
-    "episodes_without_final_observation": "terminated episodes lack their final observation; the last one stands in, nothing is bootstrapped from it",
-    "last_steps_dropped_for_want_of_a_next_observation": "last steps were left out because the observation after them was never stored",
-    "episodes_dropped": "episodes were left out because their only step lacks a next observation",
-}
 # A word in an entry point or an import error, and the extra that installs what it stands for.
 SIMULATORS = {"gymnasium_robotics": "robotics", "mujoco": "mujoco", "box2d": "box2d"}
 
@@ -74,8 +68,9 @@ def audit(dataset: TransitionDataset, *, progress: Progress | None = None) -> Au
 def _noted(spec: DatasetSpec) -> Iterator[Finding]:
     """What the loader had to handle."""
     for code, count in spec.notes.items():
-        if code in NOTES:
-            yield Finding("warning", code, f"{count} {NOTES[code]}")
+        if code in NOTES and code != "non_finite_values":  # found with its places
+            severity: Severity = "info" if code == "action_spaces_inferred" else "warning"
+            yield Finding(severity, code, f"{count} {NOTES[code]}")
 
 
 def _scores(spec: DatasetSpec) -> Iterator[Finding]:

@@ -11,12 +11,11 @@ from gymnasium import spaces
 
 from rlkit2.data.audit.findings import BINS, Array, Distribution, Finding, Place, Severity
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.spaces import SpaceFlattener, action_layout
+from rlkit2.data.spaces import ROUNDING, SpaceFlattener, action_bounds, action_layout, observation_bounds, outside
 
 CHUNK_BYTES = 1 << 26
 MOST_PLACES = 10  # places listed per finding
 MOST_SAMPLES = 1 << 20  # rows behind the action histograms
-ROUNDING = 1e-4  # of the action range: a smaller excess over the bounds is rounding
 
 
 def chunks(dataset: TransitionDataset) -> Iterator[tuple[int, Array, dict[str, Array]]]:
@@ -67,6 +66,8 @@ class Scan:
         self.bad_values = {name: _Tally(self) for name in ("observations", "next_observations", "actions", "rewards")}
         self.mid_flags, self.both_flags, self.breaks, self.outside = (_Tally(self) for _ in range(4))
         self.low, self.high = action_bounds(self.spec.action_space)
+        self.observation_bounds = observation_bounds(self.spec.flattener)
+        self.strays = _Tally(self)
         self.worst = 0.0
         self.observed: tuple[Array, Array] | None = None
         self.share = min(1.0, MOST_SAMPLES / len(dataset))
@@ -102,6 +103,9 @@ class Scan:
         self._flags(start, stop, fields)
         self._chain(start, stop, fields)
         self._columns(fields["observations"])
+        rows = fields["observations"].reshape(len(words), -1)
+        if rows.dtype.kind == "f":
+            self.strays.add(start, outside(rows, *self.observation_bounds))
         self._actions(start, fields["actions"])
         self._hash(start, words, first, cuts)
 
@@ -184,6 +188,9 @@ class Scan:
             "actions_out_of_bounds",
             f"action values lie outside {space_text(self.spec.action_space)}{excess}",
         )
+        yield from self.strays.finding(
+            "warning", "observations_out_of_bounds", "observation values lie outside the observation space"
+        )
         yield from self._duplicate_findings()
         yield from self._constant_findings()
 
@@ -212,25 +219,6 @@ class Scan:
 def _bits(values: Array) -> Array:
     """Values to be compared as bits, so that NaN equals itself."""
     return values.view(np.int32) if values.dtype == np.float32 else values
-
-
-def action_bounds(space: spaces.Space[Any]) -> tuple[Array, Array]:
-    """Lowest and highest value of every action column, in the type the actions are stored in where that is float32."""
-    low: list[Array] = []
-    high: list[Array] = []
-    for leaf in (leaf.space for leaf in action_layout(space).leaves):
-        if isinstance(leaf, spaces.Box):
-            kind = np.float32 if leaf.dtype.kind == "f" else np.float64
-            pair = leaf.low.ravel().astype(kind), leaf.high.ravel().astype(kind)
-        elif isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
-            start = np.ravel(leaf.start)
-            pair = start, start + np.ravel(leaf.n if isinstance(leaf, spaces.Discrete) else leaf.nvec) - 1
-        else:
-            count = int(np.prod(leaf.shape or (1,)))
-            pair = np.zeros(count), np.ones(count)
-        low.append(pair[0])
-        high.append(pair[1])
-    return np.concatenate(low), np.concatenate(high)
 
 
 def space_text(space: spaces.Space[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Reading Minari datasets: HDF5 through h5py's low-level interface (the cost is per object, not per byte), the rest through Minari itself."""
+"""Minari datasets: HDF5 through h5py's low-level interface (the cost is per object, not per byte), Arrow and Parquet by their own files."""
 
 from __future__ import annotations
 
@@ -12,70 +12,70 @@ from typing import Any
 import gymnasium
 import h5py
 import numpy as np
-from gymnasium import spaces
-from minari import MinariDataset
 from minari.dataset.minari_storage import MinariStorage, is_image_space
 from minari.serialization import deserialize_space
 from numpy.typing import NDArray
 
-from rlkit2.data.cache import build_in_memory, fingerprint, open_cached
-from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.episodes import Episode, EpisodePacker, Progress
-from rlkit2.data.records import RecordWriter, record_dtype
-from rlkit2.data.spaces import Leaf, SpaceFlattener, action_layout
+from rlkit2.data.episodes import Episode
+from rlkit2.data.sources.arrow import arrow_episodes
+from rlkit2.data.sources.hdf5 import open_hdf5
+from rlkit2.data.sources.reader import Reader, ReadOptions
+from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
-from rlkit2.errors import CorruptDatasetError, DatasetError
+from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
 
 HDF5_FILE = "main_data.hdf5"
 
 
-def read_minari_folder(
-    data_path: Path,
-    *,
-    observation_keys: Sequence[str] | None = None,
-    cache: bool = True,
-    episodes: NDArray[np.int64] | None = None,
-    progress: Progress | None = None,
-) -> TransitionDataset:
-    """The dataset in the folder that holds Minari's `metadata.json` (the `data` folder of a dataset).
+class MinariReader(Reader):
+    """Minari datasets: the folder that holds `metadata.json`, or the one above it."""
 
-    `episodes`: stored episode numbers to read (default: all). `progress` is called with (steps read, steps in all). Raises
-    `CorruptDatasetError` for damaged files, `UnsupportedSpaceError` for spaces without fixed-size rows, `ConfigError` for unknown
-    `observation_keys`.
-    """
-    metadata = _read_metadata(data_path)
-    spec = _spec(metadata, data_path, observation_keys)
-    flat, actions = spec.flattener, action_layout(spec.action_space)
-    spec = replace(spec, observation_keys=flat.keys)
+    name = "Minari folder"
 
-    def fill(writer: RecordWriter) -> DatasetSpec:
-        packer = EpisodePacker(writer, flat, actions)
-        stored = _episodes(data_path, metadata, spec, flat, episodes)
-        packer.add_all(stored, str(data_path), progress, int(metadata.get("total_steps", 0)))
-        return replace(spec, notes=packer.notes)
+    def detects(self, path: Path) -> bool:
+        """A folder with Minari's metadata, or with its HDF5 file."""
+        return minari_data(path) is not None
 
-    dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
-    if not cache:
-        return build_in_memory(dtype, fill)
-    chosen = None if episodes is None else episodes.tolist()
-    key = fingerprint(_data_files(data_path, metadata), metadata, observation_keys, chosen)
-    return open_cached(key, dtype, fill)
+    def spec(self, path: Path, options: ReadOptions) -> DatasetSpec:
+        """Spaces and environment of the metadata. Raises `ConfigError` for unknown `observation_keys`."""
+        data_path = _data(path)
+        spec = _spec(_read_metadata(data_path), data_path, options.observation_keys)
+        return replace(spec, observation_keys=spec.flattener.keys)
+
+    def episodes(self, path: Path, options: ReadOptions) -> Iterator[Episode]:
+        """The stored episodes, or those of `options.chosen`."""
+        data_path = _data(path)
+        return _episodes(data_path, _read_metadata(data_path), self.spec(path, options), options.chosen)
+
+    def files(self, path: Path) -> list[Path]:
+        """Metadata and data."""
+        data_path = _data(path)
+        if _read_metadata(data_path).get("data_format", "hdf5") == "hdf5":
+            return [file for file in (data_path / "metadata.json", data_path / HDF5_FILE) if file.exists()]
+        return sorted(Path(folder) / name for folder, _, names in os.walk(data_path) for name in names)
+
+    def steps(self, path: Path, options: ReadOptions) -> int:
+        """The total that the metadata state."""
+        return int(_read_metadata(_data(path)).get("total_steps", 0))
 
 
-def read_minari_dataset(dataset: MinariDataset, **options: Any) -> TransitionDataset:
-    """The episodes that an open `minari.MinariDataset` points to (filters and splits respected)."""
-    chosen = np.asarray(dataset.episode_indices, np.int64)
-    if len(chosen) == 0:
-        raise DatasetError(f"{dataset.spec.dataset_id} has no episodes left; loosen the filter it was made with")
-    everything = len(chosen) == dataset.storage.total_episodes and (chosen == np.arange(len(chosen))).all()
-    return read_minari_folder(Path(dataset.storage.data_path), episodes=None if everything else chosen, **options)
+def minari_data(folder: Path) -> Path | None:
+    """The folder with Minari's metadata in or under `folder`; None where there is none."""
+    for candidate in (folder / "data", folder):
+        if (candidate / "metadata.json").exists() or (candidate / HDF5_FILE).exists():
+            return candidate
+    return None
+
+
+def _data(path: Path) -> Path:
+    return minari_data(path) or path
 
 
 def _read_metadata(data_path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads((data_path / "metadata.json").read_text())
     except FileNotFoundError:
-        raise DatasetError(f"{data_path} is no Minari dataset: it has no metadata.json") from None
+        return _old_metadata(data_path)
     except PermissionError as error:
         raise DatasetError(f"{data_path}/metadata.json cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -83,6 +83,16 @@ def _read_metadata(data_path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise CorruptDatasetError(f"{data_path}/metadata.json does not hold an object")
     return metadata
+
+
+def _old_metadata(data_path: Path) -> dict[str, Any]:
+    """Minari before 0.5 kept its metadata as attributes of the HDF5 file, and images as they are."""
+    with open_hdf5(data_path / HDF5_FILE) as file:
+        found = {key: value.item() if isinstance(value, np.generic) else value for key, value in file.attrs.items()}
+    if "total_episodes" not in found:
+        raise DatasetError(f"{data_path} is not a Minari dataset: it has no metadata.json")
+    texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in found.items()}
+    return {**texts, "jpeg_encoding": False}
 
 
 def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[str] | None) -> DatasetSpec:
@@ -120,47 +130,39 @@ def _environment(env_spec: Any, data_path: Path, kind: str) -> gymnasium.Env[Any
         raise DatasetError(message) from error
 
 
-def _data_files(data_path: Path, metadata: dict[str, Any]) -> list[Path]:
-    if metadata.get("data_format", "hdf5") == "hdf5":
-        return [path for path in (data_path / HDF5_FILE,) if path.exists()]
-    return sorted(
-        Path(folder) / name for folder, _, names in os.walk(data_path) for name in names if name != "metadata.json"
-    )
-
-
-def _plain(space: spaces.Space[Any], jpeg: bool) -> bool:
-    """Whether HDF5 holds the values of this space as a plain numeric array (images may be JPEG byte strings)."""
-    return not (jpeg and is_image_space(space))
-
-
 def _episodes(
-    data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, flat: SpaceFlattener, chosen: NDArray[np.int64] | None
+    data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, chosen: Sequence[int] | None
 ) -> Iterator[Episode]:
-    if metadata.get("data_format", "hdf5") == "hdf5":
-        jpeg = bool(metadata.get("jpeg_encoding", True))
-        leaves = [leaf.space for leaf in (*flat.leaves, *action_layout(spec.action_space).leaves)]
-        if not (data_path / HDF5_FILE).exists():
-            raise CorruptDatasetError(f"{data_path} has no {HDF5_FILE}")
-        if all(_plain(space, jpeg) for space in leaves):
-            yield from _hdf5_episodes(data_path / HDF5_FILE, metadata, spec, flat, chosen)
-            return
-    yield from _storage_episodes(data_path, metadata, chosen)
+    leaves = {"observations": tuple(spec.flattener.leaves), "actions": action_layout(spec.action_space).leaves}
+    jpeg = bool(metadata.get("jpeg_encoding", True))
+    stored = metadata.get("data_format", "hdf5")
+    if stored in ("arrow", "parquet"):
+        numbers = range(int(metadata.get("total_episodes", 0))) if chosen is None else chosen
+        yield from arrow_episodes(data_path, numbers, stored == "parquet", leaves, jpeg)
+        return
+    if not (data_path / HDF5_FILE).exists():
+        raise CorruptDatasetError(f"{data_path} has no {HDF5_FILE}")
+    if jpeg and any(is_image_space(leaf.space) for parts in leaves.values() for leaf in parts):
+        yield from _jpeg_episodes(data_path, metadata, chosen)
+    else:
+        yield from _hdf5_episodes(data_path / HDF5_FILE, metadata, leaves, chosen)
 
 
-def _storage_episodes(data_path: Path, metadata: dict[str, Any], chosen: NDArray[np.int64] | None) -> Iterator[Episode]:
-    """Episodes through Minari's own storage classes (Arrow, Parquet, JPEG images)."""
+def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[int] | None) -> Iterator[Episode]:
+    """Episodes with JPEG images through Minari's own storage."""
+    steps = 0
     try:
-        storage = MinariStorage.read(data_path)
-        numbers = range(int(metadata["total_episodes"])) if chosen is None else chosen.tolist()
-        steps = 0
-        for episode in storage.get_episodes(list(numbers)):
+        numbers = range(int(metadata["total_episodes"])) if chosen is None else chosen
+        for episode in MinariStorage.read(data_path).get_episodes(list(numbers)):
             steps += len(np.asarray(episode["rewards"]))
             fields = (episode[key] for key in ("observations", "actions", "rewards", "terminations", "truncations"))
             yield Episode(f"{data_path} episode {episode['id']}", *fields)
     except (DatasetError, GeneratorExit):
         raise
     except Exception as error:  # third-party readers raise many kinds
-        raise CorruptDatasetError(f"{data_path} cannot be read ({type(error).__name__}: {error})") from error
+        raise CorruptDatasetError(
+            f"{data_path} cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
     if chosen is None and steps != metadata.get("total_steps", steps):
         raise CorruptDatasetError(
             f"{data_path} holds {steps} steps, its metadata say {metadata['total_steps']}; files are missing or damaged"
@@ -168,32 +170,22 @@ def _storage_episodes(data_path: Path, metadata: dict[str, Any], chosen: NDArray
 
 
 def _hdf5_episodes(
-    path: Path, metadata: dict[str, Any], spec: DatasetSpec, flat: SpaceFlattener, chosen: NDArray[np.int64] | None
+    path: Path, metadata: dict[str, Any], leaves: dict[str, Any], chosen: Sequence[int] | None
 ) -> Iterator[Episode]:
-    trees = {"observations": flat.leaves, "actions": action_layout(spec.action_space).leaves}
-    paths = {kind: ["/".join([kind, *map(_hdf5_key, leaf.path)]) for leaf in leaves] for kind, leaves in trees.items()}
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        reason = (
-            "permission denied"
-            if isinstance(error, PermissionError)
-            else f"not a readable HDF5 file, truncated or damaged ({error})"
-        )
-        raise CorruptDatasetError(f"{path}: {reason}") from error
-    with file:
+    paths = {kind: ["/".join([kind, *map(_hdf5_key, leaf.path)]) for leaf in parts] for kind, parts in leaves.items()}
+    with open_hdf5(path) as file:
         numbers = sorted(int(name.removeprefix("episode_")) for name in file if name.startswith("episode_"))
         expected = metadata.get("total_episodes", len(numbers))
         if chosen is None and len(numbers) != expected:
             raise CorruptDatasetError(f"{path} holds {len(numbers)} episodes, its metadata say {expected}")
         types: dict[str, Any] = {}
-        for number in numbers if chosen is None else chosen.tolist():
+        for number in numbers if chosen is None else chosen:
             where = f"{path} episode {number}"
             try:
                 group = h5py.h5g.open(file.id, f"episode_{number}".encode())
                 fields = [
-                    _tree(leaves, [_array(group, path, types) for path in paths[kind]])
-                    for kind, leaves in trees.items()
+                    tree_of(parts, [_array(group, path, types) for path in paths[kind]])
+                    for kind, parts in leaves.items()
                 ]
                 fields += [_array(group, name, types) for name in ("rewards", "terminations", "truncations")]
             except KeyError as error:
@@ -221,16 +213,3 @@ def _array(group: Any, path: str, types: dict[str, Any]) -> NDArray[Any]:
     if out.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, out, known[2])
     return out
-
-
-def _tree(leaves: Sequence[Leaf], arrays: list[NDArray[Any]]) -> Any:
-    """Nest the arrays of leaves under their paths, as the flatteners expect them."""
-    root: dict[Any, Any] = {}
-    for leaf, array in zip(leaves, arrays, strict=True):
-        if not leaf.path:
-            return array
-        node = root
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf.path[-1]] = array
-    return root
