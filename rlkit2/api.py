@@ -23,7 +23,7 @@ from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError
 from rlkit2.nn.policy import Policy
 from rlkit2.nn.policy import load_policy as read_policy
 from rlkit2.progress import progress_bar
-from rlkit2.training.options import DataOptions, TrainingOptions
+from rlkit2.training.options import DataOptions, TrainingOptions, read_options, show_options
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run
 
@@ -85,29 +85,21 @@ def load_dataset(
         )
 
 
+@show_options
 def train(
     agent: str | os.PathLike[str] | object | None = None,
     dataset: Source | None = None,
     *,
-    steps: int | None = None,
     seeds: int | Sequence[int] = 1,
     out: str | os.PathLike[str] = "runs",
-    eval_every: int | None = None,
-    eval_episodes: int | None = None,
     device: str = "auto",
     resume: str | os.PathLike[str] | Run | None = None,
-    batch_size: int | None = None,
-    log_every: int | None = None,
-    checkpoint_every: int | None = None,
-    normalize_observations: bool | None = None,
-    reward_transform: str | None = None,
-    reward_scale: float | None = None,
-    held_out: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     env: EnvSource | None = None,
     compile: str = "auto",
     loggers: Sequence[str] = (),
     progress: bool | Progress = True,
+    **options: Any,
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
 
@@ -118,24 +110,16 @@ def train(
         agent: a name of `rlkit2.agents.list_agents()`, a config object, a recipe file, or an agent of your own as
             `my_agents.py:MyAgent` or `package.module:MyAgent`.
         dataset: a `TransitionDataset` or anything `load_dataset` takes; default: that of the recipe.
-        steps: updates per seed (default 100 000); with `resume`, a larger number prolongs the run.
         seeds: n for seeds 0 to n - 1, or the integers themselves.
         out: folder in which `<agent>-<dataset>-<number>` is made; nothing is ever overwritten.
-        eval_every: updates between evaluations (default: one, at the end; 0: none).
-        eval_episodes: episodes per evaluation and seed (default 10).
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
-        resume: a run to resume from its newest checkpoint; its own agent, dataset and options hold.
-        batch_size: transitions per update and seed (default 256).
-        log_every, checkpoint_every: updates between lines of metrics, and between checkpoints.
-        normalize_observations: standardise observations by the statistics of the dataset (inside the policy).
-        reward_transform: `none`, `return_range` or `goal_penalty`.
-        reward_scale: factor on the rewards, after the transform.
-        held_out: share of the episodes kept out of training, for diagnostics.
+        resume: a run to resume from its newest checkpoint; its own agent, dataset and options hold, but a larger `steps` prolongs it.
         overrides: fields of the agent's config that replace those of the recipe or the defaults.
         env: environment to evaluate in; default: the dataset's.
         compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
+        **options: fields of `TrainingOptions` and `DataOptions`; None is as good as not given.
 
     Returns:
         The run. Seeds whose loss became non-finite are in `run.manifest["stopped"]`; the others are trained to the end.
@@ -162,20 +146,7 @@ def train(
     if compile not in ("auto", "on", "off"):
         raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
     check_loggers(loggers)
-    training = _given(
-        steps=steps,
-        batch_size=batch_size,
-        log_every=log_every,
-        eval_every=eval_every,
-        eval_episodes=eval_episodes,
-        checkpoint_every=checkpoint_every,
-    )
-    data = _given(
-        normalize_observations=normalize_observations,
-        reward_transform=reward_transform,
-        reward_scale=reward_scale,
-        held_out=held_out,
-    )
+    training, data = read_options({name: value for name, value in options.items() if value is not None})
     source = agent if isinstance(agent, str) and ":" in agent else None
     if source is not None:
         agent = class_name(import_agent(source))
@@ -367,10 +338,6 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _plan(

@@ -172,6 +172,54 @@ def read_value(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
+def read_text(text: str | Iterable[str] | bool, hint: Any) -> Any:
+    """A value typed on a command line (several words for a tuple) as what `read_value` takes for that type.
+
+    Raises:
+        TypeError: it cannot be one.
+    """
+    if isinstance(text, bool):
+        return text
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return read_text(text, arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        if text == "none" and type(None) in arguments:
+            return None
+        return read_text(text, next(argument for argument in arguments if argument is not type(None)))
+    if origin is tuple:
+        words = text.split() if isinstance(text, str) else list(text)
+        return [read_text(word, arguments[0]) for word in words]
+    if not isinstance(text, str):
+        raise TypeError
+    if hint in (int, float):
+        try:
+            return float(text) if hint is float or not text.lstrip("+-").isdecimal() else int(text)
+        except ValueError as error:
+            raise TypeError from error
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise TypeError
+        return text.lower() == "true"
+    return text
+
+
+def read_texts(cls: type[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a dataclass from what was typed for them; see `read_text` and `read_fields`.
+
+    Raises:
+        ConfigError: as `read_fields`.
+    """
+    known = field_types(cls)
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            values[name] = read_text(text, known[name]) if name in known else text
+        except TypeError:
+            values[name] = text if isinstance(text, str | bool) else " ".join(text)  # refused below, by name and type
+    return read_fields(cls, values)
+
+
 def _as_float(value: Any) -> float:
     try:
         return float(value)

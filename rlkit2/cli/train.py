@@ -19,8 +19,9 @@ from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.scores import score_summary
-from rlkit2.training import DataOptions, Run, TrainingOptions, describe_fields, load_recipe
-from rlkit2.training.recipe import read_overrides
+from rlkit2.fields import field_types, read_texts
+from rlkit2.training import Run, describe_fields, load_recipe
+from rlkit2.training.options import SECTIONS
 
 EXAMPLES = """Examples:
   rlkit2 train odice --dataset builtin/rooms --seeds 4 --steps 5000
@@ -54,8 +55,7 @@ def run(arguments: Sequence[str]) -> int | None:
         seeds=_seeds(given.pop("seeds", "1")),
         overrides=_section(agent_class(agent).config_class, given) if agent else None,
         loggers=given.pop("logger", ()),
-        **_section(TrainingOptions, given),
-        **_section(DataOptions, given),
+        **{name: value for cls in SECTIONS.values() for name, value in _section(cls, given).items()},
         **given,
     )
     _print(output.console(), done)
@@ -111,19 +111,13 @@ def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) 
 
 def _sections(agent: str | None) -> list[tuple[type[Any], dict[str, Any]]]:
     """Where options come from: how to train, how to see the data, and the agent's own config with its preset."""
-    sections: list[tuple[type[Any], dict[str, Any]]] = [(TrainingOptions, {}), (DataOptions, {})]
+    sections: list[tuple[type[Any], dict[str, Any]]] = [(cls, {}) for cls in SECTIONS.values()]
     return [*sections, (agent_class(agent).config_class, asdict(make_config(agent)))] if agent else sections
 
 
 def _section(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     """Take a section's options out of `given`, read as the types of its fields."""
-    names = [name for name, *_ in describe_fields(cls) if name in given]
-    return read_overrides(cls, [f"{name}={_text(given.pop(name))}" for name in names])
-
-
-def _text(value: Any) -> str:
-    """An option as TOML."""
-    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+    return read_texts(cls, {name: given.pop(name) for name in field_types(cls) if name in given})
 
 
 def _show(value: Any) -> str:

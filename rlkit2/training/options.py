@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from rlkit2.fields import Checked, Count, Finite, Interval, Natural
+from rlkit2.errors import ConfigError
+from rlkit2.fields import Checked, Count, Finite, Interval, Natural, closest, describe_fields, field_types, read_fields
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +59,44 @@ class TrainingOptions(Checked):
         """`log_every`, `eval_every` or `checkpoint_every` as the number it stands for."""
         value: int = getattr(self, name)
         return value
+
+
+SECTIONS = {"training": TrainingOptions, "data": DataOptions}
+"""Where the options of a run are written, each once: its keyword arguments, command line, recipe and `config.json` follow from these."""
+
+
+def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword arguments into fields of `TrainingOptions` and of `DataOptions`, checked.
+
+    Raises:
+        ConfigError: an unknown name, or a value of another type or out of range.
+    """
+    known = [name for cls in SECTIONS.values() for name in field_types(cls)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"there is no option {name!r}{closest(name, known)}")
+    training, data = (
+        read_fields(cls, {name: value for name, value in given.items() if name in field_types(cls)})
+        for cls in SECTIONS.values()
+    )
+    return training, data
+
+
+def show_options(function: Function) -> Function:
+    """Give a function with `**options` the signature and the docstring of the fields that it takes."""
+    signature = inspect.signature(function)
+    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    lines = []
+    for cls in SECTIONS.values():
+        for name, kind, default, meaning in describe_fields(cls):
+            fixed.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=field_types(cls)[name])
+            )
+            shown = "" if "default:" in meaning else f" (default {default})"
+            lines.append(f"        {name}: {meaning}{shown}; {kind}.\n")
+    doc = function.__doc__ or ""
+    start = doc.index("        **options:")
+    end = doc.index("\n", start) + 1
+    function.__doc__ = doc[:start] + "".join(lines) + doc[end:]
+    function.__signature__ = signature.replace(parameters=fixed)  # type: ignore[attr-defined]
+    return function

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from rlkit2.agents import agent_class, plain_name
 from rlkit2.errors import ConfigError
 from rlkit2.fields import closest, read_fields
 from rlkit2.recipes import recipe_folder
-from rlkit2.training.options import DataOptions, TrainingOptions
-
-SECTIONS = {"data": DataOptions, "training": TrainingOptions}
+from rlkit2.training.options import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -86,21 +83,3 @@ def find_recipe(agent: str, dataset: str) -> Recipe | None:
         if recipe.dataset == dataset and (recipe.agent == folder.name or agent_class(recipe.agent) is wanted):
             return recipe
     return None
-
-
-def read_overrides(config_class: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Fields from `name=value` texts, values as in TOML; text needs no quotes.
-
-    Raises:
-        ConfigError: no `=`, an unknown field, or a value of the wrong type.
-    """
-    values = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not a setting; write name=value")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name.strip()] = {"True": True, "False": False}.get(text.strip(), text.strip())
-    return read_fields(config_class, values)

@@ -49,9 +49,8 @@ def test_a_grid_is_every_combination_and_listed_runs_come_beside_it(tmp_path):
         FILE
         + 'seeds = [[0], [3, 7]]\n[[runs]]\nagent = "odice"\nseeds = 3\nconfig = { lambda_ = 0.7 }\ntraining.steps = 5\n'
     )
-    with pytest.raises(ConfigError, match=r"run 'odice .*: ODICEConfig has no field 'hidden_sizes'"):
-        load_sweep(written(tmp_path, text))
-    text = text.replace("[base.config]\nhidden_sizes = [8]\n", "")
+    with pytest.raises(ConfigError, match=r"run 'odice .*: ODICEConfig has no field 'weight_decay'"):
+        load_sweep(written(tmp_path, text.replace("hidden_sizes = [8]", "weight_decay = 0.1")))
     experiments = load_sweep(written(tmp_path, text)).experiments
     assert [(e.agent, e.seeds, e.config.get("learning_rate")) for e in experiments[:-1]] == [
         ("bc", (0,), 1e-3), ("bc", (3, 7), 1e-3), ("bc", (0,), 1e-2), ("bc", (3, 7), 1e-2),
@@ -60,7 +59,7 @@ def test_a_grid_is_every_combination_and_listed_runs_come_beside_it(tmp_path):
     assert (listed.agent, listed.seeds, listed.config, listed.training["steps"]) == (
         "odice",
         (0, 1, 2),
-        {"lambda_": 0.7},
+        {"hidden_sizes": (8,), "lambda_": 0.7},
         5,
     )
     assert listed.training["batch_size"] == 8

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
 import rlkit2
 from rlkit2.agents import agent_class, list_agents, make_config
 from rlkit2.errors import ConfigError
-from rlkit2.fields import read_fields
+from rlkit2.fields import Count, field_types, read_fields, read_texts
 from rlkit2.recipes import recipe_folder
-from rlkit2.training import DataOptions, TrainingOptions, describe_fields, find_recipe, load_recipe
-from rlkit2.training.recipe import read_overrides
+from rlkit2.training import DataOptions, TrainingOptions, describe_fields, find_recipe, load_recipe, options
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 RECIPE = """
@@ -137,35 +137,96 @@ def test_a_config_survives_json(agent):
     assert type(config)(**again) == config
 
 
-def test_overrides_are_read_as_toml_and_plain_text():
+def test_what_is_typed_is_read_by_the_type_of_its_field():
     config_class = agent_class("odice").config_class
-    fields = read_overrides(
-        config_class,
-        [
-            "lambda_=0.7",
-            "gradient_rule=semi",
-            "num_values=1e0",
-            "value_layer_norm=False",
-            "policy_hidden_sizes=[4, 4]",
-            "residual_clip=none",
-        ],
-    )
-    assert fields == {
+    typed = {
+        "lambda_": "0.7",
+        "gradient_rule": "semi",
+        "num_values": "1e0",
+        "value_layer_norm": "False",
+        "policy_hidden_sizes": ("4", "4"),
+        "residual_clip": "none",
+        "tanh_mean": True,
+    }
+    assert read_texts(config_class, typed) == {
         "lambda_": 0.7,
         "gradient_rule": "semi",
         "num_values": 1,
         "value_layer_norm": False,
         "policy_hidden_sizes": (4, 4),
         "residual_clip": None,
+        "tanh_mean": True,
     }
-    for wrong, message in (
-        ("lambda_", "'lambda_' is not a setting; write name=value"),
-        ("lambda=1", r"no field 'lambda'; did you mean lambda_\?"),
-        ("num_values=1.5", "num_values must be a whole number of at least 1, not 1.5"),
-        ("lambda_=none", r"lambda_ must be a number in \(0, 1\), not 'none'"),
+    for name, text, message in (
+        ("lambda", "1", r"no field 'lambda'; did you mean lambda_\?"),
+        ("num_values", "1.5", "num_values must be a whole number of at least 1, not 1.5"),
+        ("lambda_", "none", r"lambda_ must be a number in \(0, 1\), not 'none'"),
+        ("lambda_", "nan", r"lambda_ must be a number in \(0, 1\), not nan"),
+        ("value_layer_norm", "yes", "value_layer_norm must be true or false, not 'yes'"),
+        (
+            "policy_hidden_sizes",
+            ("4", "x"),
+            r"policy_hidden_sizes must be \[a whole number of at least 1, \.\.\.\] or none, not '4 x'",
+        ),
+        ("policy_hidden_sizes", ("0",), r"policy_hidden_sizes must be .*, not \[0\]"),
     ):
         with pytest.raises(ConfigError, match=message):
-            read_overrides(config_class, [wrong])
+            read_texts(config_class, {name: text})
+
+
+@pytest.mark.parametrize("agent", list_agents())
+def test_what_is_shown_can_be_typed(agent):
+    """Every default, written as `--help` shows it, is read as itself."""
+    config = make_config(agent)
+    for field, value in dataclasses.asdict(config).items():
+        text = (
+            tuple(map(str, value))
+            if isinstance(value, tuple)
+            else str(value).lower()
+            if value in (None, True, False)
+            else str(value)
+        )
+        assert read_texts(type(config), {field: text}) == {field: value}
+
+
+def test_an_option_is_written_once(monkeypatch):
+    """A new field of the options is an argument of `train`, an option of the command line, a field of recipes and part of the run's config."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class More(TrainingOptions):
+        # how often the dataset is shuffled
+        shuffles: Count = 3
+
+    monkeypatch.setitem(options.SECTIONS, "training", More)
+
+    @options.show_options
+    def example(*, seeds=1, **options):
+        """Example.
+
+        Args:
+            seeds: n.
+            **options: see above.
+        """
+
+    assert "shuffles: how often the dataset is shuffled (default 3); a whole number of at least 1." in example.__doc__
+    assert list(inspect.signature(example).parameters)[-5:] != []
+    assert "shuffles" in inspect.signature(example).parameters
+    training, _ = options.read_options({"shuffles": 5})
+    assert dataclasses.asdict(More(**training))["shuffles"] == 5
+    with pytest.raises(ConfigError, match="shuffles must be a whole number of at least 1"):
+        options.read_options({"shuffles": 0})
+    from rlkit2.cli.train import _parse
+
+    assert _parse(None, ["--shuffles", "4"]) == {"shuffles": "4"}
+
+
+def test_train_shows_its_options():
+    signature = inspect.signature(rlkit2.train)
+    assert set(field_types(TrainingOptions)) | set(field_types(DataOptions)) < set(signature.parameters)
+    for cls in (TrainingOptions, DataOptions):
+        assert all(f"{name}: " in rlkit2.train.__doc__ for name in field_types(cls))
+    with pytest.raises(ConfigError, match="there is no option 'stepz'; did you mean steps"):
+        rlkit2.train("bc", "x", stepz=3)
 
 
 @pytest.mark.parametrize(
