@@ -146,12 +146,6 @@ class ScriptedTeacher:
             raise ConfigError(
                 f"step rewards have shapes {first.shape} and {second.shape}; both must be [pairs, steps], cut to one length"
             )
-        for name, rewards in (("rewards_1", first), ("rewards_2", second)):
-            odd = ~np.isfinite(rewards).all(1)
-            if odd.any():
-                raise ConfigError(
-                    f"{name} of query {int(odd.argmax())} hold NaN or infinite rewards: a teacher cannot compare them, leave the segment out"
-                )
         skip, equal = self._threshold("skip", average), self._threshold("equal", average)
         sums = first.sum(1), second.sum(1)
         generator = np.random.default_rng(seed)
@@ -195,11 +189,10 @@ def average_segment_return(dataset: TransitionDataset, length: int, rewards: Arr
 def _finite(rewards: ArrayLike, name: str = "rewards") -> Array:
     """Rewards as float64; a teacher cannot judge by a reward that is not a finite number."""
     values = np.asarray(rewards, dtype=np.float64)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        place = [int(i) for i in np.argwhere(bad)[0]]
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        place = "query" if values.ndim > 1 else "step"
         raise ConfigError(
-            f"{name}{place} of a scripted teacher is {values[tuple(place)]} ({int(bad.sum())} of {values.size} are not finite); "
-            "leave those segments out or give other rewards"
+            f"{name} of {place} {bad[0][0]} hold NaN or infinite rewards: a teacher cannot compare them, leave the segment out"
         )
     return values

@@ -273,22 +273,16 @@ def test_label_i_belongs_to_row_i_whatever_the_counts(dataset, rows, others, jud
     assert labels.label_mass.tolist() == np.where(label == -1, 0.5, label).tolist()
 
 
-@given(
-    st.sampled_from([np.nan, np.inf, -np.inf]),
-    st.integers(0, 4),
-    st.integers(0, 5),
-    st.booleans(),
-    st.sampled_from(sorted(PRESETS)),
-)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_teachers_do_not_judge_by_rewards_that_are_no_numbers(value, pair, step, second, preset):
-    rewards = [np.zeros((5, 6)), np.ones((5, 6))]
-    rewards[second][pair, step] = value
-    with pytest.raises(ConfigError, match=rf"rewards_{second + 1}\[{pair}, {step}\].*1 of 30 are not finite"):
-        ScriptedTeacher(preset).label(*rewards, average=1.0)
-    for judge in (ScriptedTeacher(preset).probabilities, lambda *both: ScriptedTeacher(preset).scores(both[second])):
-        with pytest.raises(ConfigError, match="not finite"):
-            judge(*rewards)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_and_averages_of_rewards_that_are_not_finite_are_refused(dataset, value):
+    rewards = np.zeros((5, 6))
+    rewards[3, 2] = value
+    teacher = ScriptedTeacher("noisy")
+    for judge in (teacher.scores, lambda bad: teacher.probabilities(bad, bad)):
+        with pytest.raises(ConfigError, match="of query 3 hold NaN or infinite"):
+            judge(rewards)
+    with pytest.raises(ConfigError, match="of step 0 hold NaN or infinite"):
+        average_segment_return(dataset, 6, np.full(len(dataset), value))
 
 
 def test_published_labels_that_do_not_fit_are_refused(dataset, tmp_path):
