@@ -270,7 +270,7 @@ class PreferenceDataset:
         """
         folder = Path(path)
         try:
-            description = json.loads((folder / JSON_FILE).read_text())
+            description = parse_json((folder / JSON_FILE).read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DatasetNotFoundError(
                 f"no labels in {folder}: {JSON_FILE} is missing; make some with: rlkit2 prefs label"
@@ -411,11 +411,31 @@ def describe(source: Any) -> str:
     return str(source)
 
 
-def replace_file(target: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old or the new content; raises `OSError`."""
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that somebody else may have written.
+
+    Raises:
+        ValueError: not JSON as its standard has it (no NaN or Infinity), or nested too deeply to be read.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON value")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def replace_file(target: Path, data: bytes, *, private: bool = False) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old or the new content; raises `OSError`.
+
+    A private file can be read by its owner alone, from its first byte on.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # its permissions would stay
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

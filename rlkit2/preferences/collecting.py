@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.preferences import PreferenceDataset, SegmentIndex
-from rlkit2.errors import ConfigError, DatasetNotFoundError
+from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, parse_json
+from rlkit2.data.spaces import DatasetWarning
+from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetNotFoundError
 from rlkit2.preferences.inert_pickle import read_inert_pickle
 from rlkit2.preferences.samplers import PairModel, sample_pairs
 from rlkit2.preferences.teachers import ScriptedTeacher, average_segment_return
@@ -106,7 +108,8 @@ def import_preference_transformer(
     """Human labels in the layout of the Preference Transformer repository (Kim et al., ICLR 2023).
 
     A folder holds `indices_num<N>[_q<H>]` and `indices_2_num<N>[_q<H>]`, the rows at which the first and the second segments start, and
-    `label_human` with 0 (first preferred), 1 (second) or -1 (equal). Each may be a pickle of a list or array of numbers, as published
+    `label_human` with 0 (first preferred), 1 (second) or -1 (equal). Label i belongs to row i of both; pairs beyond the last label were
+    drawn but not judged, and are left out with a `DatasetWarning`. Each may be a pickle of a list or array of numbers, as published
     (read without executing anything), or have a name ending in `.npy` or `.json`.
 
     Args:
@@ -116,7 +119,7 @@ def import_preference_transformer(
 
     Raises:
         DatasetNotFoundError: a file is missing.
-        ConfigError: unknown length, unequal counts, an unknown label, or a segment outside its episode.
+        ConfigError: unknown length, more labels than pairs, unequal counts of starts, an unknown label, or a segment outside its episode.
         DatasetError: a file holds anything but numbers.
     """
     files = {file.name: file for file in sorted(Path(folder).glob("*")) if file.is_file()}
@@ -134,10 +137,19 @@ def import_preference_transformer(
             )
         length = int(match[1])
     first, second, label = (_numbers(found[part]) for part in ("first", "second", "label"))
-    if not len(first) == len(second) == len(label):
+    if len(first) != len(second) or len(first) < len(label):
         raise ConfigError(
-            f"{folder} has {len(first)} first starts, {len(second)} second starts and {len(label)} labels; they must be equal"
+            f"{folder} has {len(first)} first starts, {len(second)} second starts and {len(label)} labels; "
+            "every label needs a first and a second start, and there must be as many first starts as second ones"
         )
+    if len(first) > len(label):  # published for hopper and walker2d: 100 pairs labelled of 500 or 1000 drawn
+        warnings.warn(
+            f"{folder} has {len(first)} pairs and {len(label)} labels; as its authors do, label i is paired with row i and the other "
+            f"{len(first) - len(label)} pairs are left out",
+            DatasetWarning,
+            stacklevel=2,
+        )
+        first, second = first[: len(label)], second[: len(label)]
     unknown = sorted(set(label.tolist()) - {-1, 0, 1})
     if unknown:
         raise ConfigError(f"{found['label']} has label {unknown[0]}; known are 0 (first), 1 (second) and -1 (equal)")
@@ -152,13 +164,16 @@ def _numbers(file: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     if file.suffix == ".npy":
         values: Any = np.load(file, allow_pickle=False)
     elif file.suffix == ".json":
-        import json
-
-        values = json.loads(file.read_text())
+        try:
+            values = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise CorruptDatasetError(f"{file} is not JSON ({error})") from error
     else:
         values = read_inert_pickle(file)
     array = np.asarray(values)
-    if array.dtype.kind not in "iuf" or array.ndim != 1 or (array != array.astype(np.int64)).any():
+    with np.errstate(invalid="ignore"):  # the cast of what is not a number, which the comparison finds
+        whole = array.dtype.kind in "iuf" and array.ndim == 1 and bool((array == array.astype(np.int64)).all())
+    if not whole:
         raise ConfigError(
             f"{file} holds {array.dtype} of shape {list(array.shape)}; a list of whole numbers is expected"
         )

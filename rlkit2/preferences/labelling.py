@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import socket
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, replace_file, transitions_hash
+from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, parse_json, replace_file, transitions_hash
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError, require
 from rlkit2.preferences.pictures import FrameRenderer, animation, offscreen, state_plot
 from rlkit2.preferences.samplers import PairModel, sample_pairs
@@ -41,8 +42,14 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
+LONGEST_BODY = 4096  # bytes; an answer has fewer than 50
+OPENER = ".open.html"
 EnvironmentMaker = Callable[[], "gymnasium.Env[Any, Any]"]
 
 
@@ -93,9 +100,13 @@ class LabellingSession:
     def _read(self) -> None:
         path = self.out / SESSION_FILE
         try:
-            found = json.loads(path.read_text())
-            self.pairs, self.answers = [list(map(int, pair)) for pair in found["pairs"]], list(found["answers"])
+            found = parse_json(path.read_bytes())
+            self.pairs, self.answers = found["pairs"], found["answers"]
             known, length = found["dataset_hash"], found["length"]
+            if not all(isinstance(kept, list) for kept in (self.pairs, self.answers)):
+                raise ValueError("pairs and answers are lists")
+            if not all(len(pair) == 2 and all(type(start) is int for start in pair) for pair in self.pairs):
+                raise ValueError("a pair is not two rows")
             if not set(self.answers) <= set(ANSWERS) or len(self.answers) > len(self.pairs):
                 raise ValueError("answers that do not fit the pairs")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,6 +115,12 @@ class LabellingSession:
             raise DatasetError(
                 f"{self.out} is a session about {found['dataset']} with segments of {length} steps, not about {self.dataset.spec.id} "
                 f"as given with {self.length}; name another folder"
+            )
+        known_rows = set(SegmentIndex(self.dataset, self.length).starts.tolist())
+        outside = [start for pair in self.pairs for start in pair if start not in known_rows]
+        if outside:
+            raise CorruptDatasetError(
+                f"{path} is damaged (no segment starts at row {outside[0]}); move it away to start again"
             )
 
     def _save(self) -> None:
@@ -116,7 +133,7 @@ class LabellingSession:
         }
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(self.out / SESSION_FILE, (json.dumps(session) + "\n").encode())
+            replace_file(self.out / SESSION_FILE, (json.dumps(session) + "\n").encode(), private=True)
         except OSError as error:
             raise DatasetError(f"cannot write {self.out / SESSION_FILE} ({error.strerror or error})") from error
         self.labels().save(self.out)
@@ -143,9 +160,9 @@ class LabellingSession:
         self._keep([*self.answers, answer])
         return True
 
-    def undo(self) -> bool:
-        """Take the last answer back; False where there is none."""
-        if not self.answers:
+    def undo(self, index: int) -> bool:
+        """Take the answer before pair `index` back; False (and nothing changes) where `index` is not being asked, or is the first."""
+        if not self.answers or index != len(self.answers):
             return False
         self._keep(self.answers[:-1])
         return True
@@ -224,7 +241,7 @@ def labelling_app(session: LabellingSession, token: str, make_environment: Envir
     """
     require("starlette", extra="label")
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
@@ -246,9 +263,8 @@ def labelling_app(session: LabellingSession, token: str, make_environment: Envir
     def answered(index: int, answer: str) -> tuple[bool, dict[str, Any]]:
         return session.answer(index, answer), state()
 
-    def undone() -> dict[str, Any]:
-        session.undo()
-        return state()
+    def undone(index: int) -> tuple[bool, dict[str, Any]]:
+        return session.undo(index), state()
 
     def drawn(index: int, side: int) -> tuple[bytes, str] | None:
         if not (0 <= index < len(session.pairs) and side in (0, 1)):
@@ -261,24 +277,29 @@ def labelling_app(session: LabellingSession, token: str, make_environment: Envir
     async def show_state(request: Request) -> Response:
         return JSONResponse(await apart(state))
 
-    async def take_answer(request: Request) -> Response:
+    async def take(
+        request: Request, function: Callable[..., tuple[bool, dict[str, Any]]], kinds: dict[str, type]
+    ) -> Response:
+        """Call a function with the fields of a request; 409 where it says that they do not fit the pair being asked."""
         try:
-            body = await request.json()
-            fits, now = await apart(answered, int(body["index"]), str(body["answer"]))
+            fits, now = await apart(function, *_fields(await _body(request.stream()), kinds))
         except DatasetError as error:  # the disk is full, the folder is gone
             return JSONResponse({"error": str(error)}, 500)
-        except (ValueError, KeyError, TypeError) as error:  # no JSON, no such answer
+        except (ValueError, ClientDisconnect) as error:  # other fields than these, or an answer that does not exist
             return JSONResponse({"error": str(error)}, 400)
         return JSONResponse(now, 200 if fits else 409)
 
+    async def take_answer(request: Request) -> Response:
+        return await take(request, answered, {"index": int, "answer": str})
+
     async def take_undo(request: Request) -> Response:
-        try:
-            return JSONResponse(await apart(undone))
-        except DatasetError as error:
-            return JSONResponse({"error": str(error)}, 500)
+        return await take(request, undone, {"index": int})
 
     async def show_segment(request: Request) -> Response:
-        found = await apart(drawn, request.path_params["index"], request.path_params["side"])
+        place = [request.path_params[name] for name in ("index", "side")]
+        if not all(re.fullmatch("[0-9]{1,9}", part) for part in place):
+            return Response(status_code=404)
+        found = await apart(drawn, *map(int, place))
         return Response(status_code=404) if found is None else Response(found[0], media_type=found[1])
 
     routes = [
@@ -286,15 +307,11 @@ def labelling_app(session: LabellingSession, token: str, make_environment: Envir
         Route("/{token}/state", show_state),
         Route("/{token}/answer", take_answer, methods=["POST"]),
         Route("/{token}/undo", take_undo, methods=["POST"]),
-        Route("/{token}/segment/{index:int}/{side:int}", show_segment),
+        Route("/{token}/segment/{index}/{side}", show_segment),
     ]
     inner = Starlette(routes=routes)
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not _allowed(scope, token):
-            await Response(status_code=404)(scope, receive, send)
-            return
-
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [
@@ -303,9 +320,33 @@ def labelling_app(session: LabellingSession, token: str, make_environment: Envir
                 ]
             await send(message)
 
-        await inner(scope, receive, with_headers)
+        if scope["type"] == "http" and not _allowed(scope, token):
+            await Response(status_code=404)(scope, receive, with_headers)
+        else:
+            await inner(scope, receive, with_headers)
 
     return guarded
+
+
+async def _body(stream: AsyncIterator[bytes]) -> bytes:
+    """What a request holds; ValueError where that is too long to be an answer."""
+    body = b""
+    async for part in stream:
+        body += part
+        if len(body) > LONGEST_BODY:
+            raise ValueError(f"more than {LONGEST_BODY} bytes")
+    return body
+
+
+def _fields(body: bytes, kinds: dict[str, type]) -> list[Any]:
+    """The values of a JSON object that has exactly these fields of exactly these types (1.9, true and "1" are not integers)."""
+    found = parse_json(body)
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise ValueError(f"an object with the fields {', '.join(kinds)} is expected")
+    for name, kind in kinds.items():
+        if type(found[name]) is not kind:
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {type(found[name]).__name__}")
+    return [found[name] for name in kinds]
 
 
 def _allowed(scope: Any, token: str) -> bool:
@@ -359,8 +400,9 @@ def serve_labelling(
         say(
             f"{len(session.answers)} of {len(session.pairs)} pairs answered; every answer is saved in {out}; Ctrl-C ends"
         )
+        opener = Path(out) / OPENER
         if open_browser:
-            webbrowser.open(address)
+            _open(address, opener)
         server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False, lifespan="off"))
         try:
             server.run(sockets=[listener])
@@ -368,9 +410,17 @@ def serve_labelling(
             pass
         finally:
             listener.close()
+            opener.unlink(missing_ok=True)
         labels = session.labels()
         say(f"{out}: {len(labels)} labels, {len(session.pairs) - len(session.answers)} pairs left")
         return labels
+
+
+def _open(address: str, opener: Path) -> None:
+    """Show an address through a file that only this person can read: everybody on this computer can read a browser's command line."""
+    page = f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={address}"><a href="{address}">label</a>\n'
+    replace_file(opener, page.encode(), private=True)
+    webbrowser.open(opener.resolve().as_uri())
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class ScriptedTeacher:
 
     def scores(self, rewards: ArrayLike) -> Array:
         """Scores `[N]` of segments with step rewards `[N, H]`: discounted sums in which the last step has weight 1."""
-        steps = np.asarray(rewards, dtype=np.float64)
+        steps = _finite(rewards)
         return np.asarray(steps @ self.value("discount") ** np.arange(steps.shape[-1] - 1, -1, -1.0))
 
     def probabilities(self, rewards_1: ArrayLike, rewards_2: ArrayLike) -> Array:
@@ -139,17 +139,13 @@ class ScriptedTeacher:
         Raises:
             ConfigError: shapes differ, a reward is not finite, or a threshold has no unit, or a negative one.
         """
-        first, second = (np.asarray(rewards, dtype=np.float64) for rewards in (rewards_1, rewards_2))
+        first, second = (
+            _finite(rewards, name) for rewards, name in ((rewards_1, "rewards_1"), (rewards_2, "rewards_2"))
+        )
         if first.shape != second.shape or first.ndim != 2:
             raise ConfigError(
                 f"step rewards have shapes {first.shape} and {second.shape}; both must be [pairs, steps], cut to one length"
             )
-        for name, rewards in (("rewards_1", first), ("rewards_2", second)):
-            odd = ~np.isfinite(rewards).all(1)
-            if odd.any():
-                raise ConfigError(
-                    f"{name} of query {int(odd.argmax())} hold NaN or infinite rewards: a teacher cannot compare them, leave the segment out"
-                )
         skip, equal = self._threshold("skip", average), self._threshold("equal", average)
         sums = first.sum(1), second.sum(1)
         generator = np.random.default_rng(seed)
@@ -186,5 +182,17 @@ class ScriptedTeacher:
 
 def average_segment_return(dataset: TransitionDataset, length: int, rewards: ArrayLike | None = None) -> float:
     """Mean episode return times `length` over the mean episode length: what a segment of an average episode earns."""
-    values = np.asarray(dataset.rewards if rewards is None else rewards, dtype=np.float64)
+    values = _finite(dataset.rewards if rewards is None else rewards)
     return float(values.sum() * length / len(dataset))
+
+
+def _finite(rewards: ArrayLike, name: str = "rewards") -> Array:
+    """Rewards as float64; a teacher cannot judge by a reward that is not a finite number."""
+    values = np.asarray(rewards, dtype=np.float64)
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        place = "query" if values.ndim > 1 else "step"
+        raise ConfigError(
+            f"{name} of {place} {bad[0][0]} hold NaN or infinite rewards: a teacher cannot compare them, leave the segment out"
+        )
+    return values

@@ -12,11 +12,15 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError
@@ -67,9 +71,12 @@ def test_a_pair_is_answered_once_and_undo_takes_it_back(dataset, tmp_path):
     assert session.answer(0, "left")
     assert not session.answer(0, "right")  # a second press of the key
     assert not session.answer(2, "right")
-    assert session.undo()
+    assert not session.undo(0)  # pressed on a page that has not seen the answer
+    assert not session.undo(2)
+    assert session.answers == ["left"]
+    assert session.undo(1)
     assert len(PreferenceDataset.load(tmp_path)) == 0
-    assert not session.undo()
+    assert not session.undo(0)
     with pytest.raises(ConfigError, match="unknown answer 'maybe'"):
         session.answer(0, "maybe")
 
@@ -178,7 +185,7 @@ def served(session, make_environment=None):
 
 def request(url, body=None, headers=None):
     """Status, body and headers of a reply."""
-    data = None if body is None else json.dumps(body).encode()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers or {}), timeout=20) as reply:
             return reply.status, reply.read(), dict(reply.headers)
@@ -222,9 +229,134 @@ def test_answers_over_the_wire(dataset, tmp_path):
         for bad in ({"index": 1, "answer": "no"}, {"answer": "left"}, {"index": "x", "answer": "left"}):
             assert request(f"{page}/answer", bad)[0] == 400
         assert request(f"{page}/answer")[0] == 405  # a link or an image cannot answer
-        assert json.loads(request(f"{page}/undo", {})[1])["index"] == 0
+        assert request(f"{page}/undo", {"index": 0})[0] == 409
+        assert json.loads(request(f"{page}/undo", {"index": 1})[1])["index"] == 0
+        assert request(f"{page}/undo", {"index": 1})[0] == 409  # a second press of the key takes back nothing more
         request(f"{page}/answer", {"index": 0, "answer": "left"})
     assert PreferenceDataset.load(tmp_path).label_mass.tolist() == [0]
+
+
+WRONG = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.text(), st.lists(st.integers()), st.dictionaries(st.text(), st.none())
+)
+BODIES = st.one_of(
+    st.builds(lambda index: {"index": index, "answer": "left"}, WRONG),
+    st.builds(lambda answer: {"index": 0, "answer": answer}, WRONG.filter(lambda value: value not in list(ANSWERS))),
+    st.dictionaries(st.sampled_from(["index", "other"]), st.integers()),
+    WRONG,
+    st.integers(),
+).map(lambda body: json.dumps(body).encode())
+DAMAGED = (
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b'{"index": Infinity, "answer": "left"}',
+    b'{"index": -Infinity, "answer": "left"}',
+    b'{"index": NaN, "answer": "left"}',
+    b'{"index": 1e999, "answer": "left"}',
+    b'{"index": 0, "answer": "left", "more": 1}',
+    b'{"index": 0, "answer": "\\ud800"}',
+    b"[" * 4000,
+    b'{"a":' * 800,
+    b" " * 100_000,
+)
+
+
+def test_what_no_page_sends_is_refused(dataset, tmp_path, caplog):
+    """Whatever a request holds: 400 and a reason, or 409 for a whole number that is another pair; never a traceback, never an answer."""
+    session = LabellingSession(dataset, tmp_path, count=3, length=6)
+    with served(session) as base:
+
+        @given(body=BODIES)
+        @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+        def refused(body):
+            for path in ("answer", "undo"):
+                status, found, _ = request(f"{base}/{TOKEN}/{path}", body)
+                whole = type(json.loads(body)) is dict and json.loads(body).keys() == {"index"}
+                assert status == (409 if whole and path == "undo" else 400), (path, body, status)
+                assert status == 409 or json.loads(found)["error"]
+
+        refused()
+        for body in DAMAGED:
+            for path in ("answer", "undo"):
+                assert request(f"{base}/{TOKEN}/{path}", body)[0] == 400, (path, body[:40])
+        for place in ("9" * 5000 + "/0", "-1/0", "0/1.0", "x/0", "%D9%A1/0"):
+            assert request(f"{base}/{TOKEN}/segment/{place}")[0] == 404
+        assert json.loads(request(f"{base}/{TOKEN}/state")[1])["index"] == 0
+    assert session.answers == []
+    assert "Traceback" not in caplog.text
+
+
+def test_every_reply_forbids_frames_and_caches(dataset, tmp_path):
+    with served(LabellingSession(dataset, tmp_path, count=3, length=6)) as base:
+        for path in (f"/{TOKEN}/", f"/{TOKEN}/state", f"/{TOKEN}/segment/0/0", f"/{TOKEN}/none", "/", "/wrong/state"):
+            _, _, headers = request(base + path)
+            assert "frame-ancestors 'none'" in headers["content-security-policy"], path
+            assert (headers["x-frame-options"], headers["cache-control"]) == ("DENY", "no-store"), path
+
+
+def test_the_token_is_in_nobody_elses_sight(dataset, tmp_path, monkeypatch):
+    """The browser's command line names a file that only its owner can read; the session's own file is private too."""
+    from rlkit2.preferences import labelling
+
+    opened = []
+
+    def open_page(address):
+        file = Path(unquote(urlsplit(address).path))
+        opened.append((address, file.read_text(), file.stat().st_mode & 0o777))
+
+    class Server:
+        def __init__(self, config):
+            pass
+
+        def run(self, sockets):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(labelling.webbrowser, "open", open_page)
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    said = []
+    before = os.umask(0)
+    try:
+        serve_labelling(dataset, tmp_path / "a b", count=3, length=6, say=said.append)
+    finally:
+        os.umask(before)
+    ((address, page, mode),) = opened
+    target = re.search(r"http://127\.0\.0\.1:\d+/([\w-]+)/", said[0])
+    assert address.startswith("file://")
+    assert target[1] not in address
+    assert target[0] in page
+    assert mode == 0o600
+    assert (tmp_path / "a b" / "session.json").stat().st_mode & 0o777 == 0o600
+    assert not list((tmp_path / "a b").glob("*.html")) + list((tmp_path / "a b").glob(".open*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pairs": [[0, 1.9]]},
+        {"pairs": [[0, True]]},
+        {"pairs": [[0, 1, 2]]},
+        {"pairs": [[0, -1]]},
+        {"pairs": [[0, 10**9]]},
+        {"pairs": [[0, 17]]},  # runs past its episode
+        {"pairs": [[0, float("inf")]]},
+        {"pairs": {}},
+        {"answers": {"left": 1}},
+        {"answers": ["up"]},
+        {"answers": [["left"]]},
+        {"answers": ["left"] * 9},
+    ],
+    ids=str,
+)
+def test_a_session_file_that_was_changed_is_refused(dataset, tmp_path, change):
+    LabellingSession(dataset, tmp_path, count=5, length=6)
+    file = tmp_path / "session.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CorruptDatasetError, match="damaged"):
+        LabellingSession(dataset, tmp_path, count=5, length=6)
+    file.write_text("[" * 100_000)
+    with pytest.raises(CorruptDatasetError, match="nested too deeply"):
+        LabellingSession(dataset, tmp_path, count=5, length=6)
 
 
 def test_a_full_disk_is_said_on_the_page(dataset, tmp_path, monkeypatch):
@@ -232,7 +364,7 @@ def test_a_full_disk_is_said_on_the_page(dataset, tmp_path, monkeypatch):
 
     session = LabellingSession(dataset, tmp_path, count=3, length=6)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with served(session) as base:

@@ -2,11 +2,14 @@
 
 import json
 import pickle
+import tempfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlkit2.data.preferences import SegmentIndex
@@ -106,8 +109,8 @@ def test_beta_scale_std_forgets_the_scale_of_the_reward():
 
 
 def test_presets_differ_from_the_oracle_by_one_setting():
-    for name, settings in PRESETS.items():
-        assert ScriptedTeacher(name).to_dict() == {"teacher": name, **settings}
+    for name, differences in PRESETS.items():
+        assert ScriptedTeacher(name).to_dict() == {"teacher": name, **differences}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +247,44 @@ def test_labels_in_the_layout_of_the_preference_transformer(dataset, tmp_path, p
     assert labels.source == {"people": "hopper"}
 
 
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(0, 99))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@example(40, 40, 8, 0)  # published: 500 or 1000 rows, 100 labels
+def test_label_i_belongs_to_row_i_whatever_the_counts(dataset, rows, others, judged, seed):
+    """Rows beyond the last label are left out with a warning; labels without a row and unequal index files are refused."""
+    generator = np.random.default_rng(seed)
+    starts = SegmentIndex(dataset, 6).starts.numpy()
+    first, second = generator.choice(starts, rows), generator.choice(starts, others)
+    label = generator.integers(-1, 2, judged)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, values in (("indices_num500_q6", first), ("indices_2_num500_q6", second), ("label_human", label)):
+            (Path(folder) / file).write_bytes(pickle.dumps(values.tolist()))
+        if rows != others or rows < judged:
+            with pytest.raises(ConfigError, match=f"{rows} first starts, {others} second starts and {judged} labels"):
+                import_preference_transformer(folder, dataset)
+            return
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            labels = import_preference_transformer(folder, dataset)
+    assert [str(w.message).count(f"other {rows - judged} pairs are left out") for w in said] == [1] * (rows > judged)
+    rows_w, rows_l = labels.rows(dataset)
+    assert rows_w[:, 0].tolist() == first[:judged].tolist()
+    assert rows_l[:, 0].tolist() == second[:judged].tolist()
+    assert labels.label_mass.tolist() == np.where(label == -1, 0.5, label).tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_and_averages_of_rewards_that_are_not_finite_are_refused(dataset, value):
+    rewards = np.zeros((5, 6))
+    rewards[3, 2] = value
+    teacher = ScriptedTeacher("noisy")
+    for judge in (teacher.scores, lambda bad: teacher.probabilities(bad, bad)):
+        with pytest.raises(ConfigError, match="of query 3 hold NaN or infinite"):
+            judge(rewards)
+    with pytest.raises(ConfigError, match="of step 0 hold NaN or infinite"):
+        average_segment_return(dataset, 6, np.full(len(dataset), value))
+
+
 def test_published_labels_that_do_not_fit_are_refused(dataset, tmp_path):
     with pytest.raises(DatasetNotFoundError, match="0 files named indices_num"):
         import_preference_transformer(tmp_path, dataset)
@@ -256,8 +297,8 @@ def test_published_labels_that_do_not_fit_are_refused(dataset, tmp_path):
     _published(tmp_path / "b", dataset, labels=(0, 1, 2, 1))
     with pytest.raises(ConfigError, match="has label 2"):
         import_preference_transformer(tmp_path / "b", dataset)
-    _published(tmp_path / "c", dataset, labels=(0, 1))
-    with pytest.raises(ConfigError, match="4 first starts, 4 second starts and 2 labels"):
+    _published(tmp_path / "c", dataset, labels=(0, 1, 1, 0, 1))
+    with pytest.raises(ConfigError, match="4 first starts, 4 second starts and 5 labels"):
         import_preference_transformer(tmp_path / "c", dataset)
 
 
