@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,20 +11,26 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkit2.agents import agent_class, list_agents, make_agent, make_config
 from rlkit2.agents.base import Agent
-from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
 from rlkit2.errors import ConfigError
-from rlkit2.fields import describe_fields
 from rlkit2.nn import StackedMLP
+from rlkit2.testing import (
+    HostSynchronisationError,
+    NoHostMethods,
+    NoSynchronisation,
+    Problem,
+    agent_checks,
+    assert_same,
+    check_agent,
+    random_batch,
+    small_config,
+)
 from rlkit2.training.updates import choose_update
-from tests.agents.problems import map_batch, random_batch, random_preferences, small_config
+from tests.agents import awac
 
 OBS, ACT, ROWS = 4, 2, 24
 KINDS = ("continuous", "discrete")
@@ -35,214 +41,122 @@ every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kin
 every_agent = pytest.mark.parametrize("name", AGENTS)
 
 
-def learns_from_preferences(name: str) -> bool:
-    return issubclass(agent_class(name), PreferenceAgent)
-
-
-FROM_TRANSITIONS = [case for case in CASES if not learns_from_preferences(case[0])]
-every_case_of_transitions = pytest.mark.parametrize(
-    ("name", "kind"), FROM_TRANSITIONS, ids=["-".join(case) for case in FROM_TRANSITIONS]
-)
-every_agent_of_transitions = pytest.mark.parametrize("name", sorted({name for name, _ in FROM_TRANSITIONS}))
-
-
 def build(name: str, kind: str = "continuous", *, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
     """A small agent of a registered name."""
     config = small_config(partial(make_config, name), agent_class(name).config_class)
     return agent_class(name)(config, OBS, ACT, seeds=seeds, dtype=dtype, discrete=kind == "discrete")
 
 
-def batches(
-    name: str, kind: str, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0
-) -> list[Any]:
-    """What the agent learns from: batches of transitions, or of preferences."""
-    make = random_preferences if learns_from_preferences(name) else random_batch
-    return [
-        make(seeds, ROWS, OBS, ACT, discrete=kind == "discrete", dtype=dtype, generator=start + t) for t in range(count)
-    ]
+def batches(name: str, kind: str, count: int, *, seeds: int = 1) -> list[Any]:
+    """What the agent learns from."""
+    return Problem(agent_class(name), kind).batches(count, seeds=seeds)
 
 
-def train(agent: Agent, data: list[Any]) -> dict[str, Tensor]:
-    """Metrics of the last update."""
-    metrics: dict[str, Tensor] = {}
-    for batch in data:
-        metrics = agent.update(batch)
-    return metrics
+CONTRACT = [
+    pytest.param(check, id=f"{name}-{what}")
+    for name in list_agents()
+    for what, check in agent_checks(
+        agent_class(name), small_config(partial(make_config, name), agent_class(name).config_class)
+    )
+]
 
 
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert left.keys() == right.keys()
-    different = [name for name, tensor in left.items() if not torch.equal(tensor, right[name])]
-    assert not different
+@pytest.mark.parametrize("check", CONTRACT)
+def test_contract(check: Callable[[], None]) -> None:
+    check()
 
 
-# Seeds
+class Mixes(awac.AWAC):
+    """Every seed learns from the first one's rewards."""
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        return super().update(dataclasses.replace(batch, rewards=batch.rewards[:1].expand_as(batch.rewards)))
 
 
-def rows_of_seed(k: int, values: Tensor) -> Tensor:
-    return values[k : k + 1]
+class Asks(awac.AWAC):
+    """Asks the device for a number."""
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        metrics = super().update(batch)
+        metrics["policy/loss"] = metrics["policy/loss"] * (1.0 if metrics["policy/loss"].sum().item() > -1e30 else 0.0)
+        return metrics
 
 
-@every_case
-def test_a_seed_learns_the_same_alone_and_beside_others(name: str, kind: str) -> None:
-    """To 1e-10 in float64, not bit for bit: a batch of products may sum in another order than one, and Adam divides by small numbers."""
-    seeds = [7, 0, 3]
-    together = build(name, kind, seeds=seeds)
-    data = batches(name, kind, 12, seeds=len(seeds))
-    metrics = train(together, data)
-    state = together.state_dict()
-    for k, seed in enumerate(seeds):
-        alone = build(name, kind, seeds=[seed])
-        own_metrics = train(alone, [map_batch(partial(rows_of_seed, k), batch) for batch in data])
-        for part, tensor in alone.state_dict().items():
-            torch.testing.assert_close(
-                state[part][k : k + 1], tensor, rtol=1e-10, atol=1e-10, msg=f"{part}, seed {seed}"
-            )
-        for metric, value in own_metrics.items():
-            torch.testing.assert_close(
-                metrics[metric][k : k + 1], value, rtol=1e-8, atol=1e-10, msg=f"{metric}, seed {seed}"
-            )
+class Forgets(awac.AWAC):
+    """Keeps a tensor that the state dict does not hold."""
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        self.hidden = getattr(self, "hidden", 0.0) * 0.5 + batch.rewards.mean()
+        return super().critic_targets(batch) + self.hidden
 
 
-@every_case
-def test_seeds_start_and_stay_different(name: str, kind: str) -> None:
-    agent = build(name, kind, seeds=2)
-    train(agent, [map_batch(lambda t: t.expand(2, *t.shape[1:]), batch) for batch in batches(name, kind, 3)])
-    weights = {n: t for n, t in agent.state_dict().items() if n.endswith("weight") and not n.startswith("optimizer")}
-    assert weights
-    assert all(not torch.equal(tensor[0], tensor[1]) for n, tensor in weights.items() if ".norms." not in n)
+class Dices(awac.AWAC):
+    """Draws from the global generator."""
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        return super().critic_targets(batch) + 0.1 * torch.randn_like(batch.rewards)
 
 
-# State
+class BootstrapsAtTheEnd(awac.AWAC):
+    """A termination is taken for a truncation."""
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        return super().critic_targets(dataclasses.replace(batch, terminations=torch.zeros_like(batch.terminations)))
 
 
-@every_case
-def test_resumed_training_ends_bit_for_bit_the_same(name: str, kind: str) -> None:
-    data = batches(name, kind, 12, seeds=2)
-    whole = build(name, kind, seeds=[5, 6])
-    train(whole, data[:7])
-    stored = save(whole.state_dict())
-    metrics = train(whole, data[7:])
-    resumed = build(name, kind, seeds=[5, 6])
-    train(resumed, batches(name, kind, 2, seeds=2, start=100))  # whatever it was before is forgotten
-    resumed.load_state_dict(load(stored))
-    assert_same(train(resumed, data[7:]), metrics)
-    assert_same(resumed.state_dict(), whole.state_dict())
+class StopsAtCuts(awac.AWAC):
+    """A truncation is taken for a termination."""
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        return super().critic_targets(
+            dataclasses.replace(batch, terminations=(batch.truncations | (batch.terminations > 0)).to(self.dtype))
+        )
 
 
-@every_case
-def test_training_is_deterministic(name: str, kind: str) -> None:
-    first, second = build(name, kind, seeds=2), build(name, kind, seeds=2)
-    data = batches(name, kind, 6, seeds=2)
-    torch.manual_seed(1)
-    metrics = train(first, data)
-    torch.manual_seed(2)  # global randomness has no part in it
-    assert_same(train(second, data), metrics)
-    assert_same(first.state_dict(), second.state_dict())
+class Averages(awac.AWAC):
+    """Metrics are means over the seeds."""
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: value.mean() for name, value in super().update(batch).items()}
 
 
-@every_case
-def test_state_leads_with_the_seeds_and_is_a_copy(name: str, kind: str) -> None:
-    agent = build(name, kind, seeds=3)
-    before = agent.state_dict()
-    assert all(tensor.shape[0] == 3 and tensor.is_contiguous() for tensor in before.values())
-    kept = {n: t.clone() for n, t in before.items()}
-    train(agent, batches(name, kind, 4, seeds=3))
-    assert_same(before, kept)
-    after = agent.state_dict()
-    assert (after["step"] == 4).all()
-    changed = {n.partition(".")[0] for n in after if not torch.equal(after[n], before[n])}
-    assert changed >= {"policy", "optimizer", "step"}
-    with pytest.raises(ConfigError, match="missing from the state"):
-        agent.load_state_dict({n: t for n, t in after.items() if n != "step"})
+class Names(awac.AWAC):
+    """Metrics have no group."""
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        return {name.replace("/", "_"): value for name, value in super().update(batch).items()}
 
 
-# What update returns and how it runs
+class Explodes(awac.AWAC):
+    """Targets grow without bound."""
+
+    def critic_targets(self, batch: Batch) -> Tensor:
+        return super().critic_targets(batch) * 10.0 ** self.step.to(self.dtype).view(-1, 1)
 
 
-@every_case
-def test_metrics(name: str, kind: str) -> None:
-    agent = build(name, kind, seeds=2)
-    for batch in batches(name, kind, 4, seeds=2):
-        for metric, value in agent.update(batch).items():
-            group, _, rest = metric.partition("/")
-            assert group, metric
-            assert rest, metric
-            assert value.shape == (2,), metric
-            assert not value.requires_grad, metric
-            assert value.dtype in (torch.float64, torch.bool), metric
-
-
-@every_case
-def test_three_hundred_updates_stay_finite(name: str, kind: str) -> None:
-    agent = build(name, kind, dtype=torch.float32)
-    seen: dict[str, bool] = {}
-    for batch in batches(name, kind, 300, dtype=torch.float32):
-        for metric, value in agent.update(batch).items():
-            seen[metric] = seen.get(metric, True) and bool(value.isfinite().all())
-    assert all(seen.values()), [metric for metric, finite in seen.items() if not finite]
-    assert all(tensor.isfinite().all() for tensor in agent.state_dict().values() if tensor.is_floating_point())
-
-
-FORBIDDEN_METHODS = {
-    "item",
-    "tolist",
-    "numpy",
-    "cpu",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "__array__",
-    "__len__",
-}
-FORBIDDEN_OPERATIONS = (
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "unique",
-    "bincount",
-    "repeat_interleave",
+@pytest.mark.parametrize(
+    ("broken", "name"),
+    [
+        (Mixes, "seeds_learn_alone_as_beside_others"),
+        (Asks, "update_never_waits_for_the_device"),
+        (Forgets, "resumed_training_ends_the_same"),
+        (Dices, "training_is_deterministic"),
+        (BootstrapsAtTheEnd, "terminated_steps_ignore_what_follows"),
+        (StopsAtCuts, "truncated_steps_bootstrap"),
+        (Averages, "metrics"),
+        (Names, "metrics"),
+        (Explodes, "three_hundred_updates_stay_finite"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
+def test_a_broken_agent_fails_the_named_check(broken: type[Agent], name: str) -> None:
+    with pytest.raises(AssertionError, match=rf"^{name} \(continuous\): ") as failed:
+        check_agent(broken)
+    assert "\n" not in str(failed.value)
 
 
-class HostSynchronisationError(AssertionError):
-    """An update asked the device for a value."""
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Raises on operations whose result or output shape the host must wait for."""
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        base = str(operation).split(".")[1]
-        if base in FORBIDDEN_OPERATIONS or base.startswith("unique"):
-            raise HostSynchronisationError(str(operation))
-        indices = args[1] if base in ("index", "index_put_", "index_put") else ()
-        if any(index is not None and index.dtype == torch.bool for index in indices):
-            raise HostSynchronisationError(f"{operation} with a mask")
-        return operation(*args, **(kwargs or {}))
-
-
-class NoHostMethods(TorchFunctionMode):
-    """Raises on methods that bring a tensor to the host; on a CPU they would pass unseen."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        method = getattr(function, "__name__", "")
-        if method in FORBIDDEN_METHODS - {"__len__"}:
-            raise HostSynchronisationError(f"Tensor.{method}")
-        return function(*args, **(kwargs or {}))
-
-
-@every_case
-def test_update_never_waits_for_the_device(name: str, kind: str) -> None:
-    agent = build(name, kind, seeds=2, dtype=torch.float32)
-    data = batches(name, kind, 4, seeds=2, dtype=torch.float32)
-    with NoHostMethods(), NoSynchronisation():
-        train(agent, data)
+def test_a_good_agent_passes() -> None:
+    check_agent(awac.AWAC)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +198,7 @@ def test_traced_update_equals_the_plain_one(name: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-@every_case_of_transitions
+@every_case
 def test_compiled_update_is_used_and_equals_the_plain_one(name: str, kind: str) -> None:
     """`choose_update` itself compares the compiled update with the plain one and says why it was not used.
 
@@ -349,43 +263,6 @@ def test_any_module_can_take_the_place_of_a_network(name: str, kind: str, part: 
     assert_same(again.state_dict(), hackable.state_dict())
 
 
-# Flags
-
-
-@every_case_of_transitions
-def test_a_terminated_step_ignores_what_follows(name: str, kind: str) -> None:
-    ended = [dataclasses.replace(b, terminations=torch.ones_like(b.terminations)) for b in batches(name, kind, 4)]
-    elsewhere = [dataclasses.replace(b, next_observations=b.next_observations + 5.0) for b in ended]
-    first, second = build(name, kind), build(name, kind)
-    train(first, ended)
-    train(second, elsewhere)
-    trained = {n: t for n, t in first.state_dict().items() if n.startswith(("policy", "critic", "value"))}
-    assert trained
-    assert_same(trained, {n: t for n, t in second.state_dict().items() if n in trained})
-
-
-@every_case_of_transitions
-def test_a_truncated_step_bootstraps_like_any_other(name: str, kind: str) -> None:
-    data = batches(name, kind, 4)
-    cut = [dataclasses.replace(b, truncations=torch.ones_like(b.truncations)) for b in data]
-    first, second = build(name, kind), build(name, kind)
-    train(first, data)
-    train(second, cut)
-    assert_same(first.state_dict(), second.state_dict())
-
-
-@every_case_of_transitions
-def test_values_bootstrap_from_the_next_observation(name: str, kind: str) -> None:
-    going_on = [dataclasses.replace(b, terminations=torch.zeros_like(b.terminations)) for b in batches(name, kind, 4)]
-    elsewhere = [dataclasses.replace(b, next_observations=b.next_observations + 5.0) for b in going_on]
-    first, second = build(name, kind), build(name, kind)
-    train(first, going_on)
-    train(second, elsewhere)
-    estimates = [n for n in first.state_dict() if n.startswith(("critic.", "value.")) and n.endswith("weight")]
-    for part in estimates:
-        assert not torch.equal(first.state_dict()[part], second.state_dict()[part]), part
-
-
 # Spaces
 
 
@@ -412,7 +289,7 @@ SPACES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any]]] = {
 
 
 @pytest.mark.parametrize("family", SPACES)
-@every_agent_of_transitions
+@every_agent
 def test_every_space(name: str, family: str) -> None:
     """From raw spaces to actions the environment accepts, for two seeds."""
     observation_space, action_space = SPACES[family]
@@ -452,17 +329,6 @@ def test_every_space(name: str, family: str) -> None:
 
 
 # Configurations
-
-
-@every_agent
-def test_config_is_frozen_and_explained(name: str) -> None:
-    config = make_config(name)
-    first = dataclasses.fields(config)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, first, None)
-    unexplained = [field for field, _, _, comment in describe_fields(type(config)) if not comment]
-    assert not unexplained
-    assert type(config).__doc__
 
 
 @every_agent
