@@ -178,6 +178,9 @@ def test_seeds_that_do_not_differ_make_no_interval_narrower():
         ({"teachers": ("kind",)}, "unknown teacher"),
         ({"agent": "sarsa"}, "unknown agent"),
         ({"agent_settings": {"widths": 3}}, "widths"),
+        ({"reward": {"member": 3}}, "no field 'member'; did you mean members"),
+        ({"reward": {"steps": 0}}, "steps must be a whole number of at least 1, not 0"),
+        ({"offset": "median"}, "offset must be one of none, mean, min, max, not 'median'"),
     ],
 )
 def test_bad_settings_are_named(change, message):
