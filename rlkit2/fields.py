@@ -19,16 +19,18 @@ import itertools
 import math
 import numbers
 import operator
+import re
 import tokenize
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from rlkit2.errors import ConfigError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _BOUNDS = {"[": operator.ge, "(": operator.gt, "]": operator.le, ")": operator.lt}
 
 
@@ -64,7 +66,26 @@ class Ascending:
         return "with the smaller first"
 
 
-Rule = Interval | Ascending
+@dataclass(frozen=True)
+class Pattern:
+    """Text of one form.
+
+    Args:
+        text: regular expression of the whole text.
+        meaning: the form in words, for messages.
+    """
+
+    text: str
+    meaning: str
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.text, value) is not None
+
+    def __str__(self) -> str:
+        return f"such as {self.meaning}"
+
+
+Rule = Interval | Ascending | Pattern
 
 # What most fields are.
 Count = Annotated[int, Interval("[1, inf)")]
@@ -263,6 +284,36 @@ def describe_fields(cls: type[Any]) -> list[tuple[str, str, Any, str]]:
             default = field.default_factory()
         rows.append((field.name, describe_type(hints[field.name]), default, comments.get(field.name, "")))
     return rows
+
+
+def show_fields(*classes: type[Any], unset: bool = False) -> Callable[[Function], Function]:
+    """Decorate a function with `**options` by the signature and the docstring of the fields of some dataclasses.
+
+    Args:
+        classes: dataclasses whose fields it takes; its docstring has a line `**options: ...`, which theirs replace.
+        unset: the default of every argument is None, which stands for the field's.
+    """
+
+    def show(function: Function) -> Function:
+        signature = inspect.signature(function)
+        shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        lines = []
+        for cls in classes:
+            for name, kind, default, meaning in describe_fields(cls):
+                annotation, value = field_types(cls)[name], None if unset else default
+                shown.append(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+                )
+                ending = "" if "default:" in meaning else f" (default {default})"
+                lines.append(f"        {name}: {meaning}{ending}; {kind}.\n")
+        doc = function.__doc__ or ""
+        start = doc.index("        **options:")
+        end = doc.index("\n", start) + 1
+        function.__doc__ = doc[:start] + "".join(lines) + doc[end:]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import gymnasium
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.output import console, print_json, say
@@ -30,6 +31,7 @@ from rlkit2.preferences import (
     starc_to_truth,
 )
 from rlkit2.preferences.evaluation import mean_rewards
+from rlkit2.preferences.options import FitOptions, RelabelOptions
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.progress import progress_bar
 
@@ -143,24 +145,14 @@ def fit(
     *,
     out: Path,
     dataset: str | None = None,
-    members: int = 3,
-    hidden_sizes: tuple[int, ...] = (256, 256, 256),
-    head: str = "linear",
-    reduce: str = "mean",
-    steps: int = 1000,
-    batch_size: int = 64,
-    learning_rate: float = 3e-4,
-    assumed_noise: float = 0.0,
+    fitting: Annotated[FitOptions, OmitArgPrefixes],
     test: float = 0.2,
     seed: int = 0,
     discount: float = 0.99,
     starc: bool = True,
-    device: str = "cpu",
     figure: Path | None = None,
     relabel_as: str | None = None,
-    caution: str = "mean",
-    normalise: str = "none",
-    offset: str = "none",
+    relabelling: Annotated[RelabelOptions, OmitArgPrefixes],
     json: bool = False,
 ) -> int:
     """Fit an ensemble of reward models to labels and hold it against the baselines.
@@ -171,25 +163,14 @@ def fit(
         labels: folder of labels (rlkit2 prefs label).
         out: folder of the reward model.
         dataset: the dataset of the labels; default: the id they carry.
-        members: members of the ensemble.
-        hidden_sizes: hidden layers of every member.
-        head: linear, or tanh for rewards in (-1, 1).
-        reduce: mean or sum of the rewards of a segment is its return.
-        steps: most updates; training stops earlier when held-out pairs say so.
-        batch_size: pairs per update and member.
-        learning_rate: of Adam.
-        assumed_noise: share of answers taken to be coin flips.
+        fitting: how the ensemble is fitted.
         test: share of the pairs that judge the reward and take no part in fitting it.
         seed: of weights, bootstraps and the choice of pairs.
         discount: of the STARC distance.
         starc: estimate the STARC distance to the dataset's own reward.
-        device: cpu or cuda.
         figure: draw calibration, accuracy by gap and returns into this file (.png, .svg, .pdf).
         relabel_as: also write a Minari dataset of this id with the learned rewards.
-        caution: mean, min or mean-1*std over the members, for the rewards that are written.
-        normalise: none, std or return_range, for the rewards that are written.
-        offset: none, mean, min or max is subtracted from them; where episodes can end early, min says that living on is good and max that
-            arriving is good.
+        relabelling: what becomes of the learned rewards before they are written.
         json: print everything as JSON.
     """
     found = PreferenceDataset.load(labels)
@@ -197,17 +178,7 @@ def fit(
         raise ConfigError(f"{labels} does not say which dataset it belongs to; give --dataset")
     data = load_dataset(dataset or found.dataset_id)
     train, held_out = found.split(test, seed=seed)
-    settings: dict[str, Any] = {
-        "members": members,
-        "hidden_sizes": hidden_sizes,
-        "head": head,
-        "reduce": reduce,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "assumed_noise": assumed_noise,
-        "device": device,
-    }
+    settings = asdict(fitting)
     with progress_bar("fitting") as bar:
         model = fit_reward_model(
             train, data, seeds=[seed], progress=lambda done, total, loss: bar(done, total), **settings
@@ -227,7 +198,7 @@ def fit(
         from rlkit2.reporting.preference_figures import reward_figure
 
         reward_figure(model, rows["learned"], held_out, data, truth).savefig(figure, dpi=150)
-    how: dict[str, Any] = {"reduce": caution, "normalise": normalise, "offset": offset}
+    how = asdict(relabelling)
     save_rewards(out / REWARDS, data, *relabelled_rewards(data, model, **how))
     if relabel_as is not None:
         relabel(data, model, dataset_id=relabel_as, **how)

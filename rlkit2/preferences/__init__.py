@@ -1,4 +1,8 @@
-"""Preference pairs, teachers, reward learning and the diagnostics of preference losses. Names load on first use."""
+"""Reward learning from preferences: labels of pairs and the teachers that give them, reward ensembles fitted to them and judged, relabelling.
+
+Names load on first use. The diagnostics of preference losses are a room of their own, `rlkit2.entanglement`; `EntanglementCallback` and
+`rlkit2.preferences.entanglement` only hand its names on.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError
+from rlkit2.fields import read_fields, show_fields
 from rlkit2.losses.preference import bradley_terry_loss
 from rlkit2.nn import Adam, fast_matmul, named_tensors
+from rlkit2.preferences.options import FitOptions
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
 
 Progress = Callable[[int, int, float], None]
@@ -34,30 +36,15 @@ class _Pairs:
         return _Pairs(self.first[seeds, chosen], self.second[seeds, chosen], self.label[seeds, chosen])
 
 
+@show_fields(FitOptions)
 def fit_reward_model(
     preferences: PreferenceDataset | Sequence[PreferenceDataset],
     dataset: TransitionDataset,
     *,
     seeds: int | Sequence[int] = 1,
-    members: int = 3,
-    hidden_sizes: Sequence[int] = (256, 256, 256),
-    head: str = "linear",
-    reduce: str = "mean",
-    inputs: Sequence[str] = ("observations", "actions"),
-    beta: float | None = None,
-    bootstrap: bool = True,
-    steps: int = 1000,
-    batch_size: int = 64,
-    learning_rate: float = 3e-4,
-    weight_decay: float = 0.0,
-    assumed_noise: float = 0.0,
-    centering: float = 0.0,
-    held_out: float = 0.2,
-    check_every: int = 25,
-    patience: int | None = 10,
-    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    **options: Any,
 ) -> RewardEnsemble:
     """Fit an ensemble by the Bradley-Terry likelihood of its labels (Christiano et al., "Deep Reinforcement Learning from Human Preferences",
     NeurIPS 2017, section 2.2.3; settings of B-Pref and of the Markovian model in Preference Transformer).
@@ -70,64 +57,60 @@ def fit_reward_model(
         preferences: labels of `dataset`; a sequence gives every seed its own labels (equally many).
         dataset: where the segments are.
         seeds: n for seeds 0 to n-1, or the integers themselves; they decide weights, bootstraps, minibatches and the held-out pairs.
-        members, hidden_sizes, head, reduce, inputs, device, dtype: see `RewardEnsemble`.
-        beta: fixed inverse temperature; None learns one per member, which makes "mean" and "sum" equally easy to fit.
-        bootstrap: resample the training pairs for every member.
-        steps: most updates; batch_size: pairs per update, seed and member.
-        learning_rate, weight_decay: of Adam.
-        assumed_noise: share of answers taken to be coin flips (Christiano et al. assume 0.1), in [0, 1).
-        centering: weight of `(R_1 + R_2)^2`, which fixes the free offset.
-        held_out: share of the pairs for early stopping (Christiano et al.: 1/e), in [0, 1); 0 trains all `steps` on all pairs.
-        check_every, patience: updates between checks, and checks without gain before training stops; patience None never stops early.
+        dtype: of all floating tensors.
         progress: called with (updates done, updates at most, mean held-out or training loss).
+        **options: fields of `FitOptions`.
 
     Returns:
         The ensemble; `description` says what it was fitted to and how well: `held_out` (per seed `nll` and `accuracy` of the members' mean
         probability), `best_step` `[S][M]`, `steps`.
 
     Raises:
-        ConfigError: a number out of range or labels that do not fit each other.
+        ConfigError: an unknown option, a value of another type or out of range, or labels that do not fit each other.
         DatasetError: labels of another dataset.
     """
+    if "device" in options:
+        options["device"] = str(options["device"])  # torch.device too
+    how = FitOptions(**read_fields(FitOptions, options))
     model = RewardEnsemble.for_spec(
         dataset.spec,
         seeds=seeds,
-        members=members,
-        hidden_sizes=hidden_sizes,
-        head=head,
-        reduce=reduce,
-        inputs=inputs,
+        members=how.members,
+        hidden_sizes=how.hidden_sizes,
+        head=how.head,
+        reduce=how.reduce,
+        inputs=how.inputs,
         dtype=dtype,
-        device=device,
+        device=how.device,
     )
     each = [preferences] * len(model.seeds) if isinstance(preferences, PreferenceDataset) else list(preferences)
-    _check(each, model, steps=steps, batch_size=batch_size, beta=beta, assumed_noise=assumed_noise, held_out=held_out)
-    train, test = _prepare(model, dataset, each, held_out)
-    if beta is not None:
-        model.log_beta.requires_grad_(False).fill_(math.log(beta))
-    elif reduce == "mean":
+    _check(each, model, how.held_out)
+    train, test = _prepare(model, dataset, each, how.held_out)
+    if how.beta is not None:
+        model.log_beta.requires_grad_(False).fill_(math.log(how.beta))
+    elif how.reduce == "mean":
         with torch.no_grad():  # between 1 and the H that would make a mean a sum
             model.log_beta.fill_(math.log(each[0].length) / 2)
     generators = [torch.Generator().manual_seed(seed) for seed in model.seeds]
-    drawn = _bootstraps(train, generators, members, bootstrap).to(device)
-    optimizer = Adam(_Trained(model), learning_rate, weight_decay=weight_decay)
-    best = _Best(model, test, patience)
+    drawn = _bootstraps(train, generators, how.members, how.bootstrap).to(how.device)
+    optimizer = Adam(_Trained(model), how.learning_rate, weight_decay=how.weight_decay)
+    best = _Best(model, test, how.patience)
     loss = torch.zeros(len(model.seeds))
     step = 0
-    rows = 2 * each[0].length * batch_size  # of a minibatch, two segments a pair
-    with fast_matmul(torch.device(device), rows * _largest_layer(model)):
-        for step in range(1, steps + 1):
-            places = torch.stack(
-                [torch.randint(drawn.shape[-1], (members, batch_size), generator=g) for g in generators]
-            )
-            batch = train.gather(drawn.gather(-1, places.to(device)))
-            loss = _loss(model, batch, assumed_noise, centering)
+    shape = (how.members, how.batch_size)
+    rows = 2 * each[0].length * how.batch_size  # of a minibatch, two segments a pair
+    with fast_matmul(torch.device(how.device), rows * _largest_layer(model)):
+        for step in range(1, how.steps + 1):
+            places = torch.stack([torch.randint(drawn.shape[-1], shape, generator=g) for g in generators])
+            batch = train.gather(drawn.gather(-1, places.to(how.device)))
+            loss = _loss(model, batch, how.assumed_noise, how.centering)
             optimizer.minimize(loss)
-            if step % check_every == 0 or step == steps:
+            if step % how.check_every == 0 or step == how.steps:
                 if best.check(step):
                     break
                 if progress is not None:
-                    progress(step, steps, best.mean_loss if test is not None else float(loss.detach().mean()) / members)
+                    mean = best.mean_loss if test is not None else float(loss.detach().mean()) / how.members
+                    progress(step, how.steps, mean)
     best.restore()
     model.requires_grad_(False)
     model.description = _describe(each, dataset, best, step, test)
@@ -149,23 +132,14 @@ class _Trained(torch.nn.Module):
                 self.register_parameter(name.replace(".", "_"), parameter)
 
 
-def _check(each: list[PreferenceDataset], model: RewardEnsemble, **numbers: Any) -> None:
+def _check(each: list[PreferenceDataset], model: RewardEnsemble, held_out: float) -> None:
     if len(each) != len(model.seeds):
         raise ConfigError(f"{len(each)} sets of labels for {len(model.seeds)} seeds; give one set, or one per seed")
     if len({(len(labels), labels.length) for labels in each}) != 1:
         raise ConfigError(
             "the seeds' sets of labels differ in their number of pairs or in segment length; make them equal"
         )
-    for name, good in (
-        ("steps", numbers["steps"] >= 1),
-        ("batch_size", numbers["batch_size"] >= 1),
-        ("beta", numbers["beta"] is None or numbers["beta"] > 0),
-        ("assumed_noise", 0 <= numbers["assumed_noise"] < 1),
-        ("held_out", 0 <= numbers["held_out"] < 1),
-    ):
-        if not good:
-            raise ConfigError(f"{name} = {numbers[name]} of the reward fit is out of range")
-    if len(each[0]) < (2 if numbers["held_out"] else 1):
+    if len(each[0]) < (2 if held_out else 1):
         raise ConfigError(f"{len(each[0])} labelled pairs are too few to fit a reward; label more")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,51 +15,45 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.load import read_dataset
 from rlkit2.data.weighted import WeightedDataset, with_weights
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.fields import read_fields, show_fields
+from rlkit2.preferences.options import RelabelOptions
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
 
 Reward = RewardEnsemble | ArrayLike | Tensor | Callable[..., Any]
-NORMALISATIONS = ("none", "std", "return_range")
-OFFSETS = ("none", "mean", "min", "max")
 
 
+@show_fields(RelabelOptions)
 def relabel(
     dataset: TransitionDataset,
     reward: Reward,
     *,
-    reduce: str = "mean",
-    normalise: str = "none",
-    offset: str = "none",
     statistics: TransitionDataset | None = None,
     dataset_id: str | None = None,
+    **options: Any,
 ) -> TransitionDataset:
     """The same transitions with the rewards of a model; terminations and truncations stay.
 
     Preferences do not determine the offset of a reward. Where episodes end early the offset decides whether living on is good
     or bad, so choose it: "min" makes every step worth at least nothing (living on pays), "max" makes every step cost something (arriving
-    pays), "mean" makes an average step worth nothing.
+    pays), "mean" makes an average step worth nothing. Members of an ensemble are aligned before they are reduced: their free offsets
+    are taken out and their temperatures made equal.
 
     Args:
         dataset: what to relabel.
         reward: an ensemble of one seed, rewards `[N]`, or a callable `f(observations, actions, next_observations, terminations)`.
-        reduce: "mean", "min" or "mean-k*std" (for example "mean-1*std") over the members of an ensemble: the latter two are cautious where the
-            members disagree. Members are aligned first: their free offsets are taken out and their temperatures made equal.
-        normalise: "std" divides by the standard deviation of the rewards; "return_range" multiplies by 1000 / (largest - smallest
-            episode return), as pipelines for IQL do.
-        offset: subtract nothing, the mean, the minimum or the maximum of the rewards (before `normalise`).
         statistics: the part of the data that all statistics are taken from, normally the training split; None: `dataset`.
         dataset_id: also write a Minari dataset of that id, with the model's hash and everything above as `provenance` in its metadata.
+        **options: fields of `RelabelOptions`.
 
     Returns:
         The relabelled dataset (read back from Minari's root where `dataset_id` is given).
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option or value.
         RewardError: a model of other spaces or several seeds, or rewards that are not finite or not one per row.
         DatasetError: the Minari id is taken or invalid.
     """
-    values, facts = relabelled_rewards(
-        dataset, reward, reduce=reduce, normalise=normalise, offset=offset, statistics=statistics
-    )
+    values, facts = relabelled_rewards(dataset, reward, statistics=statistics, **options)
     relabelled = dataset.with_rewards(values)
     if dataset_id is None:
         return relabelled
@@ -73,30 +67,20 @@ def relabel(
 
 
 def relabelled_rewards(
-    dataset: TransitionDataset,
-    reward: Reward,
-    *,
-    reduce: str = "mean",
-    normalise: str = "none",
-    offset: str = "none",
-    statistics: TransitionDataset | None = None,
+    dataset: TransitionDataset, reward: Reward, *, statistics: TransitionDataset | None = None, **options: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """The new rewards `[N]` (float64) and where they come from, as JSON values; arguments as for `relabel`."""
-    for name, value, allowed in (("normalise", normalise, NORMALISATIONS), ("offset", offset, OFFSETS)):
-        if value not in allowed:
-            raise ConfigError(f"{name}={value!r} of relabel must be one of {', '.join(allowed)}")
+    how = RelabelOptions(**read_fields(RelabelOptions, options))
     source = dataset if statistics is None else statistics
     alignment = _alignment(reward, source) if isinstance(reward, RewardEnsemble) else None
-    values = _reduced(dataset, reward, reduce, alignment)
-    known = values if source is dataset else _reduced(source, reward, reduce, alignment)
-    shift = {"none": 0.0, "mean": float(known.mean()), "min": float(known.min()), "max": float(known.max())}[offset]
-    scale = _scale(known - shift, source, normalise)
+    values = _reduced(dataset, reward, how.reduce, alignment)
+    known = values if source is dataset else _reduced(source, reward, how.reduce, alignment)
+    shift = {"none": 0.0, "mean": float(known.mean()), "min": float(known.min()), "max": float(known.max())}[how.offset]
+    scale = _scale(known - shift, source, how.normalise)
     facts = {
         "relabelled_from": dataset.spec.id,
         "content_hash": dataset.spec.content_hash,
-        "reduce": reduce,
-        "normalise": normalise,
-        "offset": offset,
+        **asdict(how),
         "statistics": {
             "shift": shift,
             "scale": scale,
@@ -150,18 +134,14 @@ def _aligned(dataset: TransitionDataset, model: RewardEnsemble, alignment: tuple
 def _reduced(
     dataset: TransitionDataset, reward: Reward, reduce: str, alignment: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    cautious = re.fullmatch(r"mean-(\d+(?:\.\d+)?)\*std", reduce)
-    if reduce not in ("mean", "min") and not cautious:
-        raise ConfigError(
-            f'reduce={reduce!r} of relabel must be "mean", "min" or "mean-k*std", for example "mean-1*std"'
-        )
     if isinstance(reward, RewardEnsemble):
         assert alignment is not None
         members = _aligned(dataset, reward, alignment)
         if reduce == "min":
             values = members.amin(0)
         else:
-            values = members.mean(0) - (float(cautious[1]) * members.std(0, correction=0) if cautious else 0.0)
+            factor = 0.0 if reduce == "mean" else float(reduce.removeprefix("mean-").removesuffix("*std"))
+            values = members.mean(0) - factor * members.std(0, correction=0)
     elif reduce != "mean":
         raise ConfigError(f"reduce={reduce!r} needs the members of a RewardEnsemble")
     elif callable(reward):

@@ -35,6 +35,7 @@ from rlkit2.fields import read_fields
 from rlkit2.preferences.collecting import collect_preferences
 from rlkit2.preferences.evaluation import evaluate_reward, shuffled_labels, starc_to_truth
 from rlkit2.preferences.fitting import fit_reward_model
+from rlkit2.preferences.options import FitOptions, RelabelOptions
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.preferences.teachers import ScriptedTeacher
 from rlkit2.sweeps import check_engine, run_folders
@@ -87,6 +88,8 @@ class StudySettings:
         for teacher in self.teachers:
             ScriptedTeacher(teacher)
         read_fields(agent_class(self.agent).config_class, self.agent_settings)
+        read_fields(FitOptions, self.reward)
+        read_fields(RelabelOptions, {"offset": self.offset})
 
     @property
     def shared(self) -> dict[str, Any]:

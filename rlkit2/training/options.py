@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from rlkit2.errors import ConfigError
-from rlkit2.fields import Checked, Count, Finite, Interval, Natural, closest, describe_fields, field_types, read_fields
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from rlkit2.fields import (
+    Checked,
+    Count,
+    Finite,
+    Function,
+    Interval,
+    Natural,
+    closest,
+    field_types,
+    read_fields,
+    show_fields,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +92,4 @@ def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 def show_options(function: Function) -> Function:
     """Give a function with `**options` the signature and the docstring of the fields that it takes."""
-    signature = inspect.signature(function)
-    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    lines = []
-    for cls in SECTIONS.values():
-        for name, kind, default, meaning in describe_fields(cls):
-            fixed.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=field_types(cls)[name])
-            )
-            shown = "" if "default:" in meaning else f" (default {default})"
-            lines.append(f"        {name}: {meaning}{shown}; {kind}.\n")
-    doc = function.__doc__ or ""
-    start = doc.index("        **options:")
-    end = doc.index("\n", start) + 1
-    function.__doc__ = doc[:start] + "".join(lines) + doc[end:]
-    function.__signature__ = signature.replace(parameters=fixed)  # type: ignore[attr-defined]
-    return function
+    return show_fields(*SECTIONS.values(), unset=True)(function)

@@ -1,13 +1,19 @@
 """`rlkit2 prefs` as users type it."""
 
+import inspect
 import json
+from dataclasses import dataclass
 
 import pytest
 
+from rlkit2.cli import prefs
 from rlkit2.cli.main import main
 from rlkit2.data import read_dataset
 from rlkit2.data.preferences import PreferenceDataset
-from rlkit2.preferences import RewardEnsemble
+from rlkit2.fields import Count, field_types, show_fields
+from rlkit2.preferences import RewardEnsemble, fit_reward_model, relabel
+from rlkit2.preferences.options import FitOptions, RelabelOptions
+from rlkit2.preferences.relabelling import relabelled_rewards
 from tests.preferences.make import share_builtin
 
 DATASET = "builtin/rooms/stitch-dense-v0"
@@ -104,6 +110,12 @@ def test_the_distance_is_in_the_table(tmp_path, monkeypatch, capsys):
         (("label", DATASET, "--out", "l", "--people", "none"), "files named indices_num"),
         (("label", "builtin/nothing", "--out", "l"), "no built-in dataset"),
         (("fit", "nothing", "--out", "r"), "no labels in nothing"),
+        (("fit", "nothing", "--out", "r", "--members", 0), "members must be a whole number of at least 1, not 0"),
+        (("fit", "nothing", "--out", "r", "--head", "relu"), "invalid choice 'relu' for argument '--head'"),
+        (
+            ("fit", "nothing", "--out", "r", "--caution", "mean-std"),
+            "reduce must be text such as mean, min or mean-1*std",
+        ),
         (("fits",), "did you mean fit?"),
     ],
 )
@@ -119,6 +131,42 @@ def test_labels_of_another_dataset_are_refused(tmp_path, monkeypatch, capsys):
     typed(capsys, "label", DATASET, "--out", "labels", "--count", 10, "--length", 8)
     _, err = typed(capsys, "fit", "labels", "--dataset", "builtin/rooms/random-dense-v0", "--out", "reward", status=2)
     assert "these labels belong to builtin/rooms/stitch-dense-v0" in err
+
+
+def test_an_option_of_fitting_is_written_once(monkeypatch, capsys):
+    """A new field is an option of the command line and an argument of the function, checked in both; no signature repeats a field."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(FitOptions):
+        # how often the pairs are shuffled
+        shuffles: Count = 3
+
+    @show_fields(More)
+    def example(labels, **options):
+        """Example.
+
+        Args:
+            labels: pairs.
+            **options: see above.
+        """
+
+    assert "shuffles: how often the pairs are shuffled (default 3); a whole number of at least 1." in example.__doc__
+    assert inspect.signature(example).parameters["shuffles"].default == 3
+    monkeypatch.setattr(prefs, "FitOptions", More)
+    with pytest.raises(SystemExit):
+        main(["prefs", "fit", "--help"])
+    assert "how often the pairs are shuffled" in capsys.readouterr().out
+    _, err = typed(capsys, "fit", "nothing", "--out", "r", "--shuffles", 0, status=2)
+    assert "shuffles must be a whole number of at least 1, not 0" in err
+    for function, cls in (
+        (fit_reward_model, FitOptions),
+        (relabel, RelabelOptions),
+        (relabelled_rewards, RelabelOptions),
+    ):
+        fields = set(field_types(cls))
+        assert not fields & set(function.__code__.co_varnames[: function.__code__.co_kwonlyargcount + 2])
+        assert fields <= set(inspect.signature(function).parameters) or function is relabelled_rewards
+    assert not set(inspect.signature(prefs.fit).parameters) & {*field_types(FitOptions), *field_types(RelabelOptions)}
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("label", "--help"), ("fit", "--help"), ("study", "--help")])

@@ -52,23 +52,28 @@ def shared(roots, built, monkeypatch):
     share_builtin(DATASET, built, monkeypatch)
 
 
+def compute_here(work, folders, *, report, **_):
+    """An engine without processes."""
+    for folder in folders:
+        report(folder, work(folder))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, built):
-    """Folder of a study that the local engine has carried out."""
+    """Folder of a study whose cells were computed in this process; the local engine computes some of them below."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         share_builtin(DATASET, built, patch)
         done = []
+        patch.setattr(study, "run_folders", compute_here)
         run_study(TINY, folder, jobs=2, progress=lambda *numbers: done.append(numbers))
     assert done == [(count, len(BASELINES) + 1) for count in range(len(BASELINES) + 2)]
     return folder
 
 
-def test_a_study_through_the_engine_is_that_of_its_cells_computed_here(finished, monkeypatch):
+def test_rows_of_a_study(finished):
     result = load_study(finished / "study.json")
-    world = study._World(TINY)
-    rows = [row for cell in TINY.cells.values() for row in study.run_cell(world, *cell)]
-    assert result.rows == rows
+    rows = result.rows
     assert len(rows) == 2 * (len(BASELINES) + 1)
     by_teacher = {row["teacher"]: row for row in rows}
     assert by_teacher["true"]["accuracy"] == 1
@@ -92,7 +97,8 @@ def test_finished_cells_are_not_computed_again_and_new_ones_are(finished, monkey
     assert asked == [[], ["random-labels-40", "noisy-40"]]
 
 
-def test_a_killed_study_goes_on_from_the_command_line(finished, tmp_path, capsys):
+def test_a_killed_study_is_resumed_from_the_command_line(finished, tmp_path, capsys):
+    """A cell before and a cell after the kill; through the engine they are what they are in this process."""
     out = tmp_path / "study"
     for name in ("true-0", "zero-0", "constant-0"):  # to compute two cells here, not five
         shutil.copytree(finished / "cells" / name, out / "cells" / name)
@@ -178,6 +184,9 @@ def test_seeds_that_do_not_differ_make_no_interval_narrower():
         ({"teachers": ("kind",)}, "unknown teacher"),
         ({"agent": "sarsa"}, "unknown agent"),
         ({"agent_settings": {"widths": 3}}, "widths"),
+        ({"reward": {"member": 3}}, "no field 'member'; did you mean members"),
+        ({"reward": {"steps": 0}}, "steps must be a whole number of at least 1, not 0"),
+        ({"offset": "median"}, "offset must be one of none, mean, min, max, not 'median'"),
     ],
 )
 def test_bad_settings_are_named(change, message):
