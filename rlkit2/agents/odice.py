@@ -118,12 +118,12 @@ class ODICEConfig(PolicyOptions):
     @property
     def value_widths(self) -> tuple[int, ...]:
         """Hidden layers of V."""
-        return self.value_hidden_sizes or self.hidden_sizes or (256, 256)
+        return _first(self.value_hidden_sizes, self.hidden_sizes, (256, 256))
 
     @property
     def policy_widths(self) -> tuple[int, ...]:
         """Hidden layers of the policy."""
-        return self.policy_hidden_sizes or self.hidden_sizes or (1024, 1024)
+        return _first(self.policy_hidden_sizes, self.hidden_sizes, (1024, 1024))
 
 
 @dataclass(frozen=True)
@@ -379,3 +379,8 @@ class ODICE(Agent):
     def warnings(cls, config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
         """Dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
         return signs_of_trouble(config, metrics)
+
+
+def _first(*sizes: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The first that is given; none at all, (), is a linear network."""
+    return next(size for size in sizes if size is not None)
