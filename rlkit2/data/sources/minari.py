@@ -17,12 +17,13 @@ from minari.serialization import deserialize_space
 from numpy.typing import NDArray
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.sources.arrow import arrow_episodes
 from rlkit2.data.sources.hdf5 import open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
-from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
+from rlkit2.errors import CorruptDatasetError, DatasetError, EnvironmentUnavailableError, first_line
 
 HDF5_FILE = "main_data.hdf5"
 
@@ -122,7 +123,9 @@ def _environment(env_spec: Any, data_path: Path, kind: str) -> gymnasium.Env[Any
     if env_spec is None:
         raise DatasetError(f"{data_path}/metadata.json has neither {kind} nor a readable env_spec")
     try:
-        return gymnasium.make(env_spec)
+        return gymnasium.make(registered_spec(env_spec, f"dataset {data_path}"))
+    except EnvironmentUnavailableError as error:
+        raise DatasetError(f"{data_path}/metadata.json has no {kind}, and {error}") from error
     except Exception as error:
         message = (
             f"{data_path}/metadata.json has no {kind} and its environment {env_spec.id} cannot be built here ({error})"
