@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlkit2.data.actions import check_actions, learnt_as_continuous
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.known_environments import check_named_id
 from rlkit2.data.load import Columns, Source, SpaceLike, read_dataset
 from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
@@ -99,6 +100,7 @@ def train(
     compile: str = "auto",
     loggers: Sequence[str] = (),
     progress: bool | Progress = True,
+    trust_env: bool = False,
     **options: Any,
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
@@ -119,6 +121,7 @@ def train(
         compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
+        trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
         **options: fields of `TrainingOptions` and `DataOptions`; None is as good as not given.
 
     Returns:
@@ -167,7 +170,7 @@ def train(
     for doubt in doubts:
         shown.message(f"warning: {doubt}")
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
-    with _evaluator(plan, env, shown) as evaluator:
+    with _evaluator(plan, env, shown, trust_env) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
         elif plan != run.config:
@@ -200,29 +203,34 @@ def evaluate(
     num_envs: int | None = None,
     max_steps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_env: bool = False,
 ) -> Evaluation:
     """Play episodes with every seed of a trained policy.
 
     Args:
         run_or_policy: a run, a policy, or the folder of either.
         episodes: episodes per seed, counted as they start.
-        env: environment (id, spec or a function that makes one); default: the dataset's evaluation environment, else the one it
-            was collected in.
+        env: environment (id, spec or a function that makes one); default: the one a run was trained with, else the dataset's evaluation
+            environment, else the one it was collected in.
         deterministic: the policy's mode, else samples.
         seed: which fixed set of episodes; disjoint from anything training used.
         num_envs, max_steps, progress: see `rlkit2.evaluation.evaluate_policy`.
+        trust_env: build the environment as the file says, which runs the code it names; otherwise it comes from Gymnasium's registry.
 
     Raises:
-        EnvironmentUnavailableError: no environment, or it does not fit; name one with `env`.
+        EnvironmentUnavailableError: no environment, one that does not fit or that is not registered here; name one with `env`.
         RunError: the folder holds neither a run nor a policy.
         ConfigError: the policy does not say which dataset it belongs to.
     """
     from rlkit2.evaluation import evaluate_policy
+    from rlkit2.evaluation.environments import run_environment
 
     if isinstance(run_or_policy, str | os.PathLike):
         path = Path(run_or_policy)
         run_or_policy = read_policy(path) if (path / "policy.json").is_file() else load_run(path)
     policy = run_or_policy.policy if isinstance(run_or_policy, Run) else run_or_policy
+    if env is None and isinstance(run_or_policy, Run):
+        env = run_environment(run_or_policy, trust_env=trust_env)
     description = run_or_policy.config["spec"] if isinstance(run_or_policy, Run) else policy.metadata.get("spec")
     if description is None:
         raise ConfigError(
@@ -238,6 +246,7 @@ def evaluate(
         num_envs=num_envs,
         max_steps=max_steps,
         progress=progress,
+        trust_env=trust_env,
     )
 
 
@@ -441,7 +450,9 @@ def _continued(
 
 
 @contextmanager
-def _evaluator(plan: Mapping[str, Any], env: EnvSource | None, shown: Progress) -> Iterator[EpisodeEvaluator | None]:
+def _evaluator(
+    plan: Mapping[str, Any], env: EnvSource | None, shown: Progress, trust_env: bool
+) -> Iterator[EpisodeEvaluator | None]:
     """Plays the episodes of the evaluations during training; None, and one line saying so, where there is no environment."""
     from rlkit2.evaluation import Evaluator
 
@@ -449,9 +460,12 @@ def _evaluator(plan: Mapping[str, Any], env: EnvSource | None, shown: Progress) 
     if training["eval_every"] == 0:
         yield None
         return
-    env = plan["env"] if env is None else env
+    if env is None and plan["env"] is not None:
+        check_named_id(str(plan["env"]), "the run's config.json", trust_env=trust_env)
+        env = str(plan["env"])
+    spec, episodes = DatasetSpec.from_json(plan["spec"]), training["eval_episodes"]
     try:
-        evaluator = Evaluator(DatasetSpec.from_json(plan["spec"]), episodes=training["eval_episodes"], env=env)
+        evaluator = Evaluator(spec, episodes=episodes, env=env, trust_env=trust_env)
     except (EnvironmentUnavailableError, MissingExtraError) as error:
         if env is not None:
             raise

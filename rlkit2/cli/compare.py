@@ -22,6 +22,7 @@ def compare(
     baseline: str | None = None,
     episodes: int | None = None,
     last: int = 5,
+    trust_env: bool = False,
     json: bool = False,
     markdown: bool = False,
 ) -> int:
@@ -34,6 +35,7 @@ def compare(
         baseline: agent, label or run folder the others are held against; default: the first run.
         episodes: play this many episodes per seed with the final policies, instead of reading the last evaluation of the training.
         last: number of evaluations in the column "last evaluations".
+        trust_env: with --episodes: build environments as the runs' files say, which runs the code they name.
         json: print JSON.
         markdown: print a Markdown table.
     """
@@ -41,7 +43,7 @@ def compare(
     def score(run: Run) -> Evaluation:
         assert episodes is not None
         with episode_bar(run.path.name) as progress:
-            return evaluate(run, episodes=episodes, env=run.config.get("env"), progress=progress)
+            return evaluate(run, episodes=episodes, progress=progress, trust_env=trust_env)
 
     scorer = None if episodes is None else score
     comparison = compare_runs([load_run(path) for path in runs], baseline=baseline, last=last, evaluate=scorer)

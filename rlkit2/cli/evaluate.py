@@ -17,6 +17,7 @@ from rlkit2.api import load_policy, load_run
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
+from rlkit2.evaluation.environments import run_environment
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.nn.policy import Policy
 from rlkit2.training.run import Run
@@ -32,6 +33,7 @@ def evaluate(
     seed: int = 0,
     num_envs: int | None = None,
     max_steps: int | None = None,
+    trust_env: bool = False,
     offline: bool = False,
     methods: tuple[str, ...] = ("fqe", "dice"),
     dataset: str | None = None,
@@ -56,6 +58,7 @@ def evaluate(
         seed: which fixed set of evaluation episodes.
         num_envs: environments per seed stepped together; changes time and memory, never the result.
         max_steps: cut episodes there.
+        trust_env: build the environment as the file says, which runs the code it names; otherwise only what Gymnasium's registry knows.
         offline: estimate the discounted return from data instead of playing.
         methods: with --offline: fqe, dice, is, dr, own.
         dataset: with --offline: to judge on; default: that of the run.
@@ -71,20 +74,22 @@ def evaluate(
             env=env,
             num_envs=num_envs,
             max_steps=max_steps,
+            trust_env=trust_env or None,
         )
         return _judge(run, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
     _refuse("only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members)
-    policy, own_env = _open(run, checkpoint)
+    policy, own_env = _open(run, checkpoint, env, trust_env)
     with episode_bar("episodes") as progress:
         result = evaluate_policy(
             policy,
             episodes=episodes,
-            env=env or own_env,
+            env=own_env,
             deterministic=not stochastic,
             seed=seed,
             num_envs=num_envs,
             max_steps=max_steps,
             progress=progress,
+            trust_env=trust_env,
         )
     if json:
         output.print_json({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
@@ -136,16 +141,16 @@ def episode_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _open(path: Path, checkpoint: str | None) -> tuple[Policy, str | None]:
-    """The policy to play, and the environment the run was told to use."""
+def _open(path: Path, checkpoint: str | None, env: str | None, trust_env: bool) -> tuple[Policy, str | None]:
+    """The policy to play, and the environment: the one given, else the one the run was told to use."""
     if (path / "policy.json").is_file():
         if checkpoint is not None:
             raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
-        return load_policy(path), None
+        return load_policy(path), env
     run = load_run(path)
     policy = run.policy if checkpoint is None else run.load_agent(_step(run, checkpoint)).policy
     policy.metadata.setdefault("spec", run.config["spec"])
-    return policy, run.config.get("env")
+    return policy, env or run_environment(run, trust_env=trust_env)
 
 
 def _step(run: Run, checkpoint: str) -> int | None:

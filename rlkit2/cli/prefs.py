@@ -15,6 +15,7 @@ from rlkit2.api import load_dataset
 from rlkit2.cli.output import console, print_json, say
 from rlkit2.cli.parsing import name_values, subcommand
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.data.reward_file import save_rewards
 from rlkit2.errors import ConfigError, DatasetError
@@ -137,7 +138,10 @@ def label(
 def _environment_maker(data: TransitionDataset) -> Callable[[], Env] | None:
     """Makes the dataset's environment so that it draws frames; None where the dataset names none."""
     spec = data.spec.eval_env_spec or data.spec.env_spec
-    return None if spec is None else lambda: make_environment(lambda: gymnasium.make(spec, render_mode="rgb_array"))
+    if spec is None:
+        return None
+    owner = f"dataset {data.spec.id}"
+    return lambda: make_environment(lambda: gymnasium.make(registered_spec(spec, owner), render_mode="rgb_array"))
 
 
 def fit(

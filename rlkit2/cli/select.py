@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from rlkit2.api import evaluate, load_run
+from rlkit2.api import evaluate
 from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.offline import judged, print_judged
 from rlkit2.cli.output import print_json, say
@@ -88,10 +88,8 @@ def _played(runs: Sequence[Path], episodes: int, deterministic: bool) -> np.ndar
     """Mean return of every seed of every run, `[P]`."""
     means = []
     for path in runs:
-        saved = (path / "policy.json").is_file()
-        env = None if saved else load_run(path).config.get("env")
         with episode_bar(path.name) as progress:
-            played = evaluate(path, episodes=episodes, env=env, deterministic=deterministic, progress=progress)
+            played = evaluate(path, episodes=episodes, deterministic=deterministic, progress=progress)
         means.append(played.returns.mean(1))
     found = np.concatenate(means)
     if not np.isfinite(found).all():

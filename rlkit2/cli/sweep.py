@@ -26,6 +26,7 @@ def sweep(
     device: str = "auto",
     option: tuple[str, ...] = (),
     agent: tuple[str, ...] = (),
+    trust_env: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
@@ -41,11 +42,12 @@ def sweep(
         device: auto, cpu, cuda or cuda:1.
         option: settings of the engine, name=value: for slurm those of submitit (partition=gpu timeout_min=240), for ray those of ray.init.
         agent: agents of your own that the file names: my_agents.py:MyAgent. A file alone makes nothing run.
+        trust_env: build environments as the file and its datasets say, which runs the code they name.
         dry_run: show the runs and how far they are, train nothing.
     """
     for name in agent:
         import_agent(name)
-    plan = load_sweep(file)
+    plan = load_sweep(file, trust_env=trust_env)
     console = output.console(stderr=True)
     failed = False
     if not dry_run:

@@ -79,6 +79,7 @@ def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     """The options that were given, as text (lists as tuples of text, switches as booleans)."""
     fields: dict[str, Any] = {name: _option(*texts) for name, texts in COMMAND.items()}
+    fields["trust_env"] = _option("", "build the environment as files say, which runs the code they name", bool)
     fields["logger"] = _option("NAME", "tensorboard, wandb, trackio; several may be named", tuple[str, ...])
     for cls, defaults in _sections(agent):
         for name, kind, default, meaning in describe_fields(cls):

@@ -9,6 +9,7 @@ from typing import Any
 
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
 from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
@@ -108,12 +109,28 @@ def env_spec_text(spec: EnvSpec | None) -> str | None:
 
 
 def read_env_spec(text: str | None) -> EnvSpec | None:
-    """The specification in `text`, or None where this installation cannot read it (fields of other Gymnasium versions are dropped)."""
+    """The specification in `text`, or None where it cannot be read here (fields of other Gymnasium versions are dropped).
+
+    Reading imports nothing; building goes through `known_environments.registered_spec`.
+    """
     if not text:
         return None
     try:
         known = {f.name for f in fields(EnvSpec) if f.init}
         values = {key: value for key, value in json.loads(text).items() if key in known}
-        return EnvSpec.from_json(json.dumps({"additional_wrappers": [], **values}))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        spec = EnvSpec.from_json(json.dumps({"additional_wrappers": [], **values}))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, GymnasiumError):
         return None
+    return spec if _well_formed(spec) else None
+
+
+def _well_formed(spec: EnvSpec) -> bool:
+    """Whether every field has its type: a file may hold anything."""
+    steps = spec.max_episode_steps
+    return (
+        isinstance(spec.id, str)
+        and all(entry is None or isinstance(entry, str) for entry in (spec.entry_point, spec.vector_entry_point))
+        and isinstance(spec.kwargs, dict)
+        and (steps is None or (isinstance(steps, int) and not isinstance(steps, bool) and steps > 0))
+        and all(isinstance(wrapper.kwargs, dict | None) for wrapper in spec.additional_wrappers)
+    )

@@ -15,6 +15,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from minari.dataset.minari_dataset import parse_dataset_id
 
+from rlkit2.data.known_environments import check_arguments
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError, require
 
 # The module whose presence shows that an extra is installed, and whose import registers its environments.
@@ -86,7 +87,7 @@ class DatasetRecipe:
 
         Raises:
             MissingExtraError: an optional dependency is missing.
-            EnvironmentUnavailableError: Gymnasium knows no such id.
+            EnvironmentUnavailableError: Gymnasium knows no such id, or an argument may name a file or a class.
         """
         if self.environment.extra is not None:
             gymnasium.register_envs(require(EXTRA_MODULES[self.environment.extra], extra=self.environment.extra))
@@ -94,7 +95,9 @@ class DatasetRecipe:
             spec = copy.deepcopy(gymnasium.spec(self.environment.id))
         except gymnasium.error.Error as error:
             raise EnvironmentUnavailableError(f"recipe {self.id}: environment.id: {error}") from error
-        spec.kwargs = {**spec.kwargs, **self.environment.kwargs, **kwargs}
+        arguments = {**self.environment.kwargs, **kwargs}
+        check_arguments(arguments, spec.kwargs, f"environment {spec.id} of recipe {self.id}")
+        spec.kwargs = {**spec.kwargs, **arguments}
         if self.environment.max_episode_steps is not None:
             spec.max_episode_steps = self.environment.max_episode_steps
         return spec

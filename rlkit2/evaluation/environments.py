@@ -6,16 +6,20 @@ import importlib
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from rlkit2.data.known_environments import check_named_id, registered_spec
 from rlkit2.data.spaces import action_layout, flattener
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, RLKitError, require
+
+if TYPE_CHECKING:
+    from rlkit2.training.run import Run
 
 Env = gym.Env[Any, Any]
 EnvSource = str | EnvSpec | Callable[[], Env]
@@ -28,17 +32,32 @@ SIMULATORS = {
 }
 
 
-def evaluation_source(spec: DatasetSpec, env: EnvSource | None = None) -> EnvSource:
+def evaluation_source(spec: DatasetSpec, env: EnvSource | None = None, *, trust_env: bool = False) -> EnvSource:
     """The environment to evaluate in: `env` if given, else the dataset's evaluation environment, else the one it was collected in.
 
-    Raises `EnvironmentUnavailableError` where there is none.
+    The dataset's is rebuilt from Gymnasium's registry; with `trust_env` it is built as the file says, which runs the code it names.
+
+    Raises `EnvironmentUnavailableError` where there is none, or the file names code that is not registered here.
     """
-    source = env or spec.eval_env_spec or spec.env_spec
-    if source is None:
+    if env is not None:
+        return env
+    stored = spec.eval_env_spec or spec.env_spec
+    if stored is None:
         raise EnvironmentUnavailableError(
             f"dataset {spec.id} names no environment; name one with --env ID (env=... in Python)"
         )
-    return source
+    return registered_spec(stored, f"dataset {spec.id}", trust_env=trust_env)
+
+
+def run_environment(run: Run, *, trust_env: bool = False) -> str | None:
+    """The id that a run was told to evaluate in, None for its dataset's environment.
+
+    Raises `EnvironmentUnavailableError` where the run's file names a module to import (`module:Env-v0`), unless `trust_env`.
+    """
+    name = run.config.get("env")
+    if name is not None:
+        check_named_id(name, str(run.path), trust_env=trust_env)
+    return name
 
 
 def source_name(source: EnvSource) -> str:

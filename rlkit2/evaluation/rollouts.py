@@ -75,18 +75,27 @@ def evaluate_policy(
     num_envs: int | None = None,
     max_steps: int | None = None,
     progress: Progress | None = None,
+    trust_env: bool = False,
 ) -> Evaluation:
     """Run every seed of `policy` for `episodes` episodes and return what it earned.
 
     `spec`: the dataset's specification; it gives the observation layout, the environment and the reference returns. `env`: another environment (an
     id, an `EnvSpec`, or a function that makes one). `deterministic`: the policy's mode, else sampled actions. `seed`: which fixed set of evaluation
     episodes. `num_envs`: environments per policy seed stepped together; changes memory and time, never the result. `max_steps`: cut episodes there.
-    `progress(done, total)` is called as episodes end.
+    `progress(done, total)` is called as episodes end. `trust_env`: build the dataset's environment as its file says, running the code it names.
 
-    Raises `EnvironmentUnavailableError` for a missing, unknown or unfitting environment, `MissingExtraError` for a missing simulator.
+    Raises `EnvironmentUnavailableError` for a missing, unknown, unfitting or (unless `trust_env`) unregistered environment, `MissingExtraError` for
+    a missing simulator.
     """
     with Evaluator(
-        spec, episodes=episodes, env=env, deterministic=deterministic, seed=seed, num_envs=num_envs, max_steps=max_steps
+        spec,
+        episodes=episodes,
+        env=env,
+        deterministic=deterministic,
+        seed=seed,
+        num_envs=num_envs,
+        max_steps=max_steps,
+        trust_env=trust_env,
     ) as evaluator:
         return evaluator.evaluate(policy, progress=progress)
 
@@ -107,6 +116,7 @@ class Evaluator:
         seed: int = 0,
         num_envs: int | None = None,
         max_steps: int | None = None,
+        trust_env: bool = False,
     ) -> None:
         if num_envs is not None and num_envs < 1:
             raise ConfigError(f"num_envs must be at least 1, not {num_envs}")
@@ -114,7 +124,7 @@ class Evaluator:
             raise ConfigError(f"max_steps must be at least 1, not {max_steps}")
         self.spec, self.deterministic, self.seed, self.max_steps = spec, deterministic, seed, max_steps
         self.episode_seeds = evaluation_seeds(seed, episodes)
-        self.source = evaluation_source(spec, env)
+        self.source = evaluation_source(spec, env, trust_env=trust_env)
         self.num_envs = min(num_envs or ROWS, episodes)
         self.flattener = spec.flattener
         self.pool: list[Env] = [make_environment(self.source)]

@@ -67,7 +67,7 @@ def run_sweep(
     for folder in waiting:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, {**asdict(folders[folder]), "device": device})
+        write_json(folder / SETTINGS, {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env})
 
     def ended(folder: Path, text: str) -> None:
         status[folder] = text

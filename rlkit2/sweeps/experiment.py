@@ -32,6 +32,7 @@ from typing import Any
 
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import as_seeds
+from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError
 from rlkit2.fields import read_fields
 from rlkit2.training import DataOptions, Run, TrainingOptions
@@ -63,17 +64,23 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The experiments of a file."""
+    """The experiments of a file; `trust_env`: environments are built as it and its datasets say."""
 
     path: Path
     name: str
     experiments: tuple[Experiment, ...]
+    trust_env: bool = False
 
 
-def load_sweep(path: str | os.PathLike[str]) -> Sweep:
+def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Sweep:
     """Read and check a sweep file.
 
+    Args:
+        path: the file.
+        trust_env: let the file, and the datasets it names, say which code to import for an environment.
+
     Raises:
+        EnvironmentUnavailableError: the file names an environment by a module to import (`module:Env-v0`) without `trust_env`.
         ConfigError: the file is missing, no TOML, names nothing to run, or has an unknown entry, agent or field, a value of
             the wrong type, or the same run twice; the message names the run.
     """
@@ -96,7 +103,9 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ConfigError(f"sweep {path} holds the same run twice: {twice}")
-    return Sweep(path, str(content.get("name", path.stem)), experiments)
+    for experiment in experiments:
+        check_named_id(experiment.env or "", f"sweep {path}", trust_env=trust_env)
+    return Sweep(path, str(content.get("name", path.stem)), experiments, trust_env)
 
 
 def _grid(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:

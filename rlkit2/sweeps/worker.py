@@ -38,13 +38,14 @@ def train_experiment(folder: Path) -> str:
             out=folder,
             overrides=settings["config"],
             device=settings["device"],
+            trust_env=settings["trust_env"],
             progress=False,
             **settings["data"],
             **settings["training"],
         )
     elif run.manifest["status"] not in ("finished", "failed"):
         own = settings["agent"] if ":" in settings["agent"] else None
-        run = train(own, resume=run, device=settings["device"], progress=False)
+        run = train(own, resume=run, device=settings["device"], trust_env=settings["trust_env"], progress=False)
     return str(run.manifest["status"])
 
 

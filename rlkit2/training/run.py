@@ -90,7 +90,9 @@ class Run:
     def resume_command(self) -> str:
         """The command line that trains on from the newest checkpoint."""
         own = [self.config["agent_source"]] if "agent_source" in self.config else []
-        return shlex.join(["rlkit2", "train", *own, "--resume", str(self.path)])
+        env = self.config.get("env") or ""
+        named = ["--env", env] if ":" in env else []  # what a file names is not imported
+        return shlex.join(["rlkit2", "train", *own, "--resume", str(self.path), *named])
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -269,10 +269,14 @@ def test_a_missing_simulator_names_its_extra(monkeypatch):
         raise gymnasium.error.DependencyNotInstalled("MuJoCo is not installed")
 
     monkeypatch.setattr(gymnasium, "make", missing)
-    message = finding(with_env(EnvSpec("Hopper-v5", entry_point="x:Y")), "environment_unavailable").message
+    message = finding(
+        with_env(EnvSpec("Hopper-v5", entry_point="gymnasium.envs.mujoco.hopper_v5:HopperEnv")),
+        "environment_unavailable",
+    ).message
     assert "rlkit2[mujoco]" in message
     message = finding(
-        with_env(EnvSpec("Maze", entry_point="gymnasium_robotics.x:Y")), "environment_unavailable"
+        with_env(EnvSpec("PointMaze_UMaze-v3", entry_point="gymnasium_robotics.envs.maze.point_maze:PointMazeEnv")),
+        "environment_unavailable",
     ).message
     assert "rlkit2[robotics]" in message
 

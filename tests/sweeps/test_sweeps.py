@@ -14,7 +14,7 @@ import pytest
 
 import rlkit2
 from rlkit2.cli.main import main
-from rlkit2.errors import ConfigError, DatasetError, MissingExtraError
+from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError
 from rlkit2.sweeps import ENGINES, load_sweep, run_folders, run_sweep, sweep_runs, train_experiment
 from rlkit2.sweeps.engines import _ended
 from rlkit2.sweeps.experiment import find_run
@@ -247,3 +247,10 @@ def test_work_ends_with_the_process_that_began_it(tmp_path):
     while find_run(folder).manifest["status"] != "interrupted":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_environment_of_a_module_is_imported_only_for_who_trusts_the_file(tmp_path):
+    path = written(tmp_path, FILE.replace("[base]", '[base]\nenv = "no_such_module:Env-v0"'))
+    with pytest.raises(EnvironmentUnavailableError, match="would import no_such_module"):
+        load_sweep(path)
+    assert load_sweep(path, trust_env=True).trust_env

@@ -15,10 +15,11 @@ from gymnasium.envs.registration import EnvSpec
 from rlkit2.data.audit.findings import AuditReport, Distribution, Finding, Severity
 from rlkit2.data.audit.scan import Scan, chunks, space_text
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.notes import NOTES
 from rlkit2.data.spaces import DatasetWarning, action_bounds, action_layout, flattener
 from rlkit2.data.spec import DatasetSpec, env_spec_text
-from rlkit2.errors import RLKitError, first_line
+from rlkit2.errors import EnvironmentUnavailableError, RLKitError, first_line
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -115,7 +116,11 @@ def _rebuild(spec: DatasetSpec, role: str, env_spec: EnvSpec) -> Iterator[Findin
         # Left out: advice about newer versions, and what simulators print when they are imported.
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
-            env = gymnasium.make(env_spec, disable_env_checker=True)
+            known = registered_spec(env_spec, f"dataset {spec.id}")
+            env = gymnasium.make(known, disable_env_checker=True)
+    except EnvironmentUnavailableError as error:
+        yield Finding("warning", "environment_unavailable", f"{role}: {error}")
+        return
     except Exception as error:  # noqa: BLE001 - simulators raise many kinds
         text = f"{env_spec.entry_point} {error}".lower()
         extra = next((extra for word, extra in SIMULATORS.items() if word in text), None)

@@ -17,12 +17,13 @@ from minari.serialization import deserialize_space
 from numpy.typing import NDArray
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.sources.arrow import arrow_episodes
-from rlkit2.data.sources.hdf5 import open_hdf5
+from rlkit2.data.sources.hdf5 import check_array, open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
-from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
+from rlkit2.errors import CorruptDatasetError, DatasetError, EnvironmentUnavailableError, first_line
 
 HDF5_FILE = "main_data.hdf5"
 
@@ -87,7 +88,7 @@ def _read_metadata(data_path: Path) -> dict[str, Any]:
 
 def _old_metadata(data_path: Path) -> dict[str, Any]:
     """Minari before 0.5 kept its metadata as attributes of the HDF5 file, and images as they are."""
-    with open_hdf5(data_path / HDF5_FILE) as file:
+    with open_hdf5(data_path / HDF5_FILE, arrays=False) as file:
         found = {key: value.item() if isinstance(value, np.generic) else value for key, value in file.attrs.items()}
     if "total_episodes" not in found:
         raise DatasetError(f"{data_path} is not a Minari dataset: it has no metadata.json")
@@ -122,7 +123,9 @@ def _environment(env_spec: Any, data_path: Path, kind: str) -> gymnasium.Env[Any
     if env_spec is None:
         raise DatasetError(f"{data_path}/metadata.json has neither {kind} nor a readable env_spec")
     try:
-        return gymnasium.make(env_spec)
+        return gymnasium.make(registered_spec(env_spec, f"dataset {data_path}"))
+    except EnvironmentUnavailableError as error:
+        raise DatasetError(f"{data_path}/metadata.json has no {kind}, and {error}") from error
     except Exception as error:
         message = (
             f"{data_path}/metadata.json has no {kind} and its environment {env_spec.id} cannot be built here ({error})"
@@ -151,6 +154,8 @@ def _episodes(
 def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[int] | None) -> Iterator[Episode]:
     """Episodes with JPEG images through Minari's own storage."""
     steps = 0
+    with open_hdf5(data_path / HDF5_FILE):
+        pass  # points into no other file
     try:
         numbers = range(int(metadata["total_episodes"])) if chosen is None else chosen
         for episode in MinariStorage.read(data_path).get_episodes(list(numbers)):
@@ -173,7 +178,7 @@ def _hdf5_episodes(
     path: Path, metadata: dict[str, Any], leaves: dict[str, Any], chosen: Sequence[int] | None
 ) -> Iterator[Episode]:
     paths = {kind: ["/".join([kind, *map(_hdf5_key, leaf.path)]) for leaf in parts] for kind, parts in leaves.items()}
-    with open_hdf5(path) as file:
+    with open_hdf5(path, arrays=False) as file:
         numbers = sorted(int(name.removeprefix("episode_")) for name in file if name.startswith("episode_"))
         expected = metadata.get("total_episodes", len(numbers))
         if chosen is None and len(numbers) != expected:
@@ -184,13 +189,13 @@ def _hdf5_episodes(
             try:
                 group = h5py.h5g.open(file.id, f"episode_{number}".encode())
                 fields = [
-                    tree_of(parts, [_array(group, path, types) for path in paths[kind]])
+                    tree_of(parts, [_array(group, path, types, where) for path in paths[kind]])
                     for kind, parts in leaves.items()
                 ]
-                fields += [_array(group, name, types) for name in ("rewards", "terminations", "truncations")]
+                fields += [_array(group, name, types, where) for name in ("rewards", "terminations", "truncations")]
             except KeyError as error:
                 raise CorruptDatasetError(f"{where} lacks an array: {error.args[0]}") from error
-            except (OSError, RuntimeError, TypeError) as error:
+            except (OSError, RuntimeError, TypeError, MemoryError) as error:
                 raise CorruptDatasetError(f"{where} cannot be read ({error})") from error
             yield Episode(where, *fields)
 
@@ -199,12 +204,13 @@ def _hdf5_key(key: str | int) -> str:
     return key if isinstance(key, str) else f"_index_{key}"
 
 
-def _array(group: Any, path: str, types: dict[str, Any]) -> NDArray[Any]:
+def _array(group: Any, path: str, types: dict[str, Any], where: str) -> NDArray[Any]:
     """One dataset of an HDF5 group, read in its stored type.
 
     `types` remembers the type of each path: making one anew costs a third of the time of a short array.
     """
     dataset = h5py.h5d.open(group, path.encode())
+    check_array(dataset, f"{where}: {path}")
     stored = dataset.get_type()
     known = types.get(path)
     if known is None or not stored.equal(known[0]):
