@@ -18,7 +18,7 @@ from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.environments import run_environment
-from rlkit2.evaluation.evaluation import Evaluation
+from rlkit2.evaluation.evaluation import Evaluation, mean_text
 from rlkit2.nn.policy import Policy
 from rlkit2.training.run import Run
 
@@ -191,9 +191,8 @@ def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
     out.print(table)
     for name, statistics in (("return", summary), ("score", scores)):
         if statistics:
-            low, high = statistics["interval"]
             out.print(
-                f"{name}: mean {_number(statistics['mean'])} (95 % interval {_number(low)} to {_number(high)}), IQM {_number(statistics['iqm'])}; "
+                f"{name}: mean {mean_text(statistics)}, IQM {_number(statistics['iqm'])}; "
                 f"standard error {_number(statistics['between_seed_error'])} between seeds, "
                 f"{_number(statistics['within_policy_error'])} within these policies"
             )

@@ -111,9 +111,11 @@ def _score(run: Run) -> str:
     if not run.evaluations():
         return ""
     summary = score_summary(run)
-    mean, interval = summary["final"]["mean"], summary["final"]["interval"]
+    mean, (low, high) = summary["final"]["mean"], summary["final"]["interval"]
     unit = "" if summary["unit"] == "normalized score" else " (return)"
-    return "n/a" if mean is None else f"{mean:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]{unit}"
+    if mean is None:
+        return "n/a"
+    return f"{mean:.1f}{unit}" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]{unit}"
 
 
 def run(arguments: Sequence[str]) -> int | None:

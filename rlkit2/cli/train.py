@@ -18,6 +18,7 @@ from rlkit2.api import train
 from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
 from rlkit2.errors import ConfigError
+from rlkit2.evaluation.evaluation import mean_text
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.fields import field_types, read_texts
 from rlkit2.training import Run, describe_fields, load_recipe
@@ -192,9 +193,8 @@ def _print(out: Console, done: Run) -> None:
         summary = score_summary(done)
         final, seeds = summary["final"], summary["seeds"]
         if final["mean"] is not None:
-            low, high = final["interval"]
             out.print(
-                f"final {summary['unit']}: {final['mean']:.1f} (95 % interval {low:.1f} to {high:.1f}), "
-                f"seeds {', '.join(map(str, seeds))}, {final['episodes']} episodes each"
+                f"final {summary['unit']}: {mean_text(final)}, seeds {', '.join(map(str, seeds))}, {final['episodes']} episodes each",
+                soft_wrap=True,
             )
     output.say_next("rlkit2", "evaluate", done.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Mean, interquartile mean over seeds and 95 % intervals of the return, and the same of the normalised score under `normalized`.
 
-        Keys: `mean`, `interval`, `iqm`, `iqm_interval`, `between_seed_error`, `within_policy_error` (standard errors of the mean, see
+        Keys: `mean`, `interval`, `iqm`, `iqm_interval` (`[None, None]` where there is none; `interval_method`, `iqm_interval_method`: how they were
+        found, and over how many seeds), `between_seed_error`, `within_policy_error` (standard errors of the mean, see
         `statistics.standard_errors`), `per_seed`, `minimum`, `maximum`; and `normalized`, `normalization`, `success_rate`, `mean_length`, `seeds`,
         `episodes`.
         """
@@ -97,14 +99,29 @@ def summarize(scores: Array) -> dict[str, Any]:
     return {
         "mean": number(mean.value),
         "interval": json_numbers([mean.low, mean.high]),
+        "interval_method": mean.method,
         "iqm": number(iqm.value),
         "iqm_interval": json_numbers([iqm.low, iqm.high]),
+        "iqm_interval_method": iqm.method,
         "between_seed_error": number(between),
         "within_policy_error": number(within),
         "per_seed": json_numbers(scores.mean(axis=1)),
         "minimum": number(float(scores.min())),
         "maximum": number(float(scores.max())),
     }
+
+
+def mean_text(statistics: Mapping[str, Any]) -> str:
+    """The mean of `summarize` with its interval and how that was found: "14.4 (95 % interval 9.9 to 18.5, t over 2 seeds)"."""
+    if statistics["mean"] is None:
+        return "n/a"
+    low, high = statistics["interval"]
+    interval = (
+        statistics["interval_method"]
+        if low is None
+        else f"95 % interval {low:.1f} to {high:.1f}, {statistics['interval_method']}"
+    )
+    return f"{statistics['mean']:.1f} ({interval})"
 
 
 def number(value: float | None) -> float | None:

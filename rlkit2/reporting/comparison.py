@@ -1,7 +1,7 @@
 """Runs side by side: who they are, what they scored, and whether the difference is one.
 
-Statistics are those of Agarwal et al. (NeurIPS 2021): mean and interquartile mean over seeds with 95 % bootstrap intervals stratified by dataset, and
-the probability of improvement over a baseline.
+Statistics are those of Agarwal et al. (NeurIPS 2021): mean and interquartile mean over seeds, every dataset counting the same, and the probability of
+improvement over a baseline; intervals are those of `rlkit2.evaluation.statistics`, which hold their level with few seeds.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def compare(
         for label in full:
             against = [table[base, dataset] for dataset in datasets] if base in full else None
             rows.append(_row(label, ALL, [table[label, dataset] for dataset in datasets], against, base))
-    return Comparison(tuple(rows), base, tuple(_notes(groups)))
+    return Comparison(tuple(rows), base, (*_methods(rows), *_notes(groups)))
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,20 @@ def _row(
     )
 
 
+def _methods(rows: Sequence[Row]) -> list[str]:
+    """How the intervals were found, every way once."""
+    kinds = {
+        "mean": [row.mean for row in rows],
+        "IQM": [row.iqm for row in rows],
+        "probability": [row.improvement for row in rows if row.improvement is not None],
+    }
+    ways = [
+        f"{name} by {' or '.join(dict.fromkeys(e.method for e in found if e.method))}" for name, found in kinds.items()
+    ]
+    ways = [way for way in ways if not way.endswith(" by ")]
+    return [f"95 % intervals: {'; '.join(ways)}."] if ways else []
+
+
 def _notes(groups: Sequence[Group]) -> list[str]:
     return [
         f"{group.label} on {group.dataset}: seed {seed} stopped at step {facts['step']} ({facts['metric']} was not finite): no final score."
@@ -293,7 +307,11 @@ def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
     return (
         None
         if estimate is None
-        else {"value": number(estimate.value), "interval": json_numbers([estimate.low, estimate.high])}
+        else {
+            "value": number(estimate.value),
+            "interval": json_numbers([estimate.low, estimate.high]),
+            "method": estimate.method,
+        }
     )
 
 
@@ -304,4 +322,6 @@ def _number(value: float) -> str:
 def _text(estimate: Estimate, digits: int = 1) -> str:
     if np.isnan(estimate.value):
         return MISSING
+    if np.isnan(estimate.low):
+        return f"{estimate.value:.{digits}f}"
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

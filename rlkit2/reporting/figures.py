@@ -23,8 +23,9 @@ COLUMNS = 3
 
 
 def learning_curves(groups: Sequence[Group], *, axes: Axes | None = None) -> Figure:
-    """Scores over updates of groups on one dataset: a thin line per seed, the mean, and its 95 % bootstrap interval as a band.
+    """Scores over updates of groups on one dataset: a thin line per seed, the mean, and its 95 % interval as a band.
 
+    With two or three seeds a band may be wider than the axes, which show where the seeds are.
     `axes`: draw there instead of on a new figure. Raises `ConfigError` where the groups are on several datasets or in several units.
     """
     histories = [(group, score_history(run)) for group in groups for run in group.runs]
@@ -54,6 +55,11 @@ def learning_curves(groups: Sequence[Group], *, axes: Axes | None = None) -> Fig
             steps, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.18, linewidth=0
         )
     unit = histories[0][1].unit
+    everything = np.concatenate([history.per_seed.ravel() for _, history in histories])
+    if np.isfinite(everything).any():
+        low, high = np.nanmin(everything), np.nanmax(everything)
+        room = 0.15 * (high - low) or 1.0
+        axes.set_ylim(low - room, high + room)
     axes.set(
         xlabel="updates",
         ylabel="normalised score (%)" if unit == "normalized score" else "return",

@@ -63,8 +63,8 @@ def comparison_table(comparison: Comparison) -> str:
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in comparison.notes)
     return (
         f"{html_table(comparison.header, comparison.cells())}"
-        "<p class='note'>Mean and interquartile mean (IQM) over training seeds of the last evaluation, with 95 % intervals from a bootstrap over "
-        "seeds and episodes, stratified by dataset (Agarwal et al., NeurIPS 2021). Scores are per cent of the way from a random to an expert policy "
+        "<p class='note'>Mean and interquartile mean (IQM) over training seeds of the last evaluation, every dataset counting the same "
+        "(Agarwal et al., NeurIPS 2021). Scores are per cent of the way from a random to an expert policy "
         "unless marked as returns. The best evaluation is an oracle: it is chosen with the returns it reports.</p>"
         + notes
     )

@@ -138,7 +138,8 @@ class StudyResult:
         samples = np.array([_rank_correlations(measures[_resample(cells, generator)]) for _ in range(RESAMPLES)])
         low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
         found = zip(_rank_correlations(measures), low, high, strict=True)
-        return {name: Estimate(*map(float, e)) for name, e in zip(("starc", "error", "difference"), found, strict=True)}
+        names = ("starc", "error", "difference")
+        return {name: Estimate(float(v), float(a), float(b)) for name, (v, a, b) in zip(names, found, strict=True)}
 
     def _same_cell(self) -> list[NDArray[np.bool_]]:
         """Which of the learned rewards are in each cell, `[L]` a cell."""

