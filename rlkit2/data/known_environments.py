@@ -103,7 +103,7 @@ def _registered(spec: EnvSpec, name: str) -> EnvSpec:
         raise EnvironmentUnavailableError(
             f"{name} is not registered here; import the package that registers it, or name another with --env ID (env=...)"
         )
-    raise _refused(f"{name} would import {entry}, which is no environment registered here")
+    raise _refused(f"{name} would import {entry}, which is not an environment registered here")
 
 
 def _wrapper(wrapper: WrapperSpec, name: str) -> WrapperSpec:

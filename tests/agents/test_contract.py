@@ -52,6 +52,12 @@ def batches(name: str, kind: str, count: int, *, seeds: int = 1) -> list[Any]:
     return Problem(agent_class(name), kind).batches(count, seeds=seeds)
 
 
+def problem(name: str, kind: str = "continuous") -> Problem:
+    """A registered agent, small, as the checks of the contract take it."""
+    config = small_config(partial(make_config, name), agent_class(name).config_class)
+    return Problem(agent_class(name), kind, config)
+
+
 CONTRACT = [
     pytest.param(check, id=f"{name}-{what}")
     for name in list_agents()

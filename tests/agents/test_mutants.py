@@ -16,7 +16,16 @@ from rlkit2.agents.bc import BC
 from rlkit2.agents.iql import IQL
 from rlkit2.agents.td3bc import TD3BC
 from rlkit2.data import Batch
-from tests.agents import test_contract as contract
+from rlkit2.testing import (
+    OBSERVATIONS,
+    check_resumed_training_ends_the_same,
+    check_seeds_learn_alone_as_beside_others,
+    check_terminated_steps_ignore_what_follows,
+    check_training_is_deterministic,
+    check_truncated_steps_bootstrap,
+    check_update_never_waits_for_the_device,
+    check_values_bootstrap_from_the_next_observation,
+)
 from tests.agents.test_against_naive import (
     ACT,
     IQL_SETTINGS,
@@ -26,6 +35,7 @@ from tests.agents.test_against_naive import (
     follow_iql,
     follow_td3bc,
 )
+from tests.agents.test_contract import problem
 
 Patch = Callable[[pytest.MonkeyPatch], Any]
 td_target, lerp_ = iql_module.td_target, iql_module.lerp_
@@ -169,7 +179,7 @@ def mixing_update(agent: BC, batch: Batch) -> dict[str, Tensor]:
 
 
 def global_noise(agent: BC, batch: Batch) -> dict[str, Tensor]:
-    return ORIGINAL_UPDATE(agent, replace(batch, observations=batch.observations + 1e-3 * torch.randn(contract.OBS)))
+    return ORIGINAL_UPDATE(agent, replace(batch, observations=batch.observations + 1e-3 * torch.randn(OBSERVATIONS)))
 
 
 def forgetful_load(agent: TD3BC, state: dict[str, Tensor]) -> None:
@@ -180,31 +190,31 @@ def forgetful_load(agent: TD3BC, state: dict[str, Tensor]) -> None:
 CONTRACT_MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
     "the delay's phase is forgotten by a checkpoint": (
         lambda m: m.setattr(TD3BC, "load_state_dict", forgetful_load),
-        lambda: contract.test_resumed_training_ends_bit_for_bit_the_same("td3bc", "continuous"),
+        lambda: check_resumed_training_ends_the_same(problem("td3bc", "continuous")),
     ),
     "a metric is read on the host": (
         lambda m: m.setattr(BC, "update", slow_update),
-        lambda: contract.test_update_never_waits_for_the_device("bc", "continuous"),
+        lambda: check_update_never_waits_for_the_device(problem("bc", "continuous")),
     ),
     "seeds share a batch": (
         lambda m: m.setattr(BC, "update", mixing_update),
-        lambda: contract.test_a_seed_learns_the_same_alone_and_beside_others("bc", "continuous"),
+        lambda: check_seeds_learn_alone_as_beside_others(problem("bc", "continuous")),
     ),
     "noise from the global generator": (
         lambda m: m.setattr(BC, "update", global_noise),
-        lambda: contract.test_training_is_deterministic("bc", "continuous"),
+        lambda: check_training_is_deterministic(problem("bc", "continuous")),
     ),
     "truncation counts as termination": (
         lambda m: m.setattr(IQL, "critic_targets", stopped_by_truncation),
-        lambda: contract.test_a_truncated_step_bootstraps_like_any_other("iql", "continuous"),
+        lambda: check_truncated_steps_bootstrap(problem("iql", "continuous")),
     ),
     "terminated steps bootstrap": (
         lambda m: m.setattr(iql_module, "td_target", bootstrap_always),
-        lambda: contract.test_a_terminated_step_ignores_what_follows("iql", "discrete"),
+        lambda: check_terminated_steps_ignore_what_follows(problem("iql", "discrete")),
     ),
     "nothing bootstraps": (
         lambda m: m.setattr(iql_module, "td_target", lambda rewards, *_: rewards),
-        lambda: contract.test_values_bootstrap_from_the_next_observation("iql", "continuous"),
+        lambda: check_values_bootstrap_from_the_next_observation(problem("iql", "continuous")),
     ),
 }
 

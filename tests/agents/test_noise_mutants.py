@@ -16,8 +16,9 @@ import rlkit2.losses.ggd as losses
 from rlkit2.agents.error_model import ErrorModel, Heads
 from rlkit2.agents.sacn import SACN
 from rlkit2.data import Batch
-from tests.agents import test_contract as contract
+from rlkit2.testing import check_terminated_steps_ignore_what_follows
 from tests.agents import test_uncertainty as agents
+from tests.agents.test_contract import problem
 from tests.evaluation import test_uncertainty as evaluation
 from tests.losses import test_ggd as guards
 
@@ -108,7 +109,7 @@ MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
     ),
     "terminated steps bootstrap": (
         lambda m: m.setattr(SACN, "regression", bootstrap_always),
-        lambda: contract.test_a_terminated_step_ignores_what_follows("sacn", "continuous"),
+        lambda: check_terminated_steps_ignore_what_follows(problem("sacn", "continuous")),
     ),
 }
 

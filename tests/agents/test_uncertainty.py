@@ -16,8 +16,8 @@ from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.errors import ConfigError
 from rlkit2.nn import load_policy
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_cdf
+from rlkit2.testing import NoHostMethods, NoSynchronisation
 from tests.agents.problems import random_batch, small_config
-from tests.agents.test_contract import NoHostMethods, NoSynchronisation
 from tests.losses.test_ggd import case
 from tests.reference import ROOT
 

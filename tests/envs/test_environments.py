@@ -178,7 +178,7 @@ def test_the_process_of_an_environment_of_ours_is_found_by_its_id() -> None:
         ("rlkit2/Rooms-v0", {"start": [0.0, 0.0, 0.0, 0.0]}, "holds no free point"),
         ("rlkit2/Rooms-v0", {"start": [0.0, 0.0]}, "start must be a box"),
         ("rlkit2/GridRooms-v0", {"slip": 1.5}, "slip must lie in"),
-        ("rlkit2/GridRooms-v0", {"goal": (0, 0)}, "no free cell"),
+        ("rlkit2/GridRooms-v0", {"goal": (0, 0)}, "not a free cell"),
         ("rlkit2/GridRooms-v0", {"start": "there"}, "start must be"),
     ],
 )

@@ -16,8 +16,8 @@ from rlkit2.data.reward_file import load_rewards, save_rewards
 from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError, RewardError
 from rlkit2.losses.preference import ipl_loss
 from rlkit2.preferences import ScriptedTeacher, collect_preferences
+from rlkit2.testing import NoHostMethods, NoSynchronisation
 from tests.agents.problems import small_config
-from tests.agents.test_contract import NoHostMethods, NoSynchronisation
 from tests.preferences.make import changed, generators, linear_dataset
 from tests.reference import ROOT
 
