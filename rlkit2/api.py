@@ -26,7 +26,7 @@ from rlkit2.nn.policy import load_policy as read_policy
 from rlkit2.progress import progress_bar
 from rlkit2.training.options import DataOptions, TrainingOptions, read_options, show_options
 from rlkit2.training.progress import Progress, console_progress
-from rlkit2.training.run import Run
+from rlkit2.training.run import Run, RunWarning
 
 if TYPE_CHECKING:
     from rlkit2.evaluation import EnvSource, Evaluation
@@ -109,7 +109,7 @@ def train(
     `agent` is a recipe file, or when `agents/<agent>/` has one for the dataset.
 
     Args:
-        agent: a name of `rlkit2.agents.list_agents()`, a config object, a recipe file, or an agent of your own as
+        agent: a name of `rlkit2.agents.list_agents()`, a config object, a recipe file, or an agent of your own as its class,
             `my_agents.py:MyAgent` or `package.module:MyAgent`.
         dataset: a `TransitionDataset` or anything `load_dataset` takes; default: that of the recipe.
         seeds: n for seeds 0 to n - 1, or the integers themselves.
@@ -132,16 +132,18 @@ def train(
         RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
         KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    from rlkit2.agents import import_agent
+    from rlkit2.agents import Agent, class_name, import_agent
     from rlkit2.training.building import (
         agent_config,
         agent_factory,
-        class_name,
+        check_memory,
         place_dataset,
         prepare_dataset,
+        run_class,
         unreachable_actions,
     )
     from rlkit2.training.loggers import check_loggers, make_loggers
+    from rlkit2.training.memory import out_of_memory
     from rlkit2.training.trainer import Trainer
 
     shown = progress if isinstance(progress, Progress) else console_progress() if progress else Progress(None)
@@ -150,26 +152,32 @@ def train(
         raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
     check_loggers(loggers)
     training, data = read_options({name: value for name, value in options.items() if value is not None})
-    source = agent if isinstance(agent, str) and ":" in agent else None
-    if source is not None:
-        agent = class_name(import_agent(source))
+    if isinstance(agent, str) and ":" in agent:
+        agent = import_agent(agent)
+    if isinstance(agent, type) and issubclass(agent, Agent):
+        agent = class_name(agent)
     if resume is None:
         plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown)
-        if source is not None:
-            place, _, name = source.rpartition(":")
-            plan["agent_source"] = f"{Path(place).resolve()}:{name}" if place.endswith(".py") else source
         run = None
+        changed = None
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
         plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
+        changed = _changed_code(run.config, plan)
     check_actions(transitions)
-    prepared = prepare_dataset(transitions, agent_config(plan), DataOptions(**plan["data"]), load_dataset)
+    prepared = prepare_dataset(
+        transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), load_dataset
+    )
     factory = agent_factory(plan, prepared)
-    trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
+    with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
+        trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
+    check_memory(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"], target)
     doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
     for doubt in doubts:
-        shown.message(f"warning: {doubt}")
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
+    if changed:
+        doubts.append(changed)
+        warnings.warn(changed, RunWarning, stacklevel=2)
     with _evaluator(plan, env, shown, trust_env) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
@@ -417,10 +425,12 @@ def _continued(
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a resumed run, and its dataset, unchanged; more steps may be asked for, nothing else."""
     from rlkit2.agents.base import as_seeds
+    from rlkit2.training.building import own_agent, run_class
 
     plan = run.config
     if agent is not None and agent != plan["agent"]:
-        raise ConfigError(f"{run.path} trains {plan['agent']}; resume it without naming an agent")
+        mend = f"name that: {run.resume_command}" if ":" in plan["agent"] else "resume it without naming an agent"
+        raise ConfigError(f"{run.path} trains {plan['agent']}, not {agent}; {mend}")
     if seeds != 1 and list(as_seeds(seeds)) != plan["seeds"]:
         raise ConfigError(f"{run.path} trains seeds {plan['seeds']}; resume it without --seeds")
     for name, value in options.items():
@@ -446,7 +456,15 @@ def _continued(
             f"dataset {known['id']} is not what {run.path} was trained on (its content was {known['content_hash'][:12]}, "
             f"is {transitions.spec.content_hash[:12]}); restore it or start a new run"
         )
-    return {**plan, "training": {**plan["training"], "steps": steps}}, transitions
+    return {**plan, **own_agent(run_class(plan)), "training": {**plan["training"], "steps": steps}}, transitions
+
+
+def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:
+    """One line where an agent of the user's own is resumed with other code than it was begun with."""
+    if before.get("agent_hash") in (None, plan.get("agent_hash")):
+        return None
+    name = plan.get("agent_source", plan["agent"])
+    return f"the code of {name} is not what the run was trained with so far; steps from here on follow the new code"
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +28,9 @@ from rlkit2.nn import Normalizer
 __all__ = [
     "Agent",
     "agent_class",
+    "agent_source",
+    "class_name",
+    "code_hash",
     "import_agent",
     "list_agents",
     "make_agent",
@@ -39,6 +45,7 @@ class _Entry:
     module: str
     name: str
     preset: dict[str, Any] = field(default_factory=dict)
+    distribution: str | None = None  # the installed package that offers it
 
 
 _REGISTRY = {
@@ -88,13 +95,13 @@ def import_agent(name: str) -> type[Agent]:
     """An agent of the user's own, by its file (`path/my_agents.py:MyAgent`) or its module (`package.module:MyAgent`); runs that code.
 
     To be called with what a user has typed, never with what a file says. The file's module is called by its stem, so that configs and
-    runs find it again.
+    runs find it again; it finds modules beside it, as a script does.
 
     Raises:
         ConfigError: no such file, module or class, another module of that name is loaded, or the code fails.
     """
-    place, _, class_name = name.rpartition(":")
-    if not place or not class_name:
+    place, _, called = name.rpartition(":")
+    if not place or not called:
         raise ConfigError(f"{name!r} does not name an agent; write my_agents.py:MyAgent or package.module:MyAgent")
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else _module(place)
@@ -102,11 +109,11 @@ def import_agent(name: str) -> type[Agent]:
         raise
     except Exception as error:
         raise ConfigError(f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
-    found = getattr(module, class_name, None)
+    found = getattr(module, called, None)
     if not (isinstance(found, type) and issubclass(found, Agent)):
         known = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Agent)]
         own = [key for key in known if vars(module)[key].__module__ == module.__name__]
-        raise ConfigError(f"{place} has no agent {class_name!r}; it has {', '.join(own) or 'none'}")
+        raise ConfigError(f"{place} has no agent {called!r}; it has {', '.join(own) or 'none'}")
     return found
 
 
@@ -122,6 +129,10 @@ def _file_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} cannot be imported")
+    if (
+        str(path.parent) not in sys.path
+    ):  # at the end: the file shall find its neighbours, and nothing else shall find them first
+        sys.path.append(str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:
@@ -148,9 +159,7 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
     if isinstance(name_or_config, str):
         if ":" in name_or_config:
             return _loaded(name_or_config)
-        entry = _entry(name_or_config)
-        found: type[Agent] = getattr(importlib.import_module(entry.module), entry.name)
-        return found
+        return _registered(name_or_config)
     module = sys.modules[type(name_or_config).__module__]
     for candidate in vars(module).values():
         if (
@@ -164,15 +173,61 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
     )
 
 
-def _loaded(name: str) -> type[Agent]:
-    place, _, class_name = name.rpartition(":")
-    module = Path(place).stem if place.endswith(".py") else place
-    found = getattr(sys.modules.get(module), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Agent)):
-        typed = place if "." in place else f"{place}.py"
+def class_name(cls: type[Agent]) -> str:
+    """The registered name of an agent's class, the shortest where there are several, or `module:Class`."""
+    names = []
+    for name in list_agents():
+        entry = _entry(name)
+        if getattr(sys.modules.get(entry.module), entry.name, None) is cls:
+            names.append(name)
+    return min(names, key=len) if names else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def agent_source(cls: type[Agent]) -> str | None:
+    """What a user types for an agent of their own from any folder: `/path/my_agents.py:MyAgent`, or `package.module:MyAgent`.
+
+    None for a registered agent, and for one defined in the script or notebook that runs: importing that would run it.
+    """
+    if ":" not in class_name(cls) or cls.__module__ == "__main__":
+        return None
+    path = Path(inspect.getfile(cls)).resolve()
+    return f"{path if path.stem == cls.__module__ else cls.__module__}:{cls.__qualname__}"
+
+
+def code_hash(cls: type[Agent]) -> str | None:
+    """SHA-256 of the file an agent of the user's own is written in; None for a registered agent, or where there is no file."""
+    if ":" not in class_name(cls):
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # typed into a console
+        return None
+
+
+def _registered(name: str) -> type[Agent]:
+    entry = _entry(name)
+    try:
+        found = getattr(importlib.import_module(entry.module), entry.name)
+    except Exception as error:
+        if entry.distribution is None:
+            raise
         raise ConfigError(
-            f"{class_name} of {place} is not loaded, and what a file names is not imported; name it yourself: "
-            f"rlkit2 train {typed}:{class_name} ... (in Python: import it first)"
+            f"agent {name} of the installed package {entry.distribution} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ConfigError(f"agent {name} of the installed package {entry.distribution} is not an rlkit2.agents.Agent")
+    return found
+
+
+def _loaded(name: str) -> type[Agent]:
+    place, _, called = name.rpartition(":")
+    module = Path(place).stem if place.endswith(".py") else place
+    found = getattr(sys.modules.get(module), called, None)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        typed = shlex.quote(f"{place if '.' in place else f'{place}.py'}:{called}")
+        raise ConfigError(
+            f"{called} of {place} is not loaded, and what a file names is not imported; name it yourself: "
+            f"rlkit2 train {typed} ..., or --agent {typed} for the other commands (in Python: import it first)"
         )
     return found
 
@@ -186,7 +241,11 @@ def plain_name(name: str) -> str:
     if ":" in name:
         return name
     entry = _entry(name)
-    plain = (plain for plain, other in _REGISTRY.items() if other.name == entry.name and not other.preset)
+    plain = (
+        plain
+        for plain, other in _REGISTRY.items()
+        if (other.module, other.name) == (entry.module, entry.name) and not other.preset
+    )
     return next(plain, name)
 
 
@@ -214,6 +273,7 @@ def make_agent(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     normalizer: Normalizer | None = None,
+    cls: type[Agent] | None = None,
 ) -> Agent:
     """Build an agent for the spaces of a dataset.
 
@@ -223,12 +283,13 @@ def make_agent(
         seeds: n for seeds 0 to n-1, or the integers themselves.
         device, dtype: of all floating tensors.
         normalizer: None maps the action bounds of `spec` to [-1, 1] and leaves observations alone.
+        cls: the agent's class; default: that of the name, or the one the config was written for (a subclass may share it).
 
     Raises:
         ConfigError: unknown name, or a configuration that does not fit the data.
     """
     config = make_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    return agent_class(name_or_config)(
+    return (agent_class(name_or_config) if cls is None else cls)(
         config,
         spec.observation_size,
         spec.action_size,
@@ -267,11 +328,12 @@ def make_normalizer(
 
 
 def _entry(name: str) -> _Entry:
-    name = name.replace("-", "_")  # as it is typed, and as runs from before the names agreed have it
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    for point in entry_points(group=ENTRY_POINTS, name=name):
-        return _Entry(point.module, point.attr)
+    plain = name.replace("-", "_")  # as it is typed, and as runs from before the names agreed have it
+    if plain in _REGISTRY:
+        return _REGISTRY[plain]
+    offered = entry_points(group=ENTRY_POINTS)
+    for point in (point for called in (name, plain) for point in offered.select(name=called)):
+        return _Entry(point.module, point.attr, distribution=point.dist.name if point.dist else "?")
     raise ConfigError(
         f"unknown agent {name!r}{closest(name, list_agents())}, or an agent of your own: my_agents.py:MyAgent"
     )

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import Positional
 
+from rlkit2.agents import import_agent
 from rlkit2.api import evaluate as evaluate_policy
 from rlkit2.api import load_policy, load_run
 from rlkit2.cli import output
@@ -40,6 +41,7 @@ def evaluate(
     discount: float | None = None,
     steps: int | None = None,
     members: int | None = None,
+    agent: str | None = None,
     json: bool = False,
 ) -> int:
     """Play episodes with every seed of a trained policy and print its returns and scores.
@@ -65,8 +67,11 @@ def evaluate(
         discount: with --offline; default: that of the training, else 0.99.
         steps: with --offline: updates of every fit; default: 6000.
         members: with --offline: resamples of the episodes that every fit is repeated on; default: 8.
+        agent: that of the run where it is your own, my_agents.py:MyAgent; for --checkpoint and --offline, which need its code.
         json: print everything as JSON.
     """
+    if agent is not None:
+        import_agent(agent)
     if offline:
         _refuse(
             "--offline plays nothing and judges the final policy",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
+from rlkit2.agents import import_agent
 from rlkit2.api import evaluate
 from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.offline import judged, print_judged
@@ -30,6 +31,7 @@ def select(
     members: int = OfflineOptions.members,
     seed: int = 0,
     play: int = 0,
+    agent: tuple[str, ...] = (),
     json: bool = False,
 ) -> int:
     """Rank the policies of runs by their estimated discounted return, without an environment.
@@ -50,8 +52,11 @@ def select(
         members: resamples of the episodes that every fit is repeated on.
         seed: of resamples, weights and batches.
         play: episodes per seed to play for the truth; 0: none.
+        agent: those of the runs that are your own: my_agents.py:MyAgent.
         json: print everything as JSON.
     """
+    for name in agent:
+        import_agent(name)
     if by not in methods:
         methods = (*methods, by)
     options = OfflineOptions(steps=steps, members=members, seed=seed)

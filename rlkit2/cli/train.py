@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypedDict
 import tyro
 from rich.console import Console
 
-from rlkit2.agents import agent_class, import_agent, list_agents, make_config
+from rlkit2.agents import agent_class, class_name, import_agent, list_agents, make_config
 from rlkit2.api import train
 from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
@@ -48,8 +48,10 @@ def run(arguments: Sequence[str]) -> int | None:
     agent, rest = _agent(arguments)
     given = _parse(agent, rest)
     recipe = given.pop("recipe", None)
-    if recipe is not None and agent is not None and load_recipe(recipe).agent != agent:
-        raise ConfigError(f"recipe {recipe} is for {load_recipe(recipe).agent}, not {agent}; name only one of them")
+    if recipe is not None and agent is not None:
+        named = class_name(agent_class(agent)) if ":" in agent else agent
+        if (of := load_recipe(recipe).agent) != named:
+            raise ConfigError(f"recipe {recipe} is for {of}, not {agent}; name only one of them")
     done = train(
         agent if recipe is None else Path(recipe),
         given.pop("dataset", None),

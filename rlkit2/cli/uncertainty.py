@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from rlkit2.agents import import_agent
 from rlkit2.api import load_dataset, load_run
 from rlkit2.cli import output
 from rlkit2.cli.output import finite
@@ -47,6 +48,7 @@ def uncertainty(
     max_transitions: int = 20_000,
     seed: int = 0,
     out: Path | None = None,
+    agent: str | None = None,
     json: bool = False,
 ) -> int:
     """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
@@ -65,14 +67,17 @@ def uncertainty(
         max_transitions: a random part is used where there are more.
         seed: of that part and of the random actions.
         out: folder of diagnostics.json and the figures; default: uncertainty/ in the run.
+        agent: that of the run where it is your own: my_agents.py:MyAgent.
         json: print everything as JSON.
     """
+    if agent is not None:
+        import_agent(agent)
     opened = load_run(run)
-    agent: Any = opened.load_agent(checkpoint)
+    trained: Any = opened.load_agent(checkpoint)
     episodes = _episodes(opened, dataset)
     with progress_bar("TD errors") as progress:
-        found = td_diagnostics(agent, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
-    known = noise_map(agent, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
+        found = td_diagnostics(trained, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
+    known = noise_map(trained, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
     values = {
         "run": str(run),
         "step": checkpoint or max(opened.checkpoints),

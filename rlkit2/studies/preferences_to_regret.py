@@ -352,7 +352,7 @@ def train_on_rewards(
     config = make_config(settings.agent, **read_fields(kind, given | settings.agent_settings))
     mean, std = observation_statistics(dataset)
     normalizer = make_normalizer(dataset.spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
-    agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer)
+    agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer, cls=agent_class(settings.agent))
     indices = BatchIndices(dataset, seeds, settings.batch_size)
     rewards = rewards.float()
     for _ in range(settings.steps):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
 from rlkit2.sweeps.experiment import Experiment, Sweep, find_run
@@ -67,7 +68,10 @@ def run_sweep(
     for folder in waiting:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env})
+        settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env}
+        if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
+            settings["agent"] = agent_source(agent_class(settings["agent"])) or settings["agent"]
+        write_json(folder / SETTINGS, settings)
 
     def ended(folder: Path, text: str) -> None:
         status[folder] = text

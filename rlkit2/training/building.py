@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from rlkit2.agents import Agent, agent_class, list_agents, make_agent, make_normalizer
+from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_hash, make_agent, make_normalizer
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import ConfigError
 from rlkit2.fields import read_fields
+from rlkit2.training.groups import BLOCK
+from rlkit2.training.memory import total_memory
 from rlkit2.training.options import DataOptions, TrainingOptions
 
 AgentFactory = Callable[[Sequence[int], "torch.device | str"], Agent]
@@ -25,24 +29,19 @@ def agent_name(config: object) -> str:
     return class_name(agent_class(config))
 
 
-def class_name(cls: type[Agent]) -> str:
-    """The registered name of an agent's class, or `module:Class`."""
-    names = [name for name in list_agents() if agent_class(name) is cls]
-    return min(names, key=len) if names else f"{cls.__module__}:{cls.__qualname__}"
-
-
 def prepare_dataset(
     dataset: TransitionDataset,
+    agent: type[Agent],
     config: Any,
     options: DataOptions,
     load: Callable[[str], TransitionDataset] | None = None,
 ) -> TransitionDataset:
-    """The dataset as an agent with `config` shall see it: rewards transformed and scaled, the agent's own selection of the training episodes made.
+    """The dataset as the agent shall see it: rewards transformed and scaled, its own selection of the training episodes made.
 
     `load` opens further datasets by id; None: Minari's alone.
     """
     training, _ = split_dataset(dataset, options)
-    prepared: TransitionDataset = agent_class(config).prepare_dataset(config, training, load)
+    prepared: TransitionDataset = agent.prepare_dataset(config, training, load)
     return prepared
 
 
@@ -68,9 +67,27 @@ def check_config(config: Any) -> Any:
     return config
 
 
+def run_class(run_config: Mapping[str, Any]) -> type[Agent]:
+    """The class of a run's agent.
+
+    Raises:
+        ConfigError: an agent of the user's own that is not loaded; nothing is imported because a file says so.
+    """
+    try:
+        return agent_class(run_config["agent"])
+    except ConfigError as error:
+        if "agent_source" not in run_config:
+            raise
+        typed = shlex.quote(run_config["agent_source"])
+        raise ConfigError(
+            f"the run's agent is {typed}, which is not loaded, and what a file names is not imported; name it yourself: "
+            f"rlkit2 train {typed} --resume ..., or --agent {typed} for the other commands (in Python: import it first)"
+        ) from error
+
+
 def agent_config(run_config: Mapping[str, Any]) -> Any:
     """The agent's config object of a run."""
-    config_class = agent_class(run_config["agent"]).config_class
+    config_class = run_class(run_config).config_class
     return config_class(**read_fields(config_class, run_config["config"]))
 
 
@@ -82,7 +99,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
         dataset: source of the observation statistics; None leaves them at zero and one, for a state dict to overwrite.
     """
     spec = DatasetSpec.from_json(run_config["spec"])
-    config = agent_config(run_config)
+    cls, config = run_class(run_config), agent_config(run_config)
     mean = std = None
     if run_config["data"]["normalize_observations"]:
         size = spec.observation_size
@@ -90,9 +107,15 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
 
     def build(seeds: Sequence[int], device: torch.device | str) -> Agent:
         normalizer = make_normalizer(spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
-        return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer)
+        return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
 
     return build
+
+
+def own_agent(cls: type[Agent]) -> dict[str, str]:
+    """What a run's config says about an agent of the user's own; nothing about a registered one."""
+    found = {"agent_source": agent_source(cls), "agent_hash": code_hash(cls)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
@@ -115,6 +138,35 @@ def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     return f"the actions of {dataset.spec.id} have no bounds and go up to {largest:.3g}, but the policy's stay within 1: {mend}"
 
 
+def update_memory(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int) -> int:
+    """Bytes that an update takes at the very least: its rows, their block of indices, and what the layers of the widest network put out.
+
+    Args:
+        agent: for one seed, with weights `[1, (members,) in, out]`.
+    """
+    outputs: dict[str, int] = {}
+    for name, tensor in agent.state_dict().items():
+        network = name.partition(".")[0]
+        if name.endswith("weight") and network != "optimizer" and tensor.ndim >= 3:
+            outputs[network] = outputs.get(network, 0) + tensor[0].numel() // tensor.shape[-2]
+    row = 2 * dataset.observations[0].numel() + dataset.actions[0].numel() + max(outputs.values(), default=0)
+    return seeds * batch_size * (4 * row + 8 * BLOCK)
+
+
+def check_memory(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int, device: torch.device) -> None:
+    """Refuse a batch that cannot fit.
+
+    Raises:
+        ConfigError: the least that an update takes is more than the device has.
+    """
+    needed, there = update_memory(agent, dataset, seeds, batch_size), total_memory(device)
+    if needed > there:
+        raise ConfigError(
+            f"batch_size {batch_size:g} with {seeds} seed{'s' * (seeds != 1)} takes at least {needed / 2**30:.3g} GiB, and {device} has "
+            f"{there / 2**30:.3g} GiB; choose at most {max(1, batch_size * there // (2 * needed))}"
+        )
+
+
 def run_config(
     *,
     agent: str,
@@ -126,7 +178,6 @@ def run_config(
     training: TrainingOptions,
     env: str | None,
     recipe: str | None,
-    agent_source: str | None = None,
 ) -> dict[str, Any]:
     """The content of `config.json`: all that decides the numbers of a run.
 
@@ -134,12 +185,13 @@ def run_config(
         source: what `load_dataset` can find the dataset by again.
         env: id of the environment to evaluate in, where it is not the dataset's.
         recipe: the file that the hyper-parameters came from.
-        agent_source: `file.py:Class` or `module:Class` of an agent of the user's own, for people to read and never to import.
+
+    An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
     return {
         "format": 1,
         "agent": agent,
-        **({} if agent_source is None else {"agent_source": agent_source}),
+        **own_agent(agent_class(agent)),
         "config": dataclasses.asdict(config),
         "dataset": {
             "id": dataset.spec.id,

@@ -1,9 +1,17 @@
-"""Memory that an update frees and the next one needs again."""
+"""Memory: how much there is, too little of it, and what an update frees and the next one needs again."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from rlkit2.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
@@ -21,3 +29,31 @@ def keep_freed_memory(limit: int = 512 << 20) -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(_M_TRIM_THRESHOLD, limit))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device; of the machine, or of the container where that has less, for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    with suppress(OSError, ValueError):  # another system, or "max": no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=2**63)
+
+
+@contextmanager
+def out_of_memory(what: str) -> Iterator[None]:
+    """Turn a failed allocation into one clear line.
+
+    Raises:
+        ConfigError: there is too little memory for `what`.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(
+            word in text for word in ("allocate memory", "out of memory", "Storage size", "overflow")
+        ):
+            raise
+        raise ConfigError(f"there is too little memory for {what}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit2.agents import agent_class, plain_name
+from rlkit2.agents import agent_class, class_name, plain_name
 from rlkit2.errors import ConfigError
 from rlkit2.fields import closest, read_fields
 from rlkit2.recipes import recipe_folder
@@ -42,6 +42,25 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         ConfigError: the file is missing, no TOML, or has an unknown section, agent or field, or a value of the wrong type.
     """
     path = Path(path)
+    content = _read(path)
+    known = {"agent", "dataset", "config", *SECTIONS}
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigError(f"recipe {path} has an unknown entry {name!r}{closest(name, known)}")
+        if name not in ("agent", "dataset") and not isinstance(value, dict):
+            raise ConfigError(f"recipe {path}: {name} must be a section, [{name}]")
+    try:
+        cls = agent_class(content["agent"])
+        config = read_fields(cls.config_class, content.get("config", {}))
+        sections = {name: read_fields(options, content.get(name, {})) for name, options in SECTIONS.items()}
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+    agent = class_name(cls) if ":" in content["agent"] else content["agent"]
+    return Recipe(path, agent, content["dataset"], config, **sections)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a recipe that names its agent and dataset."""
     try:
         content = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -51,35 +70,31 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     for name in ("agent", "dataset"):
         if not isinstance(content.get(name), str):
             raise ConfigError(f'recipe {path} does not name its {name}; add a line {name} = "..." at the top')
-    known = {"agent", "dataset", "config", *SECTIONS}
-    for name, value in content.items():
-        if name not in known:
-            raise ConfigError(f"recipe {path} has an unknown entry {name!r}{closest(name, known)}")
-        if name not in ("agent", "dataset") and not isinstance(value, dict):
-            raise ConfigError(f"recipe {path}: {name} must be a section, [{name}]")
-    try:
-        config = read_fields(agent_class(content["agent"]).config_class, content.get("config", {}))
-        sections = {name: read_fields(cls, content.get(name, {})) for name, cls in SECTIONS.items()}
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
-    return Recipe(path, content["agent"], content["dataset"], config, **sections)
+    return content
 
 
 def find_recipe(agent: str, dataset: str) -> Recipe | None:
     """The recipe of an agent for a dataset, or None.
 
-    Shipped ones are `agents/<agent>/*.toml`; a preset without a folder of its own shares its agent's. Those of an agent of the user's own
+    Shipped ones are `agents/<agent>/*.toml`; a preset without a folder of its own shares its agent's. Those of an agent from outside
     are `recipes/*.toml` beside its file.
     """
     wanted = agent_class(agent)
+    shipped = wanted.__module__.startswith("rlkit2.")
     try:
-        folder = recipe_folder("agents") / (agent if (recipe_folder("agents") / agent).is_dir() else plain_name(agent))
-    except ConfigError:
-        folder = Path()
-    if ":" in agent:  # an agent of the user's own
-        folder = Path(inspect.getfile(wanted)).parent / "recipes"
+        folder = _shipped_folder(agent) if shipped else Path(inspect.getfile(wanted)).parent / "recipes"
+    except (ConfigError, OSError, TypeError):  # no recipes in this installation; an agent that was typed into a console
+        return None
+    names = {folder.name} if shipped else {agent, f"{wanted.__module__}:{wanted.__qualname__}"}
     for path in sorted(folder.glob("*.toml")):
-        recipe = load_recipe(path)
-        if recipe.dataset == dataset and (recipe.agent == folder.name or agent_class(recipe.agent) is wanted):
-            return recipe
+        content = _read(path)  # those of other agents beside it are not loaded, and need not be
+        place, colon, called = content["agent"].rpartition(":")
+        name = f"{Path(place).stem if place.endswith('.py') else place}{colon}{called}"
+        if content["dataset"] == dataset and name in names:
+            return load_recipe(path)
     return None
+
+
+def _shipped_folder(agent: str) -> Path:
+    folder = recipe_folder("agents")
+    return folder / (agent if (folder / agent).is_dir() else plain_name(agent))

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 PACKAGES = ("rlkit2", "torch", "numpy", "gymnasium", "minari", "safetensors")
 
 
+class RunWarning(UserWarning):
+    """A run can be resumed, but not as it was begun."""
+
+
 class Run:
     """The folder of one training run.
 
@@ -88,7 +92,11 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """The command line that trains on from the newest checkpoint."""
+        """The command line that trains on from the newest checkpoint; Python for an agent of the script or notebook that runs."""
+        if ":" in self.config["agent"] and "agent_source" not in self.config:
+            return (
+                f"rlkit2.train(resume={str(self.path)!r}), where {self.config['agent'].rpartition(':')[2]} is defined"
+            )
         own = [self.config["agent_source"]] if "agent_source" in self.config else []
         env = self.config.get("env") or ""
         named = ["--env", env] if ":" in env else []  # what a file names is not imported
