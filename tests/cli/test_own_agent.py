@@ -56,8 +56,8 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
     assert run.config["agent"] == "my_awac:AWAC"
     nameless = command(folder, "train", "--resume", str(run.path), "--steps", "9")
     assert nameless.returncode == 2
-    assert "AWAC of my_awac is not loaded" in nameless.stderr
-    assert "AWAC of my_awac is not loaded" in nameless.stderr.splitlines()[-1]  # after what is said of the dataset
+    assert "my_awac.py:AWAC" in nameless.stderr
+    assert "is not loaded, and what a file names is not imported" in nameless.stderr.splitlines()[-1]
     words = shlex.split(run.resume_command)
     assert words[:2] == ["rlkit2", "train"]
     resumed = command(folder, *words[1:], "--steps", "9")
