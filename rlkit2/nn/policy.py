@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rlkit2.errors import ConfigError, RunError
+from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
+from rlkit2.errors import ConfigError, RunError, first_line
 from rlkit2.nn.actors import Actor, rebuild_actor
 from rlkit2.nn.mlp import StackedMLP, named_tensors
 from rlkit2.nn.normalizer import Normalizer
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums
+
+
+class PolicyMissingError(RunError):
+    """A folder holds no policy."""
 
 
 class Policy(nn.Module):
@@ -88,6 +94,7 @@ class Policy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         pair = uuid.uuid4().hex  # both files carry it, so half a replacement is noticed
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
+        content = save(tensors, metadata={"pair": pair})
         description = {
             "format": _FORMAT,
             "pair": pair,
@@ -97,8 +104,9 @@ class Policy(nn.Module):
             "action_start": self.normalizer.action_start,
             "metadata": self.metadata if metadata is None else metadata,
         }
-        _replace(folder / "policy.safetensors", lambda file: save_file(tensors, file, metadata={"pair": pair}))
-        _replace(folder / "policy.json", lambda file: file.write_text(json.dumps(description, indent=2) + "\n"))
+        text = json.dumps(sealed(description, {"policy.safetensors": digest(content)}), indent=2) + "\n"
+        _replace(folder / "policy.safetensors", content)
+        _replace(folder / "policy.json", text.encode())
 
 
 def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
@@ -109,47 +117,67 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
         seed_index: keep only this seed (0 to S-1); None keeps all.
 
     Raises:
-        RunError: missing, damaged or half-replaced files.
+        RunError: missing, damaged or half-replaced files (checksums are compared).
         ConfigError: no such seed index.
     """
     folder = Path(path)
     try:
-        description = json.loads((folder / "policy.json").read_text())
-        with safe_open(folder / "policy.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            pair = (file.metadata() or {}).get("pair")
-        seeds, settings, dtype = description["seeds"], description["actor"], getattr(torch, description["dtype"])
-        if description["format"] != _FORMAT:
-            raise RunError(
-                f"{folder}: policy format {description['format']} is not known to this version; upgrade rlkit2"
-            )
-        if pair != description["pair"]:
-            raise RunError(
-                f"{folder}: policy.json and policy.safetensors are from different saves; save the policy again"
-            )
+        description, tensors = _read(folder)
+        seeds = list(description["seeds"])
     except RunError:
         raise
     except FileNotFoundError as error:
-        raise RunError(
-            f"{folder}: no policy here ({Path(error.filename).name if error.filename else error} is missing)"
-        ) from error
+        name = Path(error.filename).name if error.filename else error
+        raise PolicyMissingError(f"{folder}: no policy here ({name} is missing)") from error
     except Exception as error:
-        raise RunError(f"{folder}: the policy's files are damaged ({error}); save it again") from error
+        raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
     if seed_index is not None:
         if not 0 <= seed_index < len(seeds):
             raise ConfigError(f"seed index {seed_index} is out of range: {folder} holds {len(seeds)} seeds")
         seeds = seeds[seed_index : seed_index + 1]
         tensors = {name: tensor[seed_index : seed_index + 1] for name, tensor in tensors.items()}
+    try:
+        return _built(description, tensors, seeds)
+    except Exception as error:
+        raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors, with their checksums seen to."""
+    stored = json.loads((folder / "policy.json").read_text())
+    content = (folder / "policy.safetensors").read_bytes()
+    if stored["format"] not in (1, _FORMAT):
+        raise RunError(f"{folder}: policy format {stored['format']} is not known to this version; upgrade rlkit2")
+    tensors = load(content)
+    with safe_open(folder / "policy.safetensors", framework="pt") as file:
+        pair = (file.metadata() or {}).get("pair")
+    if pair != stored["pair"]:
+        raise RunError(f"{folder}: policy.json and policy.safetensors are from different saves; save the policy again")
+    description, digests = opened(stored)
+    if (digests is None) != (stored["format"] == 1) or (digests and digests["policy.safetensors"] != digest(content)):
+        raise Damaged("policy.safetensors does not have the checksum it was written with")
+    if digests is None:
+        text = f"{folder} was written by an older rlkit2, without checksums; it is read unchecked"
+        warnings.warn(text, UncheckedWarning, stacklevel=3)
+    return description, tensors
+
+
+def _built(description: dict[str, Any], tensors: dict[str, Tensor], seeds: list[int]) -> Policy:
+    """The policy that the files describe; anything may be raised where they contradict each other."""
+    settings, dtype = description["actor"], getattr(torch, description["dtype"])
+    sizes = [settings["observation_size"], *settings["hidden_sizes"]]
+    if sum(a * b for a, b in itertools.pairwise(sizes)) > sum(tensor.numel() for tensor in tensors.values()):
+        raise Damaged("policy.json describes larger networks than policy.safetensors holds")
     actor = rebuild_actor(settings, seeds, dtype)
     actor.requires_grad_(False)
     normalizer = Normalizer(action_start=description["action_start"], seeds=len(seeds), dtype=dtype)
-    for name, tensor in tensors.items():
-        if name.startswith("normalizer."):
-            setattr(normalizer, name.removeprefix("normalizer."), tensor)
+    for name in normalizer._buffers:  # absent ones are None
+        if f"normalizer.{name}" in tensors:
+            setattr(normalizer, name, tensors[f"normalizer.{name}"])
     policy = Policy(actor, normalizer, tuple(seeds), description["metadata"])
     for name, target in _tensors(policy).items():
         if name not in tensors or tensors[name].shape != target.shape:
-            raise RunError(f"{folder}: tensor {name} is missing or has another shape; save the policy again")
+            raise Damaged(f"tensor {name} is missing or has another shape")
         target.copy_(tensors[name])
     return policy
 
@@ -162,11 +190,11 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
     }
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
+def _replace(target: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
     try:
-        write(Path(name))
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)

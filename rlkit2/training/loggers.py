@@ -93,7 +93,8 @@ def check_loggers(names: Sequence[str]) -> None:
 
 def make_loggers(names: Sequence[str], run: Run) -> list[Logger]:
     """Loggers by name, ready for the steps after the run's newest checkpoint."""
-    return [LOGGERS[name](run, max(run.checkpoints, default=0)) for name in names]
+    first = run.checkpoint().step if names and run.checkpoints else 0
+    return [LOGGERS[name](run, first) for name in names]
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkit2.errors import RunError
-from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint
+from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
 from rlkit2.training.run_files import read_json, read_json_lines, write_atomically, write_json, writing
 
 try:
@@ -35,6 +36,10 @@ PACKAGES = ("rlkit2", "torch", "numpy", "gymnasium", "minari", "safetensors")
 
 class RunWarning(UserWarning):
     """A run can be resumed, but not as it was begun."""
+
+
+class DamageWarning(UserWarning):
+    """A file of a run is damaged, and something else was taken in its place."""
 
 
 class Run:
@@ -130,17 +135,22 @@ class Run:
         return checkpoint_paths(self.path / "checkpoints")
 
     def checkpoint(self, step: int | None = None) -> Checkpoint:
-        """The newest checkpoint, or that of `step`.
+        """The newest checkpoint that is whole (a warning names damaged newer ones), or that of `step`.
 
         Raises:
-            RunError: there is none.
+            RunError: there is none, or that of `step` is damaged.
         """
+        if step is None:
+            found, damaged = newest_checkpoint(self.path / "checkpoints")
+            for text in damaged.values():
+                warnings.warn(
+                    f"{text.partition(';')[0]}; taking the one of step {found.step}", DamageWarning, stacklevel=2
+                )
+            return found
         paths = self.checkpoints
-        if not paths or (step is not None and step not in paths):
-            raise RunError(
-                f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'}; steps there are: {list(paths) or 'none'}"
-            )
-        return load_checkpoint(paths[max(paths) if step is None else step])
+        if step not in paths:
+            raise RunError(f"{self.path} has no checkpoint of step {step}; steps there are: {list(paths) or 'none'}")
+        return load_checkpoint(paths[step])
 
     def load_agent(self, step: int | None = None) -> Agent:
         """The agent with all its seeds, on the CPU, as it was at a checkpoint (default: the newest).
@@ -163,14 +173,18 @@ class Run:
     @property
     def policy(self) -> Policy:
         """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint."""
-        from rlkit2.nn.policy import load_policy
+        from rlkit2.nn.policy import PolicyMissingError, load_policy
 
         try:
             policy = load_policy(self.path / "policy")
-            if policy.metadata.get("step") == max(self.checkpoints, default=None):
+            if policy.metadata.get("step") == max(self.checkpoints, default=policy.metadata.get("step")):
                 return policy
-        except RunError:  # killed before the first one was written, or while it was
+        except PolicyMissingError:  # killed before the first one was written
             pass
+        except RunError as error:  # killed while it was, or damaged since
+            if not self.checkpoints:
+                raise
+            warnings.warn(f"{error}; taking that of the newest checkpoint", DamageWarning, stacklevel=2)
         return self.agent.policy
 
     def write_csv(self) -> None:

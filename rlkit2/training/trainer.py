@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlkit2.errors import RunError
 from rlkit2.nn import fast_matmul
-from rlkit2.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
@@ -236,10 +236,11 @@ class Trainer:
         for step in sorted(self.run.checkpoints, reverse=True):
             if self._is_interruption(step):  # a run that was not interrupted has none, and must end the same
                 continue
-            state = {
-                name: tensor[index : index + 1].clone()
-                for name, tensor in agent_state(self.run.checkpoint(step)).items()
-            }
+            try:
+                checkpoint = self.run.checkpoint(step)
+            except RunError:  # damaged: the one before
+                continue
+            state = {name: tensor[index : index + 1].clone() for name, tensor in agent_state(checkpoint).items()}
             if all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 return step, state
         raise RunError(f"{self.run.path} has no finite checkpoint of seed {seed}")
@@ -250,7 +251,12 @@ class Trainer:
         """Build the groups, from the newest checkpoint if there is one, and leave a checkpoint behind in any case."""
         checkpoints = self.run.checkpoints
         if checkpoints:
-            checkpoint = self.run.checkpoint()
+            checkpoint, damaged = newest_checkpoint(self.run.path / "checkpoints")
+            for step, text in damaged.items():
+                aside = set_aside(self.run.path / "checkpoints", step)
+                self.progress.message(
+                    f"{text.partition(';')[0]}; it is set aside as {aside.name}, resuming from step {checkpoint.step}"
+                )
             self.step, facts = checkpoint.step, checkpoint.facts
             self.stopped = {int(seed): record for seed, record in facts["stopped"].items()}
             self.best = facts["best"]

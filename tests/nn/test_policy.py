@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rlkit2.checksums import UncheckedWarning, sealed
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.nn import Normalizer, Policy, load_policy, make_actor
 from rlkit2.nn.actors import HEADS
@@ -82,7 +83,40 @@ def damage(folder: Path, kind: str) -> None:
     else:
         description = json.loads(text.read_text())
         description["actor"]["hidden_sizes"] = [8, 9]
+        if "sealed" in kind:
+            files = description.pop("sha256")
+            description = sealed(description, {"policy.safetensors": files["policy.safetensors"]})
         text.write_text(json.dumps(description))
+
+
+@settings(max_examples=60)
+@given(name=st.sampled_from(["policy.json", "policy.safetensors"]), place=st.integers(0, 10**9), bit=st.integers(0, 7))
+def test_no_flipped_bit_is_loaded(name: str, place: int, bit: int, tmp_path: Path) -> None:
+    made = policy()
+    made.save(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    (tmp_path / name).write_bytes(data)
+    try:
+        found = load_policy(tmp_path)
+    except RunError:
+        return
+    assert name == "policy.json"  # white space
+    assert json.loads((tmp_path / name).read_text())["sha256"]
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), made.state_dict().values(), strict=True))
+
+
+def test_a_policy_without_checksums_is_read_and_said(tmp_path: Path) -> None:
+    made = policy()
+    made.save(tmp_path)
+    description = json.loads((tmp_path / "policy.json").read_text())
+    del description["sha256"]
+    (tmp_path / "policy.json").write_text(json.dumps({**description, "format": 1}))
+    with pytest.warns(UncheckedWarning, match="older rlkit2, without checksums"):
+        load_policy(tmp_path)
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(RunError, match="damaged"):  # a file of today has them
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +127,8 @@ def damage(folder: Path, kind: str) -> None:
         ("no json", "damaged"),
         ("other save", "different saves"),
         ("newer", "upgrade rlkit2"),
-        ("other shape", "another shape"),
+        ("other shape", "does not have the checksum"),
+        ("other shape, sealed", "larger networks|another shape"),
     ],
 )
 def test_damage_is_named(kind: str, message: str, tmp_path: Path) -> None:

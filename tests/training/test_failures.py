@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import resource
-import shutil
 
 import pytest
+import torch
 
 import rlkit2
 from rlkit2.agents.bc import BCConfig
+from rlkit2.checksums import UncheckedWarning
 from rlkit2.errors import RLKitError, RunError
 from rlkit2.training import Run, checkpoints, run_files
+from rlkit2.training.progress import Progress
+from rlkit2.training.run import DamageWarning
 from tests.training.tiny_problem import Walk, contents, fit, tiny_dataset, tiny_run
 
 DATASET = tiny_dataset()
@@ -119,11 +123,6 @@ def damage(path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "checkpoints/000000024/state.safetensors",
-            r"state\.safetensors cannot be read .*; delete .* to resume from the one before",
-        ),
-        ("checkpoints/000000024/checkpoint.json", r"checkpoint\.json cannot be read"),
         ("config.json", r"config\.json cannot be read .*; the run is damaged"),
         ("metrics.jsonl", r"metrics\.jsonl is shorter than its checkpoint says \(\d+ bytes\); the run is damaged"),
     ],
@@ -135,11 +134,74 @@ def test_damaged_files_are_named(tmp_path, name, message):
         fit(Run(run.path), DATASET)
 
 
-def test_the_checkpoint_before_serves_after_a_damaged_one_is_deleted(tmp_path, whole):
+def cut(path):
+    damage(path)
+
+
+def flip(path):
+    """Two bits in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0b1001
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+class Told(Progress):
+    """Remembers what it is to show."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.said = []
+
+    def message(self, text):
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("how", [cut, flip, remove])
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
+def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, whole, name, how):
     run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
-    damage(run.path / "checkpoints/000000024/state.safetensors")
-    shutil.rmtree(run.path / "checkpoints/000000024")
-    assert contents(fit(run, DATASET))["tensors"] == whole["tensors"]
+    how(run.path / "checkpoints" / "000000024" / name)
+    with pytest.warns(DamageWarning, match=rf"000000024/{name}.*; taking the one of step 16"):
+        assert run.checkpoint().step == 16
+    with pytest.raises(RunError, match=rf"000000024/{name}"):
+        run.checkpoint(24)
+    told = Told()
+    assert contents(fit(run, DATASET, progress=told)) == whole
+    (line,) = told.said
+    assert f"000000024/{name}" in line
+    assert line.endswith("set aside as damaged-000000024, resuming from step 16")
+    assert (run.path / "checkpoints" / "damaged-000000024").is_dir()
+
+
+def test_where_every_checkpoint_is_damaged_the_run_says_so(tmp_path):
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    for path in run.checkpoints.values():
+        flip(path / "state.safetensors")
+    with pytest.raises(RunError, match=r"has no checkpoint that can be read: .*000000024.*does not have the checksum"):
+        fit(run, DATASET)
+
+
+def test_a_damaged_policy_is_made_anew_from_the_checkpoint(tmp_path):
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
+    flip(run.path / "policy" / "policy.safetensors")
+    with pytest.warns(DamageWarning, match="files are damaged.*taking that of the newest checkpoint"):
+        policy = run.policy
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_a_checkpoint_without_checksums_is_resumed_from_and_said(tmp_path, whole):
+    run = fit(tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE), DATASET)
+    for path in run.checkpoints.values():
+        facts = json.loads((path / "checkpoint.json").read_text())
+        del facts["sha256"], facts["format"]
+        (path / "checkpoint.json").write_text(json.dumps(facts))
+    with pytest.warns(UncheckedWarning, match="older rlkit2, without checksums"):
+        assert contents(fit(run, DATASET)) == whole
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path):
