@@ -166,7 +166,7 @@ def test_train_prolongs_and_refuses_what_would_change_a_run(tmp_path):
         ({"batch_size": 16}, "has batch_size = 8; only steps may change"),
         ({"overrides": {"learning_rate": 1.0}}, r"has learning_rate = 0\.0003; only steps may change"),
         ({"seeds": 3}, r"trains seeds \[4, 7\]; resume it without"),
-        ({"agent": "odice"}, "trains bc; resume it without naming an agent"),
+        ({"agent": "odice"}, "trains bc, not odice; resume it without naming an agent"),
     ):
         with pytest.raises(ConfigError, match=message):
             rlkit2.train(resume=run.path, dataset=DATASET, **{**options(), **wrong})

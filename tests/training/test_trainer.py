@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from rlkit2.agents.bc import BC, BCConfig
 from rlkit2.agents.metrics import Metrics
 from rlkit2.agents.td3bc import TD3BC, TD3BCConfig
 from rlkit2.data import dataset_from_arrays
+from rlkit2.data.spaces import DatasetWarning
 from rlkit2.errors import RunError
 from rlkit2.training import Run, Trainer
 from rlkit2.training.building import agent_factory
@@ -379,7 +381,7 @@ def test_time_is_not_part_of_the_results(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("largest", [0.9, 3.0])
 @pytest.mark.parametrize(("bound", "settings"), [(np.inf, {}), (np.inf, {"tanh_mean": False}), (4.0, {})])
-def test_actions_beyond_a_tanh_are_told(tmp_path, capsys, largest, bound, settings):
+def test_actions_beyond_a_tanh_are_told(tmp_path, largest, bound, settings):
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1.0, 1.0, (40, 2)).astype(np.float32)
     actions[3, 1] = -largest
@@ -387,15 +389,13 @@ def test_actions_beyond_a_tanh_are_told(tmp_path, capsys, largest, bound, settin
     spec = dataclasses.replace(DATASET.spec, action_space=spaces.Box(-bound, bound, (2,), np.float32))
     rows = rng.normal(size=(40, DATASET.spec.observation_size)).astype(np.float32)
     data = dataset_from_arrays(rows, actions, rng.normal(size=40), rows, ends, ~ends & False, spec=spec)
-    rlkit2.train(
-        BCConfig(hidden_sizes=(8,), **settings),
-        data,
-        steps=2,
-        eval_every=0,
-        out=tmp_path,
-        progress=Progress(Console(stderr=True)),
-    )
-    told = "go up to 3, but the policy's stay within 1: set tanh_mean = false" in capsys.readouterr().err
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"steps": 2, "eval_every": 0, "out": tmp_path, "progress": False}
+        run = rlkit2.train(BCConfig(hidden_sizes=(8,), **settings), data, **options)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, DatasetWarning)]
+    told = any("go up to 3, but the policy's stay within 1: set tanh_mean = false" in text for text in said)
+    assert told == bool(run.manifest.get("warnings"))
     assert told == (largest > 1.0 and bound == np.inf and not settings)
 
 
