@@ -100,5 +100,5 @@ def _require_room(low: Tensor, high: Tensor) -> None:
         if not bottom < top:
             raise ConfigError(
                 f"action {index} has bounds {bottom:g} and {top:g}: there is nothing to choose between; take it out of the actions, "
-                "or give the true bounds (action_space=, --action-space)"
+                "or give the true bounds where the data are read (action_space=, or rlkit2 data import --action-space)"
             )
