@@ -138,9 +138,11 @@ class Agent:
         return make_actor(head, self.observation_size, self.action_size, hidden_sizes, **self._placement, **options)
 
     def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
-        """The head that the config's `PolicyOptions` describe; categorical for discrete actions."""
+        """The head that the config's `PolicyOptions` describe; categorical for discrete actions, and for no others."""
         options = {f.name: getattr(self.config, f.name) for f in fields(PolicyOptions)}
         head = options.pop("policy_head")
+        if head == "categorical" and not self.discrete:
+            raise ConfigError("policy_head = 'categorical' is for discrete actions; these are continuous")
         return self._make_actor("categorical" if self.discrete else head, hidden_sizes, **options)
 
     def _build_policy(self, actor: ActorT, learning_rate: float, **options: Any) -> ActorT:

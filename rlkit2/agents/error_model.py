@@ -73,6 +73,8 @@ class ErrorOptions(Checked):
             raise ConfigError("weights between members or samples need critic = 'gaussian' or 'ggd'")
         if self.critic == "gaussian" and (self.critic_form, self.critic_scale) != ("power", "learned"):
             raise ConfigError("critic = 'gaussian' has no shape; leave critic_form and critic_scale at their defaults")
+        if self.sample_weighting != "none" and getattr(self, "num_critics", 2) < 2:
+            raise ConfigError(f"sample_weighting = {self.sample_weighting!r} needs num_critics of at least 2")
         if self.sample_weighting == "iv" and self.coupling == "ggd":
             raise ConfigError("sample_weighting = 'iv' needs coupling = 'mean'; a likelihood weighs by its own scale")
 
@@ -212,8 +214,6 @@ class ErrorModel:
         biv: variance of the members' Q; biev: best biased estimate of the variance of their errors; iv: aleatoric variance plus that of the target.
         """
         kind = self.options.sample_weighting
-        if error.shape[1] < 2:
-            raise ConfigError(f"sample_weighting = {kind!r} needs num_critics of at least 2")
         if kind == "biv":
             variance = discount**2 * heads.q.var(1).clamp(min=VARIANCE_FLOOR)
         elif kind == "biev":

@@ -56,9 +56,9 @@ from rlkit2.nn.mlp import Pullback
 class ODICEConfig(PolicyOptions):
     """O-DICE; the defaults are those of the released code for offline RL."""
 
-    # "orthogonal", "semi" or "true"
+    # which parts of the conjugate term's gradient V follows, see the module
     gradient_rule: Literal["orthogonal", "semi", "true"] = "orthogonal"
-    # "pearson", "rkl", "soft_chi2" or "alpha"
+    # f, see rlkit2.losses.divergences
     divergence: Divergence = "pearson"
     # order of the "alpha" divergence, in (1, 2]
     alpha: Annotated[float, Interval("(1, 2]")] = 1.5

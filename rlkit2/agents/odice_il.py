@@ -67,7 +67,7 @@ class DiscriminatorConfig(Checked):
 class ODICEILConfig(ODICEConfig):
     """O-DICE on rewards from expert data; the fields of O-DICE, with "rkl", and where the reward comes from."""
 
-    # "pearson", "rkl", "soft_chi2" or "alpha"; "rkl" makes the log-ratio the right reward
+    # f, see rlkit2.losses.divergences; "rkl" makes the log-ratio the right reward
     divergence: Divergence = "rkl"
     # "mean" divides a seed's weights by their batch mean before the clamp
     weight_normalization: Literal["none", "mean"] = "mean"

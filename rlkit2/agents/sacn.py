@@ -114,7 +114,7 @@ class SACN(UncertainAgent):
         )
 
     @torch.no_grad()
-    def _next_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def next_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Target critics at a sampled next action, `[S, M, B]`, and its entropy term tau log pi, `[S, B]`."""
         next_actions, log_prob = self._sample(batch.next_observations, "next_action")
         return self.critic_target(batch.next_observations, next_actions), self.temperature() * log_prob
@@ -122,9 +122,10 @@ class SACN(UncertainAgent):
     @torch.no_grad()
     def critic_targets(self, batch: Batch) -> Tensor:
         """y: `[S, B]` where members share it, `[S, M, B]` where each has its own."""
-        return self._targets(batch, *self._next_values(batch))
+        return self.targets_at(batch, *self.next_values(batch))
 
-    def _targets(self, batch: Batch, next_values: Tensor, entropy_term: Tensor) -> Tensor:
+    def targets_at(self, batch: Batch, next_values: Tensor, entropy_term: Tensor) -> Tensor:
+        """y for next values `[S, M, B]` and their entropy term `[S, B]`; shaped as `critic_targets`."""
         target = self.config.target
         if target == "min":
             value = next_values.amin(1, keepdim=True)
@@ -140,11 +141,11 @@ class SACN(UncertainAgent):
 
     def regression(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """y, and for weights "iv" gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`."""
-        next_values, entropy_term = self._next_values(batch)
+        next_values, entropy_term = self.next_values(batch)
         spread = None
         if self.config.sample_weighting == "iv":
             spread = (self.config.discount * (1.0 - batch.terminations)).square() * next_values.var(1)
-        return self._targets(batch, next_values, entropy_term), spread
+        return self.targets_at(batch, next_values, entropy_term), spread
 
     def action_value(self, observations: Tensor, actions: Tensor) -> Tensor:
         """P[Q](s, a) as the policy sees it, `[S, B]`: gradients flow to the actions, not to the critics."""

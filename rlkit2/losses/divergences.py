@@ -26,9 +26,9 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError
 
-DIVERGENCES = ("pearson", "rkl", "soft_chi2", "alpha")
 _ALIASES = {"Pearson_chi_square": "pearson", "Reverse_KL": "rkl"}
 Divergence = Literal["pearson", "rkl", "soft_chi2", "alpha", "Pearson_chi_square", "Reverse_KL"]
+DIVERGENCES: tuple[str, ...] = tuple(name for name in get_args(Divergence) if name not in _ALIASES)
 WeightKind = Literal["positive_residual", "conjugate_grad"]
 WEIGHT_KINDS: tuple[str, ...] = get_args(WeightKind)
 

@@ -159,7 +159,7 @@ def batch_inverse_variance(variance: Tensor, xi: Tensor | float = 0.0) -> Tensor
 
     The released code scales them to a sum of one and then averages over the batch, which divides the term's weight by B once more.
     """
-    total = variance + torch.as_tensor(xi, dtype=variance.dtype, device=variance.device).unsqueeze(-1)
+    total = variance + (xi.to(variance).unsqueeze(-1) if isinstance(xi, Tensor) else xi)
     total = total.clamp(min=torch.finfo(variance.dtype).tiny)
     weights = total.amin(-1, keepdim=True) / total  # relative to the largest: no overflow
     return weights / weights.mean(-1, keepdim=True)

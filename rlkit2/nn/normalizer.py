@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rlkit2.errors import ConfigError
+
 
 class Normalizer(nn.Module):
     """Standardises observations and maps action bounds to [-1, 1]; parts that are the identity cost nothing.
@@ -16,6 +18,9 @@ class Normalizer(nn.Module):
         action_start: first value of a discrete action; agents count from 0.
         seeds: S.
         dtype, device: of the buffers.
+
+    Raises:
+        ConfigError: an action has equal bounds, or one that is not a number.
 
     Buffers, all leading with S: `observation_mean`, `observation_std` `[S, 1, obs]`; `action_center`, `action_scale`, `action_limit`
     `[S, 1, act]`, the last being 1 or infinity. Absent buffers are None.
@@ -51,6 +56,7 @@ class Normalizer(nn.Module):
         buffer("observation_std", observation_std)
         center = scale = limit = None
         if action_low is not None and action_high is not None:
+            _require_room(action_low, action_high)
             bounded = torch.isfinite(action_low) & torch.isfinite(action_high)
             center = torch.where(bounded, (action_low + action_high) / 2, 0.0)
             scale = torch.where(bounded, (action_high - action_low) / 2, 1.0)
@@ -86,3 +92,13 @@ class Normalizer(nn.Module):
         if self.action_center is None or self.action_scale is None:
             return actions
         return actions * self.action_scale + self.action_center
+
+
+def _require_room(low: Tensor, high: Tensor) -> None:
+    """Between equal bounds there is nothing to learn, and no map to [-1, 1]."""
+    for index, (bottom, top) in enumerate(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)):
+        if not bottom < top:
+            raise ConfigError(
+                f"action {index} has bounds {bottom:g} and {top:g}: there is nothing to choose between; take it out of the actions, "
+                "or give the true bounds where the data are read (action_space=, or rlkit2 data import --action-space)"
+            )

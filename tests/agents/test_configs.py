@@ -82,15 +82,17 @@ def test_step_sizes_are_finite_and_not_negative(name: str, value: float) -> None
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_hidden_sizes_set_every_network(name: str) -> None:
-    agent = agent_class(name)(make_config(name, hidden_sizes=(5, 7)), 3, 2)
+@pytest.mark.parametrize("sizes", [(5, 7), (6,), ()], ids=str)
+def test_hidden_sizes_set_every_network(name: str, sizes: tuple[int, ...]) -> None:
+    """No hidden layer is a choice, too: linear networks."""
+    agent = agent_class(name)(make_config(name, hidden_sizes=sizes), 3, 2)
     shapes = {part: tensor.shape for part, tensor in agent.state_dict().items() if not part.startswith("optimizer")}
     widths: dict[str, list[int]] = {}
     for part, shape in shapes.items():
         if ".layers." in part and part.endswith("bias"):
             widths.setdefault(part.partition(".")[0], []).append(shape[-1])
     assert widths
-    assert all(found[:2] == [5, 7] for found in widths.values()), widths
+    assert all(found[:-1] == list(sizes) for found in widths.values()), widths
 
 
 def test_the_special_sizes_stand_beside_it() -> None:
@@ -101,3 +103,24 @@ def test_the_special_sizes_stand_beside_it() -> None:
     config = make_config("odice", hidden_sizes=(), policy_hidden_sizes=(9,))
     assert (config.value_widths, config.policy_widths) == ((), (9,))  # linear, not the default
     assert make_config("odice", hidden_sizes=(9,), value_hidden_sizes=()).value_widths == ()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in AGENTS if "sample_weighting" in field_types(agent_class(name).config_class)]
+)
+@pytest.mark.parametrize("weighting", ["biv", "biev", "iv"])
+def test_weights_from_a_spread_need_two_members(name: str, weighting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"sample_weighting = '{weighting}' needs num_critics of at least 2|edac needs"
+    ):
+        make_config(name, critic="ggd", sample_weighting=weighting, num_critics=1)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in AGENTS if "policy_head" in field_types(agent_class(name).config_class)]
+)
+def test_choices_are_not_asked_of_continuous_actions(name: str) -> None:
+    config = make_config(name, policy_head="categorical", hidden_sizes=(4,))
+    agent_class(name)(config, 3, 2, discrete=True)
+    with pytest.raises(ConfigError, match="policy_head = 'categorical' is for discrete actions"):
+        agent_class(name)(config, 3, 2)

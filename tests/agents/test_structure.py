@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import Agent
-from tests.agents.problems import random_batch
+from tests.agents.problems import random_batch, random_preferences, small_config
+from tests.agents.test_snapshots import case_id, cases
 
 # Hopper's sizes, batch 256, two layers of 256 in every network. Counted are operations that read or write data, not views.
 LIMITS = {"iql": (125, 525.0), "td3bc": (140, 430.0)}
@@ -67,3 +71,28 @@ def test_the_count_sees_operations_and_not_views() -> None:
     with Operations() as operations:
         _ = (x @ x).view(2, 8).T[0] + 1.0
     assert sum(operations.counts.values()) == 2
+
+
+class NoHostNumbers(TorchFunctionMode):
+    """Refuses tensors made of numbers on the host: on a GPU each is a copy, which waits, and cannot be captured in a graph."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy):
+            assert isinstance(args[0], Tensor), f"a tensor made of {args[0]!r}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case_id(*case))
+def test_no_update_copies_numbers_to_the_device(case: tuple[str, str, dict[str, Any]]) -> None:
+    name, kind, options = case
+    config = small_config(partial(make_config, name), agent_class(name).config_class, **options)
+    agent = agent_class(name)(config, 3, 2, discrete=kind == "discrete")
+    make: Any = random_batch if getattr(agent, "learns_from", "transitions") == "transitions" else random_preferences
+    with NoHostNumbers():
+        for t in range(agent.phases):
+            agent.update(make(1, 8, 3, 2, discrete=kind == "discrete", generator=t))
+
+
+def test_a_copied_number_is_noticed() -> None:
+    with NoHostNumbers(), pytest.raises(AssertionError, match="made of 1"):
+        torch.as_tensor(1.0)

@@ -263,8 +263,8 @@ def test_pessimism_of_actor_critics(name: str, target: str, policy_objective: st
     batch = agent.normalize(data)
     targets = agent.critic_targets(batch)
     assert targets.shape == ((1, 4, 9) if target in ("independent", "released") else (1, 9))
-    next_values, entropy = agent._next_values(batch)
-    gap = targets - agent._targets(batch, torch.zeros_like(next_values), entropy)
+    next_values, entropy = agent.next_values(batch)
+    gap = targets - agent.targets_at(batch, torch.zeros_like(next_values), entropy)
     bootstrap = 0.99 * (1.0 - batch.terminations)
     if target == "min":
         torch.testing.assert_close(gap, bootstrap * next_values.amin(1))

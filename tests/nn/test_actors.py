@@ -32,12 +32,14 @@ def test_gaussian(tanh_mean: bool) -> None:
     observations, actions, noise = normal(S, B, OBS), normal(S, B, ACT, seed=1), normal(S, B, ACT, seed=2)
     mean = made.network(observations)
     mean = mean.tanh() if tanh_mean else mean
-    law = Independent(Normal(mean, made.log_std.exp()), 1)
-    torch.testing.assert_close(made.log_prob(observations, actions), law.log_prob(actions), rtol=1e-12, atol=1e-12)
+    distribution = Independent(Normal(mean, made.log_std.exp()), 1)
+    torch.testing.assert_close(
+        made.log_prob(observations, actions), distribution.log_prob(actions), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(made(observations), mean)
     torch.testing.assert_close(made(observations, noise), mean + torch.tensor(-0.7, dtype=F64).exp() * noise)
     ours = torch.autograd.grad(made.log_prob(observations, actions).sum(), list(made.parameters()))
-    theirs = torch.autograd.grad(law.log_prob(actions).sum(), list(made.parameters()))
+    theirs = torch.autograd.grad(distribution.log_prob(actions).sum(), list(made.parameters()))
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
 
@@ -46,9 +48,9 @@ def test_gaussian(tanh_mean: bool) -> None:
 def test_log_std_outside_its_bounds_is_clamped_and_not_trained(value: float) -> None:
     made = actor("gaussian", log_std_init=value, log_std_bounds=(-5.0, 2.0))
     observations, actions = normal(S, B, OBS), normal(S, B, ACT, seed=1)
-    law = Normal(made.network(observations), torch.tensor(min(max(value, -5.0), 2.0), dtype=F64).exp())
+    distribution = Normal(made.network(observations), torch.tensor(min(max(value, -5.0), 2.0), dtype=F64).exp())
     log_prob = made.log_prob(observations, actions)
-    torch.testing.assert_close(log_prob, law.log_prob(actions).sum(-1))
+    torch.testing.assert_close(log_prob, distribution.log_prob(actions).sum(-1))
     (gradient,) = torch.autograd.grad(log_prob.sum(), made.log_std)
     assert (gradient == 0).all()
 
@@ -58,12 +60,14 @@ def test_squashed_gaussian() -> None:
     observations, noise = normal(S, B, OBS), normal(S, B, ACT, seed=2)
     mean, log_std = made.network(observations).chunk(2, -1)
     log_std = log_std.clamp(-5.0, 2.0)
-    law = Independent(TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()), 1)
+    distribution = Independent(TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()), 1)
     sample, log_density = made.sample(observations, noise)
     torch.testing.assert_close(sample, (mean + log_std.exp() * noise).tanh())
-    torch.testing.assert_close(log_density, law.log_prob(sample), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_density, distribution.log_prob(sample), rtol=1e-9, atol=1e-9)
     actions = normal(S, B, ACT, seed=3).tanh()
-    torch.testing.assert_close(made.log_prob(observations, actions), law.log_prob(actions), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        made.log_prob(observations, actions), distribution.log_prob(actions), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(made(observations), mean.tanh())
 
 
@@ -84,17 +88,19 @@ def test_deterministic() -> None:
     observations, actions = normal(S, B, OBS), normal(S, B, ACT, seed=1)
     mean = made.network(observations).tanh()
     torch.testing.assert_close(made(observations, normal(S, B, ACT)), mean)
-    law = Normal(mean, 0.5**0.5)
-    shift = made.log_prob(observations, actions) - law.log_prob(actions).sum(-1)
+    distribution = Normal(mean, 0.5**0.5)
+    shift = made.log_prob(observations, actions) - distribution.log_prob(actions).sum(-1)
     torch.testing.assert_close(shift, shift[:1, :1].expand_as(shift))  # the log-density up to a constant
 
 
 def test_categorical() -> None:
     made = actor("categorical")
     observations, choices = normal(S, B, OBS), torch.randint(0, ACT, (S, B))
-    law = Categorical(logits=made.network(observations))
-    torch.testing.assert_close(made.log_prob(observations, choices), law.log_prob(choices), rtol=1e-12, atol=1e-12)
-    assert torch.equal(made(observations), law.probs.argmax(-1))
+    distribution = Categorical(logits=made.network(observations))
+    torch.testing.assert_close(
+        made.log_prob(observations, choices), distribution.log_prob(choices), rtol=1e-12, atol=1e-12
+    )
+    assert torch.equal(made(observations), distribution.probs.argmax(-1))
 
 
 @pytest.mark.parametrize("head", ["gaussian", "squashed_gaussian", "categorical"])

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rlkit2.agents import make_agent
 from rlkit2.checksums import UncheckedWarning, sealed
+from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.nn import Normalizer, Policy, load_policy, make_actor
 from rlkit2.nn.actors import HEADS
@@ -179,6 +183,21 @@ def test_actions_travel_there_and_back(low: list[float], width: list[float], sha
     torch.testing.assert_close(maps.environment_actions(inner), actions, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(maps.environment_actions(torch.full_like(inner, 7.0))[0, 0], bottom + size)
     torch.testing.assert_close(maps.environment_actions(torch.full_like(inner, -7.0))[0, 0], bottom)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (2.0, 1.0), (float("nan"), 1.0), (float("inf"), float("inf"))])
+def test_bounds_that_leave_nothing_to_choose_are_refused(bounds: tuple[float, float]) -> None:
+    """Their map to [-1, 1] would divide by zero, and every number after it would be NaN."""
+    low, high = torch.tensor([-1.0, bounds[0]]), torch.tensor([1.0, bounds[1]])
+    with pytest.raises(ConfigError, match=r"action 1 has bounds .* nothing to choose between"):
+        Normalizer(action_low=low, action_high=high)
+
+
+def test_an_agent_is_not_made_for_an_action_without_a_choice() -> None:
+    space = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 0.0], np.float32))
+    spec = DatasetSpec(observation_space=spaces.Box(-1.0, 1.0, (3,)), action_space=space)
+    with pytest.raises(ConfigError, match="action 1 has bounds 0 and 0"):
+        make_agent("td3bc", spec)
 
 
 def test_unbounded_actions_pass_unchanged() -> None:
