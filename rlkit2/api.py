@@ -428,6 +428,7 @@ def _continued(
     from rlkit2.training.building import own_agent, run_class
 
     plan = run.config
+    cls = run_class(plan)  # before a dataset is opened
     if agent is not None and agent != plan["agent"]:
         mend = f"name that: {run.resume_command}" if ":" in plan["agent"] else "resume it without naming an agent"
         raise ConfigError(f"{run.path} trains {plan['agent']}, not {agent}; {mend}")
@@ -456,7 +457,7 @@ def _continued(
             f"dataset {known['id']} is not what {run.path} was trained on (its content was {known['content_hash'][:12]}, "
             f"is {transitions.spec.content_hash[:12]}); restore it or start a new run"
         )
-    return {**plan, **own_agent(run_class(plan)), "training": {**plan["training"], "steps": steps}}, transitions
+    return {**plan, **own_agent(cls), "training": {**plan["training"], "steps": steps}}, transitions
 
 
 def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:

@@ -175,11 +175,12 @@ def _description(agent: str | None) -> str:
 
 
 def _about(agent: str) -> str:
-    """The first line of the agent's file, and what its preset changes."""
-    cls = agent_class(agent)
-    preset = {
-        name: value for name, value in asdict(make_config(agent)).items() if value != getattr(cls.config_class(), name)
-    }
+    """The first line of the agent's file, and what its preset changes; why not, where an installed package's agent is broken."""
+    try:
+        cls, config = agent_class(agent), make_config(agent)
+    except ConfigError as error:
+        return str(error)
+    preset = {name: value for name, value in asdict(config).items() if value != getattr(cls.config_class(), name)}
     text = (inspect.getdoc(importlib.import_module(cls.__module__)) or agent).partition("\n")[0].rstrip(".")
     return text + (f" ({', '.join(f'{name} = {value}' for name, value in preset.items())})" if preset else "")
 

@@ -50,10 +50,13 @@ def out_of_memory(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError, OverflowError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not any(
-            word in text for word in ("allocate memory", "out of memory", "Storage size", "overflow")
-        ):
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        signs = (
+            "allocate memory",
+            "out of memory",
+            "storage size",
+            "overflow",
+        )  # torch has no type of its own for these
+        if not isinstance(error, MemoryError | OverflowError) and not any(sign in str(error).lower() for sign in signs):
             raise
         raise ConfigError(f"there is too little memory for {what}") from error

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,12 @@ def test_a_commands_docstring_is_its_help(name: str, capsys: pytest.CaptureFixtu
     assert not ended.value.code
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert " ".join(first.split()) in shown
-    for parameter in inspect.signature(FUNCTIONS[name], eval_str=True).parameters.values():
-        kind = (
-            parameter.annotation.__origin__ if hasattr(parameter.annotation, "__metadata__") else parameter.annotation
-        )
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not dataclasses.is_dataclass(kind):
-            assert f"--{parameter.name.replace('_', '-')}" in shown
+    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            kind = typing.get_type_hints(FUNCTIONS[name])[parameter.name]
+            group = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else (parameter,)
+            for option in (field.name for field in group):
+                assert f"--{option.rstrip('_').replace('_', '-')}" in shown
 
 
 @pytest.mark.parametrize("group", GROUPS)

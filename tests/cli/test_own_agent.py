@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from rlkit2 import load_run
-from rlkit2.agents import ENTRY_POINTS, agent_class, import_agent, list_agents
+from rlkit2 import load_run, train
+from rlkit2.agents import ENTRY_POINTS, agent_class, class_name, import_agent, list_agents
+from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError
+from rlkit2.training.recipe import find_recipe
+from rlkit2.training.run import RunWarning
 from tests.agents import awac
 
 ROOT = Path(awac.__file__).parents[2]
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`rlkit2 ...` in a process of its own, as a user would type it."""
+    """`rlkit2 ...` typed in a folder, with nothing of the user's loaded before and nothing left behind."""
+    place, before, paths = folder.resolve(), set(sys.modules), list(sys.path)
+    out, error = StringIO(), StringIO()
+    with contextlib.chdir(place), redirect_stdout(out), redirect_stderr(error):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    sys.path[:] = paths
+    for name in set(sys.modules) - before:
+        if str(place.parent) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+    return subprocess.CompletedProcess(words, code, out.getvalue(), error.getvalue())
+
+
+def process(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`rlkit2 ...` in a process of its own."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rlkit2.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -56,11 +80,11 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
     assert run.config["agent"] == "my_awac:AWAC"
     nameless = command(folder, "train", "--resume", str(run.path), "--steps", "9")
     assert nameless.returncode == 2
-    assert "my_awac.py:AWAC" in nameless.stderr
-    assert "is not loaded, and what a file names is not imported" in nameless.stderr.splitlines()[-1]
+    assert "which is not loaded, and what a file names is not imported" in nameless.stderr
+    assert nameless.stderr.count("\n") == 1
     words = shlex.split(run.resume_command)
     assert words[:2] == ["rlkit2", "train"]
-    resumed = command(folder, *words[1:], "--steps", "9")
+    resumed = process(folder, *words[1:], "--steps", "9")
     assert resumed.returncode == 0, resumed.stderr
     assert max(run.checkpoints) == 9
     scored = command(
@@ -68,6 +92,19 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
     )
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["run"] == str(run.path)
+    unnamed = command(folder, "evaluate", str(run.path), "--checkpoint", "last")
+    assert unnamed.returncode == 2
+    assert f"--agent {shlex.quote(run.config['agent_source'])}" in unnamed.stderr
+    last = ("--checkpoint", "last", "--env", "Pendulum-v1", "--episodes", "1", "--max-steps", "3")
+    named = command(folder, "evaluate", str(run.path), "--agent", run.config["agent_source"], *last)
+    assert named.returncode == 0, named.stderr
+    (folder / "my_awac.py").write_text((folder / "my_awac.py").read_text() + "# changed\n")
+    with pytest.warns(RunWarning, match="is not what the run was trained with so far"):
+        assert command(folder, *words[1:], "--steps", "12").returncode == 0
+    assert "new code" in run.manifest["warnings"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RunWarning)  # it is the run's code now
+        assert command(folder, *words[1:], "--steps", "13").returncode == 0
     shown = command(folder, "train", "my_awac.py:AWAC", "--help")
     assert "--temperature" in shown.stdout
     assert "Advantage-weighted actor-critic" in shown.stdout
@@ -84,6 +121,10 @@ def test_a_sweep_runs_it_only_when_it_is_named(folder: Path) -> None:
     done = command(folder, "sweep", "sweep.toml", "--out", "swept", "--agent", "my_awac.py:AWAC")
     assert done.returncode == 0, done.stderr
     assert list((folder / "swept").rglob("checkpoints/*"))
+    sweep = (folder / "sweep.toml").read_text().replace('"swings.hdf5"', f'"{folder / "swings.hdf5"}"')
+    (folder / "elsewhere.toml").write_text(sweep)
+    far = command(folder.parent, "sweep", f"{folder}/elsewhere.toml", "--agent", f"{folder.name}/my_awac.py:AWAC")
+    assert far.returncode == 0, far.stdout + far.stderr
 
 
 def test_its_recipes_stand_beside_it(folder: Path) -> None:
@@ -95,6 +136,15 @@ def test_its_recipes_stand_beside_it(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = load_run(next((folder / "with recipe").iterdir()))
     assert (run.config["config"]["temperature"], run.config["training"]["steps"]) == (0.25, 2)
+    (folder / "recipes" / "another.toml").write_text('agent = "absent.py:B"\ndataset = "swings.hdf5"\n')
+    named = ("./my_awac.py:AWAC", "--recipe", "recipes/random.toml", "--out", "named")
+    done = command(folder, "train", *named, *SHORT)
+    assert done.returncode == 0, done.stderr
+    run = load_run(next((folder / "named").iterdir()))
+    assert run.config["agent"] == "my_awac:AWAC"
+    assert run.config["agent_source"] == f"{folder / 'my_awac.py'}:AWAC"
+    refused = command(folder, "train", "iql", "--recipe", "recipes/random.toml")
+    assert refused.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -129,11 +179,114 @@ def test_a_name_alone_imports_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "trap" not in sys.modules
 
 
-def test_installed_packages_offer_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "offering-1.0.dist-info"
+SUBCLASS = """
+from neighbour import SIGN
+from rlkit2.agents.bc import BC
+
+class Reversed(BC):
+    def update(self, batch):
+        metrics = super().update(batch)
+        return {**metrics, "reversed/sign": SIGN + 0 * metrics["policy/loss"]}
+"""
+
+
+def test_a_subclass_with_its_parents_config_is_trained_as_itself(folder: Path, tmp_path: Path) -> None:
+    """The config is the parent's, which must not decide the class; modules beside the file are found."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "neighbour.py").write_text("SIGN = -1.0\n")
+    (tmp_path / "theirs" / "reversing.py").write_text(SUBCLASS)
+    name = "theirs/reversing.py:Reversed"
+    done = command(tmp_path, "train", name, "--dataset", str(folder / "swings.hdf5"), "--steps", "3", *SHORT)
+    assert done.returncode == 0, done.stderr
+    run = load_run(next((tmp_path / "runs").iterdir()))
+    assert run.config["agent"] == "reversing:Reversed"
+    assert {line["reversed/sign"] for line in run.metrics()} == {-1.0}
+
+
+class OwnAWAC(awac.AWAC):
+    """Shares its parent's config."""
+
+
+def test_a_class_can_be_given_in_python(folder: Path, tmp_path: Path) -> None:
+    data = folder / "swings.hdf5"
+    options: dict[str, Any] = {"eval_every": 0, "overrides": {"hidden_sizes": [8]}, "progress": False}
+    run = train(OwnAWAC, data, steps=2, out=tmp_path, **options)
+    assert type(run.agent) is OwnAWAC
+    resumed = train(resume=run, steps=4, progress=False)
+    assert max(resumed.checkpoints) == 4
+    with pytest.raises(ConfigError, match="name that: rlkit2 train"):
+        train(awac.AWAC, resume=run, steps=5, progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [1e11, 1e300])
+def test_a_batch_that_cannot_fit_is_one_line_and_no_folder(folder: Path, tmp_path: Path, batch_size: float) -> None:
+    with pytest.raises(ConfigError, match=r"takes at least .* GiB, and cpu has .*; choose at most"):
+        train("bc", folder / "swings.hdf5", steps=2, batch_size=batch_size, out=tmp_path / "runs", progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_memory_of_an_update_is_at_least_what_it_is_said_to_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice is taken: the batch it names fits, twice of what is refused does not."""
+    options: dict[str, Any] = {"steps": 1, "eval_every": 0, "progress": False, "out": tmp_path}
+    monkeypatch.setattr("rlkit2.training.building.total_memory", lambda device: 4 << 20)
+    with pytest.raises(ConfigError, match="choose at most") as refused:
+        train("bc", folder / "swings.hdf5", batch_size=5000, **options)
+    advised = int(str(refused.value).rpartition(" ")[2])
+    assert 1 < advised < 5000
+    train("bc", folder / "swings.hdf5", batch_size=advised, **options)
+    with pytest.raises(ConfigError, match="choose at most"):
+        train("bc", folder / "swings.hdf5", batch_size=4 * advised, **options)
+
+
+def test_networks_that_cannot_fit_are_one_line(folder: Path, tmp_path: Path) -> None:
+    for sizes in ([10**7, 10**7], [10**30]):
+        with pytest.raises(ConfigError, match="too little memory for the networks"):
+            train(
+                "bc", folder / "swings.hdf5", out=tmp_path / "runs", overrides={"hidden_sizes": sizes}, progress=False
+            )
+    assert not (tmp_path / "runs").exists()
+
+
+def offer(folder: Path, lines: str) -> None:
+    """An installed package with these entry points."""
+    info = folder / "offering-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\noffered = tests.agents.awac:AWAC\n")
+    (info / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{lines}")
+
+
+def test_a_broken_package_breaks_only_its_own_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(tmp_path, "broken = no_such_module:A\nno-agent = json:JSONDecoder\nwith-dash = tests.agents.awac:AWAC\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="agent broken of the installed package offering cannot be imported: Module"):
+        agent_class("broken")
+    with pytest.raises(ConfigError, match="agent no-agent of the installed package offering is not"):
+        agent_class("no-agent")
+    assert agent_class("with-dash") is awac.AWAC
+    assert class_name(awac.AWAC) == "with-dash"
+    assert class_name(agent_class("sdice")) == "odice"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert not ended.value.code
+    assert "package offering cannot be imported" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_foreign_class_of_a_shipped_name_gets_no_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "foreign_iql.py").write_text("from rlkit2.agents.iql import IQL as Theirs\n\nclass IQL(Theirs): pass\n")
+    offer(tmp_path, "better-iql = foreign_iql:IQL\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_recipe("iql", "zoo/hopper/medium-v0") is not None
+    assert find_recipe("better-iql", "zoo/hopper/medium-v0") is None
+
+
+def test_installed_packages_offer_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(tmp_path, "offered = tests.agents.awac:AWAC\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "offered" in list_agents()
     assert agent_class("offered") is awac.AWAC
