@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from shlex import join, quote
 
@@ -12,8 +13,9 @@ from tyro.conf import Positional
 from rlkit2.agents import import_agent
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command, name_values
+from rlkit2.errors import RunError
 from rlkit2.evaluation.scores import score_summary
-from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs
+from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs, sweep_status
 from rlkit2.training import Run
 
 
@@ -51,8 +53,8 @@ def sweep(
     console = output.console(stderr=True)
     failed = False
     if not dry_run:
-        done = [run for run in sweep_runs(out, plan).values() if run is not None and _over(run)]
-        ended = len(done)
+        folders = [out / plan.name / experiment.folder for experiment in plan.experiments]
+        ended = sum(sweep_status(folder) in ("finished", "failed") for folder in folders)
         console.print(f"{plan.name}: {len(plan.experiments)} runs, {ended} of them finished before", soft_wrap=True)
 
         def report(experiment: Experiment, status: str) -> None:
@@ -85,10 +87,6 @@ def sweep(
     return 1 if failed else 0
 
 
-def _over(run: Run) -> bool:
-    return run.manifest["status"] in ("finished", "failed")
-
-
 def _print(plan: Sweep, out: Path) -> None:
     """One line per run: how far it is, what it scored, where it is."""
     table = Table()
@@ -97,11 +95,12 @@ def _print(plan: Sweep, out: Path) -> None:
     runs = sweep_runs(out, plan)
     for experiment, run in runs.items():
         label = experiment.label or experiment.agent
-        if run is None:
-            table.add_row(label, "not begun", "", "", "")
-            continue
-        steps = f"{max(run.checkpoints, default=0)}/{run.config['training']['steps']}"
-        table.add_row(label, run.manifest["status"], steps, _score(run), str(run.path))
+        status, steps, score = sweep_status(out / plan.name / experiment.folder), "", ""
+        if run is not None:
+            steps = f"{max(run.checkpoints, default=0)}/{run.config['training']['steps']}"
+            with suppress(RunError):  # the status says so
+                score = _score(run)
+        table.add_row(label, status, steps, score, "" if run is None else str(run.path))
     output.console().print(table)
     if any(run is not None for run in runs.values()):
         output.say(f"next: rlkit2 compare {quote(str(out / plan.name))}/*/*-[0-9][0-9][0-9]")

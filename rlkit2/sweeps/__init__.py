@@ -1,7 +1,7 @@
 """Many runs from one file, on this machine, on Ray or on Slurm; the numbers are those of single runs."""
 
 from rlkit2.sweeps.engines import ENGINES, check_engine, run_folders, run_sweep
-from rlkit2.sweeps.experiment import Experiment, Sweep, load_sweep, sweep_runs
+from rlkit2.sweeps.experiment import Experiment, Sweep, load_sweep, sweep_runs, sweep_status
 from rlkit2.sweeps.worker import train_experiment
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "run_folders",
     "run_sweep",
     "sweep_runs",
+    "sweep_status",
     "train_experiment",
 ]

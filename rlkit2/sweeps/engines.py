@@ -20,7 +20,7 @@ from typing import Any
 from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
-from rlkit2.sweeps.experiment import Experiment, Sweep, find_run
+from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.run_files import write_json, writing
@@ -61,13 +61,14 @@ def run_sweep(
     check_engine(engine, jobs)
     root = Path(out).resolve() / sweep.name
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
-    status = {folder: run.manifest["status"] for folder in folders if (run := find_run(folder)) is not None}
+    status = {folder: sweep_status(folder) for folder in folders}
     waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed")]
     for source in dict.fromkeys(folders[folder].dataset for folder in waiting):
         load_dataset(source)  # fetched, built and cached once, not by every run
     for folder in waiting:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        (folder / ENDED).unlink(missing_ok=True)
         settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env}
         if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
             settings["agent"] = agent_source(agent_class(settings["agent"])) or settings["agent"]
@@ -75,11 +76,12 @@ def run_sweep(
 
     def ended(folder: Path, text: str) -> None:
         status[folder] = text
+        write_json(folder / ENDED, {"status": text})
         report(folders[folder], text)
 
     width = max((len(folders[folder].seeds) for folder in waiting), default=1)
     run_folders(train_experiment, waiting, engine=engine, jobs=jobs, width=width, options=options, report=ended)
-    return {experiment: status.get(folder, "not begun") for folder, experiment in folders.items()}
+    return {experiment: status[folder] for folder, experiment in folders.items()}
 
 
 def check_engine(engine: str, jobs: int | None) -> None:
@@ -108,7 +110,7 @@ def run_folders(
         folders: exist already; all that `work` needs to know is in them.
         engine, jobs, options: see `run_sweep`.
         width: cores that one call uses, for the default of `jobs`.
-        report: called with each folder whose work has ended and its status, which for an error of rlkit2 is `error: ...`.
+        report: called with each folder whose work has ended and its status, which for whatever was raised, or killed it, is `error: ...`.
 
     Raises:
         ConfigError: an unknown engine, or a function that other processes cannot find.
@@ -157,25 +159,46 @@ def _start(work: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def _ended(process: subprocess.Popen[str], folder: Path) -> str:
-    """What the process said, or that it died."""
+    """What the process said, or how it died."""
     text = process.communicate()[0]
     try:
-        return str(json.loads(text))
-    except ValueError:
-        return f"error: ended with status {process.returncode}; see {folder / 'log.txt'}"
+        return str(json.loads(text.splitlines()[-1]))
+    except (ValueError, IndexError):
+        code = process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"error: {how}; see {folder / 'log.txt'}"
 
 
 def run_on_ray(work: str, folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
-    """One Ray task a folder, wherever the cluster has room; the folders must be on a file system that all nodes share."""
+    """One Ray task a folder, wherever the cluster has room; the folders must be on a file system that all nodes share.
+
+    A task whose worker or node is lost is begun again by Ray, which resumes its run; one that is lost for good has an error of its own.
+    """
     ray = require("ray", extra="ray")
     if not ray.is_initialized():
         ray.init(**options)
     task = ray.remote(carry_out)
     waiting = {task.remote(work, str(folder)): folder for folder in folders}
-    while waiting:
-        done, _ = ray.wait(list(waiting))
-        for reference in done:
-            report(waiting.pop(reference), ray.get(reference))
+
+    def result(reference: Any) -> str:
+        try:
+            return str(ray.get(reference))
+        except ray.exceptions.TaskCancelledError:
+            return "interrupted"
+        except ray.exceptions.RayError as error:
+            return f"error: {type(error).__name__}: {_last_line(error)}"
+
+    try:
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for reference in done:
+                report(waiting.pop(reference), result(reference))
+    except BaseException:
+        for reference in waiting:
+            ray.cancel(reference)  # a KeyboardInterrupt in its worker
+        for reference, folder in waiting.items():
+            report(folder, result(reference))
+        raise
 
 
 def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping[str, Any], report: Report) -> None:
@@ -183,12 +206,33 @@ def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping
     submitit = require("submitit", extra="slurm")
     executor = submitit.AutoExecutor(folder=folders[0].parent / "slurm", cluster=options.get("cluster"))
     executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
-    jobs_of_array = executor.map_array(carry_out, [work] * len(folders), map(str, folders))
-    for job, folder in zip(jobs_of_array, folders, strict=True):
+    waiting = dict(
+        zip(folders, executor.map_array(carry_out, [work] * len(folders), list(map(str, folders))), strict=True)
+    )
+
+    def result(job: Any) -> str:
         try:
-            report(folder, job.result())
-        except submitit.core.utils.FailedJobError as error:
-            report(folder, f"error: {str(error).partition(chr(10))[0]}")
+            return str(job.result())
+        except submitit.core.utils.UncompletedJobError as error:  # killed, out of time or memory, its node lost
+            return f"error: job {job.job_id} ended without a result ({job.state}): {_last_line(error)}"
+
+    try:
+        while waiting:
+            for folder in [folder for folder, job in waiting.items() if job.done()]:
+                report(folder, result(waiting.pop(folder)))
+            time.sleep(0.2 if options.get("cluster") == "local" else 2.0)
+    except BaseException:
+        for job in waiting.values():
+            job.cancel(check=False)
+        for folder, job in waiting.items():
+            report(folder, result(job))
+        raise
+
+
+def _last_line(error: BaseException) -> str:
+    """Where libraries that print another process's output put the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 ENGINES: dict[str, Callable[[str, Sequence[Path], int, Mapping[str, Any], Report], None]] = {

@@ -33,12 +33,14 @@ from typing import Any
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import as_seeds
 from rlkit2.data.known_environments import check_named_id
-from rlkit2.errors import ConfigError
+from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training.run_files import read_json
 
 SECTIONS = ("config", "data", "training")
 NAMES = ("agent", "dataset", "seeds", "env")
+ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +197,27 @@ def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
 
 
 def sweep_runs(out: str | os.PathLike[str], sweep: Sweep) -> dict[Experiment, Run | None]:
-    """The run of every experiment below `out`, None where it has not begun."""
-    return {experiment: find_run(Path(out) / sweep.name / experiment.folder) for experiment in sweep.experiments}
+    """The run of every experiment below `out`, None where it has not begun or cannot be read (`sweep_status` says which)."""
+    found: dict[Experiment, Run | None] = {}
+    for experiment in sweep.experiments:
+        try:
+            found[experiment] = find_run(Path(out) / sweep.name / experiment.folder)
+        except RunError:
+            found[experiment] = None
+    return found
+
+
+def sweep_status(folder: Path) -> str:
+    """How far the run in an experiment's folder is: its status, and what ended it where that was an error."""
+    try:
+        run = find_run(folder)
+        if run is not None and run.status in ("finished", "failed", "running"):
+            return run.status
+    except RunError as error:
+        return f"error: {error}"
+    ended = str(read_json(folder / ENDED).get("status")) if (folder / ENDED).exists() else ""
+    status = "not begun" if run is None else run.status
+    return f"{status} ({ended})" if ended.startswith("error") else status
 
 
 def find_run(folder: Path) -> Run | None:

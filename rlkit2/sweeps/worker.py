@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlkit2.api import train
-from rlkit2.errors import ConfigError, RLKitError
+from rlkit2.errors import ConfigError, RLKitError, first_line
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.run_files import read_json
 
@@ -75,13 +77,21 @@ def find_work(name: str) -> Callable[[Path], str]:
 
 
 def carry_out(name: str, folder: str) -> str:
-    """Call the function of that name on a folder: its status, `interrupted`, or the error that ended it."""
+    """Call the function of that name on a folder: its status, `interrupted`, or `error: ` and what ended it.
+
+    Whatever is raised ends this piece of work and no other; an error that is not ours leaves its traceback in the folder's `log.txt`.
+    """
     try:
         return find_work(name)(Path(folder))
     except KeyboardInterrupt:
         return "interrupted"
     except RLKitError as error:
         return f"error: {error}"
+    except BaseException as error:  # noqa: BLE001 - memory of a GPU, an agent of the user's own, sys.exit
+        log = Path(folder) / "log.txt"
+        with suppress(OSError), open(log, "a") as file:
+            traceback.print_exc(file=file)
+        return f"error: {type(error).__name__}: {first_line(error)}; see {log}"
 
 
 def _end_with(parent: int) -> None:
@@ -94,4 +104,5 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    sys.stdout.write(json.dumps(carry_out(*sys.argv[1:])))
+    status = json.dumps(carry_out(*sys.argv[1:]))
+    sys.stdout.write(f"\n{status}\n")  # the last line, whatever was printed before

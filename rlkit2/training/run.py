@@ -112,6 +112,29 @@ class Run:
         """Status, times, versions, platform, dataset, seeds and commands, as last written."""
         return read_json(self.path / "manifest.json")
 
+    @property
+    def status(self) -> str:
+        """`created`, `running`, `interrupted`, `finished`, `failed` (every seed stopped), or `died`: killed, or ended by an error (`error` in the
+        manifest), and to be resumed."""
+        status = str(self.manifest["status"])
+        return "died" if status == "running" and not self._in_use() else status
+
+    def _in_use(self) -> bool:
+        """Whether a process holds the run; taken for granted where the system cannot tell."""
+        if fcntl is None:
+            return True
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def update_manifest(self, **changes: Any) -> None:
         """Change entries of the manifest."""
         write_json(self.path / "manifest.json", {**self.manifest, **changes})

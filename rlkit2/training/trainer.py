@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit2.errors import RunError
+from rlkit2.errors import RunError, first_line
 from rlkit2.nn import fast_matmul
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
@@ -125,6 +125,10 @@ class Trainer:
                     raise
                 mend = f"its checkpoints are intact; resume it with: {self.run.resume_command}"
                 raise WriteError(f"{error}; {mend}") from error
+            except Exception as error:
+                with suppress(RunError):
+                    self.run.update_manifest(status="died", error=f"{type(error).__name__}: {first_line(error)}")
+                raise
             finally:
                 self.progress.stop()
                 for growing in self.files.values():
@@ -290,6 +294,7 @@ class Trainer:
             seeds=self.seeds,
             starts=[*self.run.manifest["starts"], start],
             stopped={str(seed): facts for seed, facts in self.stopped.items()},
+            error=None,
         )
 
     def _build(

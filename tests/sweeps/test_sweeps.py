@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import rlkit2
+from rlkit2.agents import import_agent
 from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError
 from rlkit2.sweeps import ENGINES, load_sweep, run_folders, run_sweep, sweep_runs, train_experiment
@@ -254,3 +256,84 @@ def test_an_environment_of_a_module_is_imported_only_for_who_trusts_the_file(tmp
     with pytest.raises(EnvironmentUnavailableError, match="would import no_such_module"):
         load_sweep(path)
     assert load_sweep(path, trust_env=True).trust_env
+
+
+# every engine, every end
+
+ENDINGS = ["none", "killed", "memory", "odd"]
+OPTIONS = {
+    "local": {},
+    "slurm": {"cluster": "local", "timeout_min": 5},
+    "ray": {"num_cpus": 2, "include_dashboard": False},
+}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    """An engine that is installed here: Slurm by submitit's own local cluster, which runs the same jobs without Slurm."""
+    module = {"local": None, "slurm": "submitit", "ray": "ray"}[request.param]
+    if module is not None:
+        pytest.importorskip(module)
+    yield request.param
+    if request.param == "ray":
+        sys.modules["ray"].shutdown()
+
+
+def test_no_end_of_one_run_ends_another(engine, tmp_path, capsys):
+    """Workers that are killed, leave, or raise anything: the rest is trained, reasons are kept, and the same call resumes what ended."""
+    tiny_dataset().to_minari("tiny/walk-v0")
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    agent = f"{Path(__file__).with_name('broken_agents.py')}:Ending"
+    import_agent(agent)
+    text = FILE.replace('"bc"', json.dumps(agent)).replace(
+        '"config.learning_rate" = [1e-3, 1e-2]', f'"config.ending" = {json.dumps(ENDINGS)}'
+    )
+    path, out = written(tmp_path, text), tmp_path / "runs"
+    sweep = load_sweep(path)
+    found = run_sweep(sweep, out=out, engine=engine, jobs=2, options=OPTIONS[engine])
+    status = {experiment.config["ending"]: text for experiment, text in found.items()}
+    assert list(status) == ENDINGS
+    assert status["none"] == "finished"
+    for ending, words in (("memory", "OutOfMemoryError: the GPU is full"), ("odd", "Odd: neither")):
+        assert words in status[ending]
+        assert "log.txt" in status[ending]
+    assert "neither an Exception nor ours" in next(out.glob("tiny/ending=odd*/log.txt")).read_text()
+    if engine == "ray":  # begins it again, and it resumes
+        assert status["killed"] == "finished"
+    else:
+        assert status["killed"].startswith("error: ")
+    if engine == "local":
+        assert "killed by SIGKILL" in status["killed"]
+    assert all("\n" not in text for text in status.values())
+
+    assert main(["sweep", str(path), "--out", str(out), "--agent", agent, "--dry-run"]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "running" not in table
+    assert table.count("finished") == list(status.values()).count("finished")
+    assert "OutOfMemoryError" in table
+    runs = {experiment.config["ending"]: run for experiment, run in sweep_runs(out, sweep).items()}
+    assert {runs[ending].status for ending, text in status.items() if text != "finished"} == {"died"}
+    assert runs["memory"].manifest["error"] == "OutOfMemoryError: the GPU is full"
+
+    again = run_sweep(sweep, out=out, engine=engine, jobs=2, options=OPTIONS[engine])
+    assert set(again.values()) == {"finished"}
+    assert runs["memory"].manifest["error"] is None
+    whole = contents(runs["none"])
+    for run in runs.values():
+        assert contents(run) == whole
+
+
+def test_a_damaged_run_is_an_error_of_its_own(tmp_path, capsys):
+    tiny_dataset().to_minari("tiny/walk-v0")
+    path, out = written(tmp_path), tmp_path / "runs"
+    sweep = load_sweep(path)
+    assert set(run_sweep(sweep, out=out, jobs=2).values()) == {"finished"}
+    first, second = sweep_runs(out, sweep).values()
+    (first.path / "manifest.json").write_text("[]")
+    (second.path / "config.json").write_text("{")
+    assert main(["sweep", str(path), "--out", str(out), "--jobs", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "manifest.json" in printed.err
+    assert "config.json" in printed.err
+    assert "Traceback" not in printed.err
+    assert "".join(printed.out.split()).count("damaged") >= 2
