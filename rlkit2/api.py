@@ -171,7 +171,7 @@ def train(
     factory = agent_factory(plan, prepared)
     with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
         trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
-    check_memory(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"], target)
+    check_memory(trial, len(plan["seeds"]), plan["training"]["batch_size"], target)
     doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
     for doubt in doubts:
         warnings.warn(doubt, DatasetWarning, stacklevel=2)

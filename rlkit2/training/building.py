@@ -138,7 +138,7 @@ def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     return f"the actions of {dataset.spec.id} have no bounds and go up to {largest:.3g}, but the policy's stay within 1: {mend}"
 
 
-def update_memory(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int) -> int:
+def update_memory(agent: Agent, seeds: int, batch_size: int) -> int:
     """Bytes that an update takes at the very least: its rows, their block of indices, and what the layers of the widest network put out.
 
     Args:
@@ -149,17 +149,18 @@ def update_memory(agent: Agent, dataset: TransitionDataset, seeds: int, batch_si
         network = name.partition(".")[0]
         if name.endswith("weight") and network != "optimizer" and tensor.ndim >= 3:
             outputs[network] = outputs.get(network, 0) + tensor[0].numel() // tensor.shape[-2]
-    row = 2 * dataset.observations[0].numel() + dataset.actions[0].numel() + max(outputs.values(), default=0)
+    actions = 1 if agent.discrete else agent.action_size
+    row = 2 * agent.observation_size + actions + max(outputs.values(), default=0)  # a pair of segments holds more
     return seeds * batch_size * (4 * row + 8 * BLOCK)
 
 
-def check_memory(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int, device: torch.device) -> None:
+def check_memory(agent: Agent, seeds: int, batch_size: int, device: torch.device) -> None:
     """Refuse a batch that cannot fit.
 
     Raises:
         ConfigError: the least that an update takes is more than the device has.
     """
-    needed, there = update_memory(agent, dataset, seeds, batch_size), total_memory(device)
+    needed, there = update_memory(agent, seeds, batch_size), total_memory(device)
     if needed > there:
         raise ConfigError(
             f"batch_size {batch_size:g} with {seeds} seed{'s' * (seeds != 1)} takes at least {needed / 2**30:.3g} GiB, and {device} has "
