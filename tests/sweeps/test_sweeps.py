@@ -337,3 +337,32 @@ def test_a_damaged_run_is_an_error_of_its_own(tmp_path, capsys):
     assert "config.json" in printed.err
     assert "Traceback" not in printed.err
     assert "".join(printed.out.split()).count("damaged") >= 2
+
+
+@pytest.mark.slow
+def test_a_lost_node_of_a_ray_cluster_costs_what_it_did_since_its_checkpoint(tmp_path):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    tiny_dataset().to_minari("tiny/walk-v0")
+    text = FILE.replace("steps = 30", "steps = 20000").replace("checkpoint_every = 10", "checkpoint_every = 500")
+    sweep, out = load_sweep(written(tmp_path, text)), tmp_path / "runs"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    node = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address)
+
+    def lose():
+        while not all(run is not None and max(run.checkpoints, default=0) for run in sweep_runs(out, sweep).values()):
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    try:
+        assert set(run_sweep(sweep, out=out, engine="ray").values()) == {"finished"}
+    finally:
+        thread.join()
+        ray.shutdown()
+        cluster.shutdown()
+    starts = sorted(len(run.manifest["starts"]) for run in sweep_runs(out, sweep).values())
+    assert starts == [1, 2]
