@@ -239,7 +239,7 @@ def evaluate(
     policy = run_or_policy.policy if isinstance(run_or_policy, Run) else run_or_policy
     if env is None and isinstance(run_or_policy, Run):
         env = run_environment(run_or_policy, trust_env=trust_env)
-    description = run_or_policy.config["spec"] if isinstance(run_or_policy, Run) else policy.metadata.get("spec")
+    description = (run_or_policy.config if isinstance(run_or_policy, Run) else policy.metadata).get("spec")
     if description is None:
         raise ConfigError(
             'the policy carries no dataset specification; save it with metadata {"spec": ...} or evaluate its run'
@@ -446,11 +446,12 @@ def _continued(
     known = plan["dataset"]
     try:
         transitions = load_dataset(
-            known["source"] if dataset is None else dataset, observation_keys=known["observation_keys"]
+            known["source"] if dataset is None else dataset, observation_keys=known.get("observation_keys")
         )
     except DatasetError as error:
         raise RunError(
-            f"the dataset of {run.path} cannot be opened ({error}); pass it again: train(resume=..., dataset=...)"
+            f"the dataset of {run.path} cannot be opened ({error}); say where it is now: --dataset ID or path "
+            "(train(resume=..., dataset=...) in Python)"
         ) from error
     if transitions.spec.content_hash != known["content_hash"]:
         raise RunError(
@@ -474,6 +475,7 @@ def _evaluator(
 ) -> Iterator[EpisodeEvaluator | None]:
     """Plays the episodes of the evaluations during training; None, and one line saying so, where there is no environment."""
     from rlkit2.evaluation import Evaluator
+    from rlkit2.training.building import stored_spec
 
     training = plan["training"]
     if training["eval_every"] == 0:
@@ -482,7 +484,7 @@ def _evaluator(
     if env is None and plan["env"] is not None:
         check_named_id(str(plan["env"]), "the run's config.json", trust_env=trust_env)
         env = str(plan["env"])
-    spec, episodes = DatasetSpec.from_json(plan["spec"]), training["eval_episodes"]
+    spec, episodes = stored_spec(plan), training["eval_episodes"]
     try:
         evaluator = Evaluator(spec, episodes=episodes, env=env, trust_env=trust_env)
     except (EnvironmentUnavailableError, MissingExtraError) as error:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from rlkit2.api import evaluate, load_run
+from rlkit2.api import evaluate
 from rlkit2.cli import output
 from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.parsing import command
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.reporting.comparison import compare as compare_runs
+from rlkit2.reporting.comparison import open_runs
 from rlkit2.training.run import Run
 
 
@@ -46,7 +47,10 @@ def compare(
             return evaluate(run, episodes=episodes, progress=progress, trust_env=trust_env)
 
     scorer = None if episodes is None else score
-    comparison = compare_runs([load_run(path) for path in runs], baseline=baseline, last=last, evaluate=scorer)
+    opened, left_out = open_runs(runs)
+    for line in left_out:
+        output.say(line, stderr=True)
+    comparison = compare_runs(opened, baseline=baseline, last=last, evaluate=scorer)
     if json:
         output.print_json(comparison.to_dict())
     elif markdown:

@@ -154,7 +154,7 @@ def _open(path: Path, checkpoint: str | None, env: str | None, trust_env: bool) 
         return load_policy(path), env
     run = load_run(path)
     policy = run.policy if checkpoint is None else run.load_agent(_step(run, checkpoint)).policy
-    policy.metadata.setdefault("spec", run.config["spec"])
+    policy.metadata.setdefault("spec", run.config.get("spec"))
     return policy, env or run_environment(run, trust_env=trust_env)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from rlkit2.api import load_run
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command
+from rlkit2.reporting.comparison import open_runs
 from rlkit2.reporting.report import write_report
 
 
@@ -23,7 +23,10 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path = Path("report.html"
         out: file to write.
         baseline: agent, label or run folder the others are held against; default: the first run.
     """
-    path = write_report([load_run(run) for run in runs], out, baseline=baseline)
+    opened, left_out = open_runs(runs)
+    for line in left_out:
+        output.say(line, stderr=True)
+    path = write_report(opened, out, baseline=baseline)
     output.say(f"wrote {path}")
     return 0
 

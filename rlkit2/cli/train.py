@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int | None:
         **given,
     )
     _print(output.console(), done)
-    return 1 if done.manifest["status"] == "failed" else 0
+    return 1 if done.status == "failed" else 0
 
 
 def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

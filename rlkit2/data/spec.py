@@ -13,6 +13,7 @@ from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
 from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
+from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +82,41 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, text: str) -> DatasetSpec:
-        """Read what `to_json` wrote; an environment specification that cannot be read here becomes None."""
-        values = json.loads(text)
-        keys = values["observation_keys"]
-        return cls(
-            observation_space=deserialize_space(values["observation_space"]),
-            action_space=deserialize_space(values["action_space"]),
-            env_spec=read_env_spec(values["env_spec"]),
-            eval_env_spec=read_env_spec(values["eval_env_spec"]),
-            id=values["id"],
-            content_hash=values["content_hash"],
-            ref_min_score=values["ref_min_score"],
-            ref_max_score=values["ref_max_score"],
-            observation_keys=None if keys is None else tuple(keys),
-            notes=values["notes"],
-        )
+        """Read what `to_json` wrote; an environment specification that cannot be read here becomes None. Raises `CorruptDatasetError`."""
+        try:
+            values = json.loads(text)
+            keys = values["observation_keys"]
+            spec = cls(
+                observation_space=deserialize_space(values["observation_space"]),
+                action_space=deserialize_space(values["action_space"]),
+                env_spec=read_env_spec(values["env_spec"]),
+                eval_env_spec=read_env_spec(values["eval_env_spec"]),
+                id=_text(values["id"]),
+                content_hash=_text(values["content_hash"]),
+                ref_min_score=_number(values["ref_min_score"]),
+                ref_max_score=_number(values["ref_max_score"]),
+                observation_keys=None if keys is None else tuple(map(_text, keys)),
+                notes=dict(values["notes"]),
+            )
+            spec.flattener  # noqa: B018 - spaces that cannot be flattened are damage here
+            return spec
+        except DatasetError:
+            raise
+        except Exception as error:  # Minari's and Gymnasium's readers raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise CorruptDatasetError(f"the specification of a dataset is damaged ({reason})") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r} is not a number")
+    return None if value is None else float(value)
 
 
 def env_spec_text(spec: EnvSpec | None) -> str | None:

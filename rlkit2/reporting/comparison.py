@@ -6,6 +6,8 @@ improvement over a baseline; intervals are those of `rlkit2.evaluation.statistic
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit2.errors import ConfigError
+from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation.evaluation import Evaluation, json_numbers, number
 from rlkit2.evaluation.scores import score_history
 from rlkit2.evaluation.statistics import Estimate, bootstrap, pooled_iqm, probability_of_improvement
@@ -122,6 +124,26 @@ class Comparison:
         return table + "".join(f"\n{note}\n" for note in self.notes)
 
 
+def open_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+    """The runs in these folders whose files can be read, and a line for every folder that is left out.
+
+    Raises `RunError` where a path does not exist, or none is left.
+    """
+    runs, left_out = [], []
+    for path in paths:
+        if not os.path.exists(path):
+            Run(path)  # says so
+        try:
+            run = Run(path)
+            run.manifest, run.evaluations(), run.metrics()
+            runs.append(run)
+        except RunError as error:
+            left_out.append(f"left out: {error}")
+    if left_out and not runs:
+        raise RunError(left_out[0].removeprefix("left out: "))
+    return runs, left_out
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by agent, configuration and dataset, in the order given.
 
@@ -165,7 +187,8 @@ def compare(
     """Compare the final scores of runs.
 
     `baseline`: label, agent name or run path (default: the first run). `last`: evaluations behind the "last evaluations" column. `evaluate`: scores
-    the final policies anew instead of reading the last lines of `evaluations.jsonl`; without it the runs must have been evaluated in training.
+    the final policies anew instead of reading the last lines of `evaluations.jsonl`; without it a run that was never evaluated has no
+    score, and a note.
     """
     groups = group_runs(runs)
     base = _baseline(groups, baseline)
@@ -180,12 +203,12 @@ def compare(
         for label in labels
         if (label, dataset) in table
     ]
-    if len(datasets) > 1 and all(scores.unit == "normalized score" for scores in table.values()):
+    if len(datasets) > 1 and all(scores.unit in ("normalized score", None) for scores in table.values()):
         full = [label for label in labels if all((label, dataset) in table for dataset in datasets)]
         for label in full:
             against = [table[base, dataset] for dataset in datasets] if base in full else None
             rows.append(_row(label, ALL, [table[label, dataset] for dataset in datasets], against, base))
-    return Comparison(tuple(rows), base, (*_methods(rows), *_notes(groups)))
+    return Comparison(tuple(rows), base, (*_methods(rows), *_notes(groups, evaluate is not None)))
 
 
 @dataclass(frozen=True)
@@ -194,7 +217,7 @@ class _GroupScores:
     last: float
     best: float
     step: int | None
-    unit: str
+    unit: str | None  # None: never evaluated
 
 
 def _scores(group: Group, last: int, evaluate: Callable[[Run], Evaluation] | None) -> _GroupScores:
@@ -208,17 +231,24 @@ def _scores(group: Group, last: int, evaluate: Callable[[Run], Evaluation] | Non
         return _GroupScores(
             np.concatenate(finals), float("nan"), float("nan"), None, "normalized score" if normalized else "return"
         )
-    histories = [score_history(run) for run in group.runs]
+    histories = [score_history(run) for run in group.runs if run.evaluations()]
     if len({history.unit for history in histories}) > 1:
         raise ConfigError(
             f"some runs of {group.label} on {group.dataset} have normalised scores and some have none; compare them with --episodes"
         )
-    episodes = min(history.scores[-1].shape[1] for history in histories)
-    final = np.concatenate([history.scores[-1][:, :episodes] for history in histories])
-    recent = np.concatenate([history.per_seed[-last:].mean(axis=0) for history in histories])
-    best = np.concatenate([history.per_seed[history.best] for history in histories])
-    steps = {history.steps[-1] for history in histories}
-    return _GroupScores(final, float(recent.mean()), float(best.mean()), max(steps), histories[0].unit)
+    episodes = min((history.scores[-1].shape[1] for history in histories), default=1)
+    missing = [np.full((len(run.config["seeds"]), episodes), np.nan) for run in group.runs if not run.evaluations()]
+    final = np.concatenate([*(history.scores[-1][:, :episodes] for history in histories), *missing])
+    recent = [history.per_seed[-last:].mean(axis=0) for history in histories]
+    best = [history.per_seed[history.best] for history in histories]
+    nan = [scores[:, 0] for scores in missing]
+    return _GroupScores(
+        final,
+        float(np.concatenate([*recent, *nan]).mean()),
+        float(np.concatenate([*best, *nan]).mean()),
+        max((history.steps[-1] for history in histories), default=None),
+        histories[0].unit if histories else None,
+    )
 
 
 def _row(
@@ -231,7 +261,7 @@ def _row(
     return Row(
         label=label,
         dataset=dataset,
-        unit=own[0].unit,
+        unit=next((part.unit for part in own if part.unit), "normalized score"),
         step=own[0].step if len(own) == 1 else None,
         scores=scores,
         mean=bootstrap(scores),
@@ -256,11 +286,16 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return [f"95 % intervals: {'; '.join(ways)}."] if ways else []
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
-    return [
-        f"{group.label} on {group.dataset}: seed {seed} stopped at step {facts['step']} ({facts['metric']} was not finite): no final score."
-        for group in groups
-        for run in group.runs
+def _notes(groups: Sequence[Group], played: bool) -> list[str]:
+    runs = [(f"{group.label} on {group.dataset}", run) for group in groups for run in group.runs]
+    notes = [
+        f"{name}: {run.path} has no evaluations: no final score; play its policy with --episodes N, or: rlkit2 evaluate {shlex.quote(str(run.path))}"
+        for name, run in runs
+        if not played and not run.evaluations()
+    ]
+    return notes + [
+        f"{name}: seed {seed} stopped at step {facts['step']} ({facts['metric']} was not finite): no final score."
+        for name, run in runs
         for seed, facts in run.manifest.get("stopped", {}).items()
     ]
 

@@ -28,7 +28,7 @@ def learning_curves(groups: Sequence[Group], *, axes: Axes | None = None) -> Fig
     With two or three seeds a band may be wider than the axes, which show where the seeds are.
     `axes`: draw there instead of on a new figure. Raises `ConfigError` where the groups are on several datasets or in several units.
     """
-    histories = [(group, score_history(run)) for group in groups for run in group.runs]
+    histories = [(group, score_history(run)) for group in groups for run in group.runs if run.evaluations()]
     if len({group.dataset for group in groups}) != 1 or len({history.unit for _, history in histories}) != 1:
         raise ConfigError("learning curves need runs on one dataset, scored in one unit")
     if axes is None:
@@ -36,6 +36,8 @@ def learning_curves(groups: Sequence[Group], *, axes: Axes | None = None) -> Fig
     for index, group in enumerate(groups):
         color = f"C{index % 10}"
         by_step: dict[int, list[Array]] = {}
+        if all(entry[0] is not group for entry in histories):
+            continue  # never evaluated
         for _, history in (entry for entry in histories if entry[0] is group):
             axes.plot(history.steps, history.per_seed, color=color, linewidth=0.7, alpha=0.45)
             for step, scores in zip(history.steps, history.scores, strict=True):

@@ -37,15 +37,15 @@ def write_report(
 ) -> Path:
     """Write the page about `runs` to `path` and return it.
 
-    `baseline`: see `compare`. `extra`: HTML put behind the score table. Raises `RunError` for runs without evaluations.
+    `baseline`: see `compare`. `extra`: HTML put behind the score table. A run that was never evaluated is shown without scores.
     """
     groups = group_runs(runs)
     sections = [f"<h2>Final scores</h2>{comparison_table(compare(runs, baseline=baseline))}", extra]
     for number, dataset in enumerate(dict.fromkeys(group.dataset for group in groups)):
         members = [group for group in groups if group.dataset == dataset]
-        sections.append(
-            f"<h2>Learning curves: {escape(dataset)}</h2>{svg(learning_curves(members), f'curves{number}')}"
-        )
+        scored = any(run.evaluations() for group in members for run in group.runs)
+        curves = svg(learning_curves(members), f"curves{number}") if scored else "<p class='note'>No evaluations.</p>"
+        sections.append(f"<h2>Learning curves: {escape(dataset)}</h2>{curves}")
     names = [(group, run) for group in groups for run in group.runs]
     sections += [_run_section(group, run, f"run{number}") for number, (group, run) in enumerate(names)]
     page = (
@@ -93,6 +93,8 @@ def _run_section(group: Group, run: Run, name: str) -> str:
 
 
 def _seed_table(run: Run) -> str:
+    if not run.evaluations():
+        return f"<p class='note'>{escape(run.status)}, never evaluated: no scores.</p>"
     summary = score_summary(run)
     rows = []
     for index, seed in enumerate(summary["seeds"]):

@@ -45,10 +45,10 @@ def train_experiment(folder: Path) -> str:
             **settings["data"],
             **settings["training"],
         )
-    elif run.manifest["status"] not in ("finished", "failed"):
+    elif run.status not in ("finished", "failed"):
         own = settings["agent"] if ":" in settings["agent"] else None
         run = train(own, resume=run, device=settings["device"], trust_env=settings["trust_env"], progress=False)
-    return str(run.manifest["status"])
+    return run.status
 
 
 def work_name(work: Callable[[Path], str]) -> str:

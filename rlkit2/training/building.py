@@ -15,7 +15,7 @@ from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_has
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import ConfigError
+from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.training.groups import BLOCK
 from rlkit2.training.memory import total_memory
@@ -91,6 +91,18 @@ def agent_config(run_config: Mapping[str, Any]) -> Any:
     return config_class(**read_fields(config_class, run_config["config"]))
 
 
+def stored_spec(run_config: Mapping[str, Any]) -> DatasetSpec:
+    """The specification of a run's dataset.
+
+    Raises:
+        RunError: the config has none.
+        CorruptDatasetError: it is damaged.
+    """
+    if "spec" not in run_config:
+        raise RunError("the run's config.json has no entry spec, the specification of its dataset; the run is damaged")
+    return DatasetSpec.from_json(run_config["spec"])
+
+
 def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | None = None) -> AgentFactory:
     """A function that builds the run's agent for some seeds on a device.
 
@@ -98,7 +110,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
         run_config: `Run.config`.
         dataset: source of the observation statistics; None leaves them at zero and one, for a state dict to overwrite.
     """
-    spec = DatasetSpec.from_json(run_config["spec"])
+    spec = stored_spec(run_config)
     cls, config = run_class(run_config), agent_config(run_config)
     mean = std = None
     if run_config["data"]["normalize_observations"]:

@@ -18,9 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit2.errors import RunError
+from rlkit2.errors import RLKitError, RunError, first_line
 from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
 from rlkit2.training.run_files import read_json, read_json_lines, write_atomically, write_json, writing
+from rlkit2.training.schemas import check_config, check_evaluation, check_manifest, check_metrics
 
 try:
     import fcntl
@@ -60,7 +61,7 @@ class Run:
         if not (self.path / "config.json").is_file():
             what = "holds no config.json, so it is not the folder of a run" if self.path.is_dir() else "does not exist"
             raise RunError(f"{self.path} {what}; runs are the folders that `rlkit2 train` writes below runs/")
-        self.config = read_json(self.path / "config.json")
+        self.config = read_json(self.path / "config.json", check_config)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -110,13 +111,13 @@ class Run:
     @property
     def manifest(self) -> dict[str, Any]:
         """Status, times, versions, platform, dataset, seeds and commands, as last written."""
-        return read_json(self.path / "manifest.json")
+        return read_json(self.path / "manifest.json", check_manifest)
 
     @property
     def status(self) -> str:
         """`created`, `running`, `interrupted`, `finished`, `failed` (every seed stopped), or `died`: killed, or ended by an error (`error` in the
         manifest), and to be resumed."""
-        status = str(self.manifest["status"])
+        status = str(self.manifest.get("status", "created"))
         return "died" if status == "running" and not self._in_use() else status
 
     def _in_use(self) -> bool:
@@ -146,11 +147,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per seed and log step: `step`, `seed`, and the mean of every metric since the log step before."""
-        return read_json_lines(self.path / "metrics.jsonl")
+        return read_json_lines(self.path / "metrics.jsonl", check_metrics)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """One dict per seed and evaluation: `step`, `seed`, `returns`, `lengths`, `normalized_scores`, `deterministic`."""
-        return read_json_lines(self.path / "evaluations.jsonl")
+        return read_json_lines(self.path / "evaluations.jsonl", check_evaluation)
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -185,7 +186,8 @@ class Run:
 
         checkpoint = self.checkpoint(step)
         agent = agent_factory(self.config)(self.config["seeds"], "cpu")
-        agent.load_state_dict(agent_state(checkpoint))
+        with fitting(checkpoint, self.path):
+            agent.load_state_dict(agent_state(checkpoint))
         return agent
 
     @property
@@ -240,6 +242,20 @@ class Run:
             yield
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def fitting(checkpoint: Checkpoint, path: Path) -> Iterator[None]:
+    """Turn whatever is raised where a checkpoint does not fit its run into one clear `RunError`."""
+    try:
+        yield
+    except (RLKitError, OSError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(
+            f"the checkpoint of step {checkpoint.step} does not fit {path} ({reason}); the run is damaged"
+        ) from error
 
 
 def agent_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from rlkit2.errors import RunError
+from rlkit2.errors import RunError, first_line
+
+LARGEST = 2**30  # bytes of a file that is read as a whole
 
 
 class WriteError(RunError):
@@ -67,21 +69,39 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, check: Callable[[Any], None] | None = None) -> dict[str, Any]:
+    """Read a JSON object; `check` raises `SchemaError` (or any `ValueError`) for entries that are not as they must be.
 
     Raises:
         RunError: the file is missing or damaged.
     """
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(_read(path))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        if check is not None:
+            check(value)
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); the run is damaged") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object; the run is damaged")
+        raise RunError(f"{path} cannot be read ({first_line(error)}); the run is damaged") from error
     return value
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file that is read as a whole."""
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"it has {size} bytes, more than any file of this kind")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """JSON of any depth and content; `ValueError` where it is none."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 class JsonLines:
@@ -124,9 +144,29 @@ class JsonLines:
         os.close(self._descriptor)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file; a last line cut off by a kill is left out; no file means no lines."""
-    if not path.exists():
+def read_json_lines(path: Path, check: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
+    """All whole lines of a JSON-lines file; no file means no lines. `check`: see `read_json`.
+
+    A last line that a kill or a power failure cut off is left out; damage before it is not.
+
+    Raises:
+        RunError: the file cannot be read, or a line within it is damaged; the message names the line.
+    """
+    try:
+        lines = _read(path).split(b"\n")
+    except FileNotFoundError:
         return []
-    whole, newline, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n")] if newline else []
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({first_line(error)}); the run is damaged") from error
+    found = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            value = parse_json(line)
+            if check is not None:
+                check(value)
+        except ValueError as error:
+            if not any(rest.strip(b"\0 ") for rest in lines[number:]) and not line.strip(b"\0 "):
+                break  # nothing but the zeros of a block that was never written
+            raise RunError(f"{path}: line {number} is damaged ({first_line(error)})") from error
+        found.append(value)
+    return found

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from rlkit2.errors import RunError, first_line
 from rlkit2.nn import fast_matmul
+from rlkit2.nn.mlp import StackedMLP
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
 from rlkit2.training.progress import Progress
-from rlkit2.training.run import Run, agent_state, describe_start
+from rlkit2.training.run import Run, agent_state, describe_start, fitting
 from rlkit2.training.run_files import JsonLines, WriteError, writing
+from rlkit2.training.schemas import check_facts
 
 if TYPE_CHECKING:
     from rlkit2.agents.base import Agent
@@ -262,6 +264,8 @@ class Trainer:
                     f"{text.partition(';')[0]}; it is set aside as {aside.name}, resuming from step {checkpoint.step}"
                 )
             self.step, facts = checkpoint.step, checkpoint.facts
+            with fitting(checkpoint, self.run.path):
+                check_facts(facts, self.seeds, GROWING)
             self.stopped = {int(seed): record for seed, record in facts["stopped"].items()}
             self.best = facts["best"]
             self._warned = set(facts["warned"])
@@ -273,18 +277,19 @@ class Trainer:
             for name in GROWING
         }
         if checkpoints:
-            states = _slices(agent_state(checkpoint), self.seeds)
-            self.frozen = {seed: states[seed] for seed in self.stopped}
-            generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
-            self._build(states, generators)
-            self._restore_metrics(checkpoint)
+            with fitting(checkpoint, self.run.path):
+                states = _slices(agent_state(checkpoint), self.seeds)
+                self.frozen = {seed: states[seed] for seed in self.stopped}
+                generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
+                self._build(states, generators)
+                self._restore_metrics(checkpoint)
             self._tidy()
         else:
             self._build()
             self._save()
-        agent = self.groups[0].agent
-        weights = max(tensor[0].numel() for tensor in agent.state_dict().values())
-        self.work = weights * max(map(len, self.parts)) * self.options.batch_size
+        if self.groups:  # else every seed has stopped
+            weights = max(tensor[0].numel() for tensor in self.groups[0].agent.state_dict().values())
+            self.work = weights * max(map(len, self.parts)) * self.options.batch_size
         with fast_matmul(self.device, self.work) as onednn:
             library = "oneDNN" if onednn else "torch's default"
         start = {**describe_start(str(self.device)), "matmul": library, "step": self.step}
@@ -292,7 +297,7 @@ class Trainer:
             status="running",
             dataset=self.run.config["dataset"],
             seeds=self.seeds,
-            starts=[*self.run.manifest["starts"], start],
+            starts=[*self.run.manifest.get("starts", []), start],
             stopped={str(seed): facts for seed, facts in self.stopped.items()},
             error=None,
         )
@@ -396,8 +401,15 @@ class Trainer:
             "seeds": self.seeds,
             "step": self.step,
         }
-        with writing(self.run.path / "policy"):
-            self._whole_agent(self.seeds).policy.save(self.run.path / "policy", facts)
+        policy = self._whole_agent(self.seeds).policy
+        if isinstance(policy.actor.network, StackedMLP):
+            with writing(self.run.path / "policy"):
+                policy.save(self.run.path / "policy", facts)
+        else:  # nothing could rebuild it without its code
+            kind = type(policy.actor.network).__name__
+            self.progress.message(
+                f"policy/ is not written: its network is a {kind} of your own; run.policy makes it from the checkpoint"
+            )
         seconds = time.perf_counter() - began
         self.run.update_manifest(
             status=status,

@@ -252,12 +252,11 @@ def test_the_commands_print_what_the_library_says(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["compare", "report"])
 def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, command):
     run = make_run(tmp_path / "a")
-    empty = make_run(tmp_path / "b", "bc")
-    (empty.path / "evaluations.jsonl").write_text("")
     out = ["--out", str(tmp_path / "r.html")] if command == "report" else []
     for arguments, expected in (
         ([str(tmp_path / "nothing")], "nothing does not exist"),
-        ([str(run.path), str(empty.path)], "b has no evaluations"),
+        ([str(run.path), str(tmp_path / "nothing")], "nothing does not exist"),
+        ([str(tmp_path)], "holds no config.json"),
         ([str(run.path), "--baseline", "iql"], "baseline 'iql' is none of the compared runs: 'odice'"),
         ([], "nothing to compare"),
     ):
@@ -265,6 +264,33 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, command):
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_no_run_keeps_the_others_from_being_shown(tmp_path, capsys, command):
+    """One that was never evaluated is a row without scores; what is no run, or damaged, is left out with a line."""
+    run, empty, damaged = make_run(tmp_path / "a"), make_run(tmp_path / "b", "bc"), make_run(tmp_path / "c", "iql")
+    (empty.path / "evaluations.jsonl").unlink()
+    (empty.path / "metrics.jsonl").write_text("")
+    text = (damaged.path / "evaluations.jsonl").read_text().splitlines()
+    (damaged.path / "evaluations.jsonl").write_text("\n".join([text[0], text[1][:20], *text[2:]]) + "\n")
+    page = tmp_path / "r.html"
+    out = ["--out", str(page)] if command == "report" else ["--json"]
+    assert main([command, *map(str, (run.path, empty.path, damaged.path, tmp_path)), *out]) == 0
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 2
+    assert re.search(r"left out: .*c/evaluations\.jsonl: line 2 is damaged", lines[0])
+    assert "holds no config.json" in lines[1]
+    if command == "report":
+        assert "never evaluated: no scores" in page.read_text()
+    else:
+        first, second = json.loads(printed.out)["rows"]
+        assert first["mean"]["value"] is not None
+        assert second["mean"] == {"value": None, "interval": [None, None], "method": ""}
+        assert "b has no evaluations" in json.loads(printed.out)["notes"][1]
+    nothing = write_report([empty], tmp_path / "nothing.html").read_text()
+    assert "No evaluations." in nothing
 
 
 def test_contradicting_evaluations_are_refused(tmp_path):

@@ -176,7 +176,7 @@ def test_another_dataset_is_refused(tmp_path):
     run = rlkit2.train(CONFIG, DATASET, steps=4, out=tmp_path, **options())
     with pytest.raises(RunError, match=r"dataset tiny/walk-v0 is not what .* was trained on"):
         rlkit2.train(resume=run, dataset=tiny_dataset(seed=1), steps=8, **options())
-    with pytest.raises(RunError, match=r"dataset of .* cannot be opened .*pass it again"):
+    with pytest.raises(RunError, match=r"dataset of .* cannot be opened .*say where it is now: --dataset ID or path"):
         rlkit2.train(resume=run, steps=8, **options())
     assert run.config["training"]["steps"] == 4
 

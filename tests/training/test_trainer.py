@@ -294,8 +294,9 @@ def test_two_processes_cannot_train_one_run(tmp_path):
 def test_runs_started_together_get_folders_of_their_own(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
+    config = tiny_run(tmp_path / "one", BCConfig(), tiny_dataset(), [0], steps=1).config
     with ThreadPoolExecutor(8) as pool:
-        runs = list(pool.map(lambda _: Run.create(tmp_path, "a b/C", {"seeds": []}), range(16)))
+        runs = list(pool.map(lambda _: Run.create(tmp_path, "a b/C", config), range(16)))
     assert sorted(run.path.name for run in runs) == [f"a-b-c-{k:03d}" for k in range(1, 17)]
 
 
@@ -443,3 +444,62 @@ def test_an_update_with_phases_is_recorded_once_for_each(first):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert plain.phase == recorded.phase
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in recorded.state_dict().items())
+
+
+def test_what_seeds_that_stop_at_once_leave_is_readable_by_every_command(tmp_path, capsys):
+    """Rewards of 1e30: both seeds stop at the first update, before there is a line of metrics or an evaluation."""
+    from rlkit2.cli.main import main
+
+    data = tiny_dataset()
+    data = data.with_rewards(torch.full((len(data),), 1e30))
+    data.to_minari("tiny/huge-v0")
+    words = [
+        "--dataset",
+        "tiny/huge-v0",
+        "--hidden-sizes",
+        "8",
+        "--seeds",
+        "2",
+        "--env",
+        "tests.training.tiny_problem:TinyWalk-v0",
+    ]
+    assert main(["train", "iql", *words, "--steps", "9", "--out", str(tmp_path)]) == 1
+    (run,) = map(Run, tmp_path.glob("iql-*"))
+    assert (run.metrics(), run.evaluations(), run.status) == ([], [], "failed")
+    env = words[-2:]
+    for command in (
+        ["evaluate", run.path, "--episodes", "2", *env],
+        ["compare", run.path],
+        ["compare", run.path, "--episodes", "2"],
+        ["report", run.path, "--out", tmp_path / "r.html"],
+        ["evaluate", run.path, "--offline", "--steps", "20", "--members", "3"],
+    ):
+        assert main([str(word) for word in command]) in (0, 1), command
+    assert main(["train", "--resume", str(run.path), *env]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    run.policy(torch.zeros(2, 4, 3))
+    assert run.agent.seeds == (0, 1)
+
+
+def test_a_policy_of_ones_own_network_is_left_out_with_a_line_and_the_run_stays_whole(tmp_path, capsys):
+    made, told = tiny_run(tmp_path, BCConfig(hidden_sizes=(8,)), tiny_dataset(), [0], steps=4, eval_every=0), []
+
+    class Line(torch.nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, inputs, outputs))
+
+        def forward(self, observations):
+            return observations @ self.weight
+
+    class Told(Progress):
+        def message(self, text):
+            told.append(text)
+
+    def own(agent):
+        agent.replace_network("policy", Line(3, 2 * 1))
+
+    run = fit(made, tiny_dataset(), wrap=own, progress=Told(None))
+    assert run.status == "finished"
+    assert any("policy/ is not written" in line and "Line" in line for line in told), told
+    assert not (run.path / "policy").exists()
