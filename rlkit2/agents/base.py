@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -290,13 +291,24 @@ def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(metrics, torch.stack(list(metrics.values())).mean(-1).unbind(), strict=True))
 
 
+MOST_SEEDS = 10_000  # in one run
+
+
 def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """`n` means seeds 0 to n-1.
 
     Raises:
         ConfigError: no seed, or one twice.
     """
-    named = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
-    if not named or len(set(named)) != len(named):
+    listed = (
+        list(range(min(seeds, MOST_SEEDS + 1)))
+        if type(seeds) is int
+        else list(seeds)
+        if isinstance(seeds, Iterable)
+        else []
+    )
+    whole = all(isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**63 for seed in listed)
+    if not whole or not 0 < len(set(listed)) == len(listed) <= MOST_SEEDS:
         raise ConfigError(f"seeds must be a positive number or distinct integers, not {seeds!r}")
+    named = tuple(map(int, listed))
     return named

@@ -23,6 +23,7 @@ from rlkit2.errors import ConfigError, require
 from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
+from rlkit2.training.loggers import check_loggers
 from rlkit2.training.run_files import write_json, writing
 
 Work = Callable[[Path], str]  # does what a folder says and returns its status
@@ -59,6 +60,7 @@ def run_sweep(
         KeyboardInterrupt: the runs in progress are saved; the same call resumes them.
     """
     check_engine(engine, jobs)
+    check_loggers([name for experiment in sweep.experiments for name in experiment.loggers])
     root = Path(out).resolve() / sweep.name
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
     status = {folder: sweep_status(folder) for folder in folders}

@@ -5,6 +5,7 @@ name = "pendulum"                     # folder below `out`; default: the name of
 agent = "bc"
 dataset = "builtin/pendulum"
 seeds = 4                             # a number, or a list of seeds
+loggers = ["tensorboard"]             # beside the files that are always written
 [base.config]                         # [base.data] and [base.training] likewise
 hidden_sizes = [64, 64]
 [grid]                                # every combination of these
@@ -36,10 +37,11 @@ from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training.loggers import check_names
 from rlkit2.training.run_files import read_json
 
 SECTIONS = ("config", "data", "training")
-NAMES = ("agent", "dataset", "seeds", "env")
+NAMES = ("agent", "dataset", "seeds", "env", "loggers")
 ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
 
 
@@ -54,12 +56,13 @@ class Experiment:
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    loggers: tuple[str, ...] = ()
     label: str = ""
 
     @property
     def folder(self) -> str:
         """Name of its folder: readable, and the same for the same settings wherever the run stands in the file."""
-        settings = {name: value for name, value in asdict(self).items() if name != "label"}
+        settings = {name: value for name, value in asdict(self).items() if name not in ("label", "loggers")}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return re.sub(r"[^A-Za-z0-9._=]+", "-", f"{self.label or self.agent} {digest}").strip("-")
 
@@ -107,7 +110,10 @@ def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Swee
         raise ConfigError(f"sweep {path} holds the same run twice: {twice}")
     for experiment in experiments:
         check_named_id(experiment.env or "", f"sweep {path}", trust_env=trust_env)
-    return Sweep(path, str(content.get("name", path.stem)), experiments, trust_env)
+    name = content.get("name", path.stem)
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .=+-]*", name):  # a folder below `out` and nowhere else
+        raise ConfigError(f"sweep {path}: name must be a plain name of a folder, not {name!r}")
+    return Sweep(path, name, experiments, trust_env)
 
 
 def _grid(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -169,6 +175,8 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
             raise ConfigError(
                 f'{what} names no {name}; add {name} = "..." to [base] or {name} = ["...", "..."] to [grid]'
             )
+    if not isinstance(settings.get("env", ""), str):
+        raise ConfigError(f"{what}: env must be the id of an environment, not {settings['env']!r}")
     try:
         agent = settings["agent"]
         config = read_fields(agent_class(agent).config_class, settings.get("config", {}))
@@ -178,10 +186,22 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         DataOptions(**data)
         TrainingOptions(**training)
         seeds = as_seeds(settings.get("seeds", 1))
+        loggers = settings.get("loggers", [])
+        if not isinstance(loggers, list):
+            raise ConfigError(f"loggers must be a list of names, not {loggers!r}")
+        check_names(loggers)
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
     return Experiment(
-        agent, settings["dataset"], seeds, settings.get("env"), config=config, data=data, training=training, label=label
+        agent,
+        settings["dataset"],
+        seeds,
+        settings.get("env"),
+        config=config,
+        data=data,
+        training=training,
+        loggers=tuple(loggers),
+        label=label,
     )
 
 

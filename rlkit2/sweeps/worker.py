@@ -41,13 +41,21 @@ def train_experiment(folder: Path) -> str:
             overrides=settings["config"],
             device=settings["device"],
             trust_env=settings["trust_env"],
+            loggers=settings["loggers"],
             progress=False,
             **settings["data"],
             **settings["training"],
         )
     elif run.status not in ("finished", "failed"):
         own = settings["agent"] if ":" in settings["agent"] else None
-        run = train(own, resume=run, device=settings["device"], trust_env=settings["trust_env"], progress=False)
+        run = train(
+            own,
+            resume=run,
+            device=settings["device"],
+            trust_env=settings["trust_env"],
+            loggers=settings["loggers"],
+            progress=False,
+        )
     return run.status
 
 

@@ -53,12 +53,12 @@ class TrackerLogger:
 
     def __init__(self, module: str, run: Run, first_step: int) -> None:
         tracker = require(module, extra=module)
-        options = (
-            {"resume": "allow"}
-            if module == "trackio"
-            else {"resume": "allow", "id": run.path.name, "dir": str(run.path)}
-        )
-        self._tracker = tracker.init(project="rlkit2", name=run.path.name, config=dict(run.config), **options)
+        name, options = run.path.name, {"resume": "allow"}
+        if module == "trackio":  # knows runs by their names
+            name = f"{name}-{run.id[:8]}"
+        else:
+            options |= {"id": run.id, "dir": str(run.path)}
+        self._tracker = tracker.init(project="rlkit2", name=name, config=dict(run.config), **options)
 
     def log(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Send all seeds of a step in one call."""
@@ -83,11 +83,17 @@ LOGGERS: dict[str, Callable[[Run, int], Logger]] = {
 }
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for an unknown name, `MissingExtraError` for a tool that is not installed."""
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for an unknown name."""
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(f"unknown logger {name!r}; there are {', '.join(LOGGERS)}")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for an unknown name, `MissingExtraError` for a tool that is not installed."""
+    check_names(names)
+    for name in names:
         require(name, extra=name)
 
 

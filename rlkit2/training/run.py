@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class Run:
                     break
                 except FileExistsError:
                     number += 1
-        write_json(path / "manifest.json", {"status": "created", "starts": []})
+        write_json(path / "manifest.json", {"id": uuid.uuid4().hex, "status": "created", "starts": []})
         write_json(path / "config.json", config)
         return cls(path)
 
@@ -112,6 +113,15 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """Status, times, versions, platform, dataset, seeds and commands, as last written."""
         return read_json(self.path / "manifest.json", check_manifest)
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits that no other run has, wherever its folder is and whatever it is called."""
+        found = self.manifest.get("id")
+        if found is None:  # of a run from before there were any
+            found = uuid.uuid4().hex
+            self.update_manifest(id=found)
+        return str(found)
 
     @property
     def status(self) -> str:

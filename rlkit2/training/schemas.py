@@ -27,6 +27,7 @@ CONFIG_MORE: Schema = {"spec": str, "env": str | None, "recipe": str | None, "ag
 DATASET: Schema = {"id": str, "source": str, "content_hash": str}
 DATASET_MORE: Schema = {"observation_keys": tuple[str, ...] | None}
 MANIFEST: Schema = {
+    "id": str,
     "status": str,
     "starts": tuple[Object, ...],
     "stopped": Object,

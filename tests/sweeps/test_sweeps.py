@@ -95,6 +95,12 @@ def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
         (("steps = 30", "steps = 0"), "steps must be a whole number of at least 1"),
         (("seeds = 2", "seeds = [1, 1]"), "seeds must be a positive number or distinct integers"),
         (('name = "tiny"', "name ="), "is not readable TOML"),
+        (('name = "tiny"', 'name = "../../elsewhere"'), r"name must be a plain name of a folder, not '\.\./\.\./elsewhere'"),
+        (("seeds = 2", "seeds = 1e40"), "seeds must be a positive number or distinct integers, not 1e\\+40"),
+        (("seeds = 2", "seeds = 1000000000000"), "seeds must be a positive number or distinct integers"),
+        (("seeds = 2", "env = 5"), "env must be the id of an environment, not 5"),
+        (("seeds = 2", 'loggers = ["wandbb"]'), "unknown logger 'wandbb'"),
+        (("seeds = 2", 'loggers = "wandb"'), "loggers must be a list of names, not 'wandb'"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_before_anything_is_trained(tmp_path, capsys, change, message):
@@ -120,6 +126,17 @@ def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatc
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingExtraError, match=rf"pip install 'rlkit2\[{extra}\]'"):
             run_sweep(sweep, out=tmp_path, engine=engine)
+
+
+def test_loggers_named_in_the_file_change_no_folder(tmp_path, monkeypatch):
+    tiny_dataset().to_minari("tiny/walk-v0")
+    plain = load_sweep(written(tmp_path))
+    with_loggers = load_sweep(written(tmp_path, FILE.replace("[base]", '[base]\nloggers = ["wandb"]')))
+    assert [e.folder for e in plain.experiments] == [e.folder for e in with_loggers.experiments]
+    assert {e.loggers for e in with_loggers.experiments} == {("wandb",)}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match="wandb is not installed"):
+        run_sweep(with_loggers, out=tmp_path)
 
 
 def single(tmp_path, learning_rate, **options):

@@ -14,6 +14,7 @@ from rich.console import Console
 import rlkit2
 from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import ConfigError, MissingExtraError
+from rlkit2.training import Run
 from rlkit2.training.loggers import LOGGERS, check_loggers, make_loggers
 from rlkit2.training.progress import Progress
 from tests.training.tiny_problem import Walk, fit, interrupting, tiny_dataset, tiny_run
@@ -88,7 +89,13 @@ def test_trackers_get_all_seeds_of_a_step_in_one_call_and_are_finished(tmp_path,
     run = tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE)
     with pytest.raises(KeyboardInterrupt):
         train_with(name, run, wrap=interrupting(30))
-    assert settings["name"] == run.path.name
+    same_name = tiny_run(tmp_path / "another machine", CONFIG, DATASET, [0, 1], **SCHEDULE)
+    assert same_name.path.name == run.path.name
+    assert same_name.id != run.id
+    if name == "wandb":
+        assert (settings["name"], settings["id"]) == (run.path.name, run.id)
+    else:
+        assert settings["name"] == f"{run.path.name}-{run.id[:8]}"
     assert settings["config"]["seeds"] == [0, 1]
     assert calls[-1] == "finished"
     steps = [call[0] for call in calls[:-1]]
@@ -99,6 +106,14 @@ def test_trackers_get_all_seeds_of_a_step_in_one_call_and_are_finished(tmp_path,
     assert {key.split("/")[0] for key in calls[0][1]} == {"seed0", "seed1"}
     scores = next(values for step, values in calls[:-1] if "seed0/evaluation/score" in values)
     assert scores["seed1/evaluation/score"] == pytest.approx(sum(run.evaluations()[1]["returns"]) / 2)
+
+
+def test_a_run_keeps_its_id_and_an_old_one_gets_one(tmp_path):
+    run = tiny_run(tmp_path, CONFIG, DATASET, [0], **SCHEDULE)
+    assert run.id == Run(run.path).id == fit(run, DATASET).manifest["id"]
+    manifest = {name: value for name, value in run.manifest.items() if name != "id"}
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    assert run.id == Run(run.path).id
 
 
 # progress
