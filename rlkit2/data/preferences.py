@@ -288,7 +288,7 @@ class PreferenceDataset:
                 dataset_id=description["dataset"],
                 dataset_hash=description["dataset_hash"],
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptDatasetError(f"the labels in {folder} are damaged ({error})") from error
 
 

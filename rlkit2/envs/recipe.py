@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from minari.dataset.minari_dataset import parse_dataset_id
 
 from rlkit2.data.known_environments import check_arguments
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError, require
+from rlkit2.toml import read_toml
 
 # The module whose presence shows that an extra is installed, and whose import registers its environments.
 EXTRA_MODULES = {"robotics": "gymnasium_robotics", "mujoco": "mujoco", "box2d": "Box2D"}
@@ -159,12 +159,7 @@ def read_recipe(path: str | Path) -> DatasetRecipe:
         ConfigError: no such file, not TOML, or a field that is missing, unknown, of the wrong type or out of range; the message names it.
     """
     file = Path(path)
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a TOML recipe") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: no valid TOML ({error})") from error
+    values = read_toml(file, "recipe")
     top = _Table(values, "", file).need("id", "description", "seed", "environment", "behaviors", "reference")
     environment = EnvironmentRecipe(**top.table("environment").need("id").read(EnvironmentRecipe))
     if environment.extra is not None and environment.extra not in EXTRA_MODULES:

@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -36,6 +35,7 @@ from rlkit2.agents.base import as_seeds
 from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
+from rlkit2.toml import read_toml
 from rlkit2.training import DataOptions, Run, TrainingOptions
 from rlkit2.training.loggers import check_names
 from rlkit2.training.run_files import read_json
@@ -90,12 +90,7 @@ def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Swee
             the wrong type, or the same run twice; the message names the run.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"sweep {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"sweep {path} is not readable TOML: {error}") from error
+    content = read_toml(path, "sweep")
     try:
         _check_names(content, ("name", "base", "grid", "runs"), "the file")
         settings = [*_grid(content.get("base", {}), content.get("grid", {})), *_listed(content)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rlkit2.agents import agent_class, class_name, plain_name
 from rlkit2.errors import ConfigError
 from rlkit2.fields import closest, read_fields
 from rlkit2.recipes import recipe_folder
+from rlkit2.toml import read_toml
 from rlkit2.training.options import SECTIONS
 
 
@@ -61,12 +61,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a recipe that names its agent and dataset."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"recipe {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not readable TOML: {error}") from error
+    content = read_toml(path, "recipe")
     for name in ("agent", "dataset"):
         if not isinstance(content.get(name), str):
             raise ConfigError(f'recipe {path} does not name its {name}; add a line {name} = "..." at the top')

@@ -329,7 +329,7 @@ def test_a_dataset_that_no_recipe_made_is_not_taken_for_one(tmp_path: Path) -> N
         ("hold = 4.0", "hold = 0.5", "hold must be at least 1"),
         ("[reference]", "[references]", "reference is missing"),
         ('id = "rlkit2/Rooms-v0"', 'id = "rlkit2/Rooms-v0"\nextra = "gpu"', "extra must be one of"),
-        ("[environment]", "[environment", "no valid TOML"),
+        ("[environment]", "[environment", "is not readable TOML"),
     ],
 )
 def test_wrong_recipes_name_the_field(tmp_path: Path, old: str, new: str, message: str) -> None:

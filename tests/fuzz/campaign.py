@@ -50,7 +50,7 @@ def originals(root: Path) -> dict[str, Path]:
 def try_one(number: int, whole: dict[str, Path], scratch: Path, kind: Kind | None = None) -> tuple[str, str | None]:
     """Damage one file and use it; what was done, and the traceback where there was one."""
     generator = random.Random(number)
-    kind = kind or generator.choices(KINDS, [8, 2, 2, 2, 1])[0]
+    kind = kind or generator.choices(KINDS, [8, 2, 2, 2, 3, 1])[0]
     folder = scratch / "input"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole[kind.name], folder)
@@ -74,8 +74,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="this kind of files alone")
     parser.add_argument("--only", type=int, help="this input alone")
     options = parser.parse_args()
+    kind = next((kind for kind in KINDS if kind.name == options.kind), None)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     def late(number: int, frame: FrameType | None) -> None:
@@ -92,7 +94,7 @@ def main() -> int:
         done = 0
         while time.monotonic() < until:
             signal.alarm(SECONDS)
-            what, fault = try_one(number, whole, root)
+            what, fault = try_one(number, whole, root, kind)
             signal.alarm(0)
             done += 1
             if fault is not None:

@@ -90,6 +90,11 @@ def make_rewards(folder: Path) -> None:
     save_rewards(folder / "rewards.safetensors", data, torch.zeros(len(data)), {"by": "nobody"})
 
 
+def make_dataset(folder: Path) -> None:
+    data = tiny_dataset(episodes=3, length=5).to_minari(f"tiny/sent{len(list(folder.parents[0].iterdir()))}-v0")
+    shutil.copytree(data.storage.data_path, folder / "data")
+
+
 def use_labels(folder: Path) -> None:
     labels = PreferenceDataset.load(folder / "labels")
     labels.sample(tiny_dataset(), torch.Generator().manual_seed(0), 4) if hasattr(labels, "sample") else len(labels)
@@ -119,6 +124,11 @@ KINDS = (
     Kind("recipe", make_recipe, ("recipe.toml",), (command("train", "--recipe", "FOLDER/recipe.toml", "--out", "FOLDER/runs"),)),
     Kind("sweep", make_sweep, ("sweep.toml",), (command("sweep", "FOLDER/sweep.toml", "--out", "FOLDER/runs", "--dry-run"),)),
     Kind("labels", make_labels, ("labels", "labels/*"), (python(use_labels),)),
+    Kind("dataset", make_dataset, ("**/metadata.json", "**/main_data.hdf5"), (
+        command("data", "check", "FOLDER"),
+        python(lambda folder: rlkit2.load_dataset(folder, cache=False)),
+        command("train", "bc", "--dataset", "FOLDER", "--steps", "1", "--hidden-sizes", "4", "--eval-every", "0", "--out", "FOLDER/r"),
+    )),
     Kind("rewards", make_rewards, ("rewards.safetensors",), (python(lambda folder: load_rewards(folder / "rewards.safetensors", tiny_dataset())),)),
 )  # fmt: skip
 
