@@ -330,7 +330,7 @@ def test_a_root_that_cannot_be_written_is_one_clear_line(
         (("checks",), "did you mean check?"),
         (("build",), "name built-in datasets, or give --recipe FILE"),
         (("build", "builtin/rooms", "--all"), "name built-in datasets, or give --recipe FILE"),
-        (("build", "--recipe", "none.toml"), "none.toml: cannot be read"),
+        (("build", "--recipe", "none.toml"), "none.toml does not exist"),
         (("import", "none.hdf5", "a/b-v0"), "none.hdf5 does not exist"),
         (("import", "none.hdf5", "a/b-v0", "--env", "Nothing-v0"), "Nothing-v0"),
     ],

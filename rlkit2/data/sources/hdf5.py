@@ -10,7 +10,7 @@ from typing import Any
 
 import h5py
 
-from rlkit2.errors import CorruptDatasetError
+from rlkit2.errors import CorruptDatasetError, RLKitError, first_line
 
 LARGE, MOST = 2**26, 1100  # bytes of an array from which on its compression is looked at; more than gzip's best ratio
 
@@ -31,8 +31,11 @@ def open_hdf5(path: Path, *, arrays: bool = True) -> Iterator[Any]:
         try:
             _check_links(file, path, arrays)
             yield file
-        except OSError as error:
-            raise CorruptDatasetError(f"{path}: truncated or damaged ({error})") from error
+        except RLKitError:
+            raise
+        except Exception as error:  # HDF5 raises every kind
+            reason = first_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+            raise CorruptDatasetError(f"{path}: truncated or damaged ({reason})") from error
 
 
 def _check_links(file: Any, path: Path, arrays: bool) -> None:
@@ -76,5 +79,5 @@ def hdf5_names(path: Path, group: str = "/") -> set[str]:
             outside = file.get(group, getlink=True) if group.strip("/") else None
             found = None if isinstance(outside, h5py.ExternalLink) else file.get(group)
             return set(found) if isinstance(found, h5py.Group) else set()
-    except OSError:
+    except (OSError, RuntimeError, KeyError, ValueError):
         return set()

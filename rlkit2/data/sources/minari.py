@@ -24,8 +24,18 @@ from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
 from rlkit2.errors import CorruptDatasetError, DatasetError, EnvironmentUnavailableError, first_line
+from rlkit2.fields import Finite, Natural, describe_type, read_value
 
 HDF5_FILE = "main_data.hdf5"
+METADATA = {  # what is read of it, and its types; all of it may be missing or null
+    **dict.fromkeys(("total_episodes", "total_steps"), Natural),
+    **dict.fromkeys(("ref_min_score", "ref_max_score"), Finite),
+    **dict.fromkeys(
+        ("data_format", "dataset_id", "observation_space", "action_space", "env_spec", "eval_env_spec"), str
+    ),
+    "jpeg_encoding": bool,
+    "observation_keys": tuple[str, ...],
+}
 
 
 class MinariReader(Reader):
@@ -79,11 +89,27 @@ def _read_metadata(data_path: Path) -> dict[str, Any]:
         return _old_metadata(data_path)
     except PermissionError as error:
         raise DatasetError(f"{data_path}/metadata.json cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise CorruptDatasetError(f"{data_path}/metadata.json cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CorruptDatasetError(f"{data_path}/metadata.json is not valid JSON ({error})") from error
     if not isinstance(metadata, dict):
         raise CorruptDatasetError(f"{data_path}/metadata.json does not hold an object")
-    return metadata
+    return _checked(metadata, f"{data_path}/metadata.json")
+
+
+def _checked(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+    """The metadata, with every entry that is read here of its type."""
+    hints: dict[str, Any] = METADATA
+    for key, hint in hints.items():
+        try:
+            if metadata.get(key) is not None:
+                read_value(metadata[key], hint)
+        except TypeError as error:
+            raise CorruptDatasetError(
+                f"{name}: {key} must be {describe_type(hint)}, not {str(metadata[key])[:60]!r}"
+            ) from error
+    return {key: value for key, value in metadata.items() if value is not None or key not in METADATA}
 
 
 def _old_metadata(data_path: Path) -> dict[str, Any]:
@@ -93,7 +119,7 @@ def _old_metadata(data_path: Path) -> dict[str, Any]:
     if "total_episodes" not in found:
         raise DatasetError(f"{data_path} is not a Minari dataset: it has no metadata.json")
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in found.items()}
-    return {**texts, "jpeg_encoding": False}
+    return _checked({**texts, "jpeg_encoding": False}, str(data_path / HDF5_FILE))
 
 
 def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[str] | None) -> DatasetSpec:
@@ -103,8 +129,11 @@ def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[
         text = metadata.get(kind)
         try:
             found[kind] = deserialize_space(text) if text else getattr(_environment(env_spec, data_path, kind), kind)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise CorruptDatasetError(f"{data_path}/metadata.json: {kind} cannot be read ({error})") from error
+        except DatasetError:
+            raise
+        except Exception as error:  # Minari's and Gymnasium's readers raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise CorruptDatasetError(f"{data_path}/metadata.json: {kind} cannot be read ({reason})") from error
     for score in ("ref_min_score", "ref_max_score"):
         found[score] = None if metadata.get(score) is None else float(metadata[score])
     if observation_keys is None:
