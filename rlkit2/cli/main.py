@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from rlkit2.errors import RLKitError
+from rlkit2.errors import RLKitError, first_line
 
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -77,8 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.stderr.write(f"rlkit2: not enough memory{_memory_limit()}: {first_line(error)}\n")
+        return 2
     finally:
         warnings.formatwarning = before
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Also as the loader of libraries and torch's allocators say it."""
+    texts = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+
+
+def _memory_limit() -> str:
+    """What the shell allows this process, where it limits it."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return ""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return (
+        "" if soft == resource.RLIM_INFINITY else f" (ulimit -v allows {soft / 2**30:.2g} GiB; rlkit2 needs at least 1)"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.episodes import Episode, EpisodePacker, Progress
-from rlkit2.data.folders import remove_leftovers
+from rlkit2.data.folders import home, remove_leftovers
 from rlkit2.data.records import (
     MemoryWriter,
     Packed,
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     own = os.environ.get("RLKIT2_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlkit2"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home("RLKIT2_CACHE") / ".cache") / "rlkit2"
 
 
 @dataclass(frozen=True)

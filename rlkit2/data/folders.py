@@ -10,12 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlkit2.errors import DatasetError
+
 DAY = 86400
+
+
+def home(variable: str) -> Path:
+    """The user's home directory.
+
+    Raises:
+        DatasetError: there is none; the message names the environment variable that says where to write instead.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise DatasetError(
+            f"this user has no home directory; set {variable} to a folder that can be written"
+        ) from error
 
 
 def minari_root() -> Path:
     """Minari's own root: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets` (not created by asking)."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    own = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(own) if own else home("MINARI_DATASETS_PATH") / ".minari" / "datasets"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data.export import write_minari
-from rlkit2.data.folders import minari_root, new_folder
+from rlkit2.data.folders import home, minari_root, new_folder
 from rlkit2.envs.behaviors import make_behavior
 from rlkit2.envs.recipe import DatasetRecipe, PolicyRecipe, read_recipe
 from rlkit2.envs.rollouts import rollout
@@ -44,8 +44,8 @@ def data_root() -> Path:
     """Folder of the datasets rlkit2 builds: `$RLKIT2_DATA`, else `rlkit2/datasets` under `$XDG_DATA_HOME` (`~/.local/share`)."""
     if own := os.environ.get("RLKIT2_DATA"):
         return Path(own).expanduser().absolute()
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home).absolute() / "rlkit2" / "datasets"
+    share = os.environ.get("XDG_DATA_HOME") or home("RLKIT2_DATA") / ".local" / "share"
+    return Path(share).absolute() / "rlkit2" / "datasets"
 
 
 def builtin_recipes() -> dict[str, Path]:
