@@ -45,6 +45,7 @@ def load_dataset(
     columns: Columns | None = None,
     max_episode_steps: int | None = None,
     never_terminates: bool = False,
+    trust_env: bool = False,
 ) -> TransitionDataset:
     """A dataset as aligned tensors.
 
@@ -61,6 +62,7 @@ def load_dataset(
             episodes`, where they are not the usual ones.
         max_episode_steps: steps after which an episode was cut off, for files that do not tell.
         never_terminates: what is flagged as an end is a cut.
+        trust_env: where a Minari dataset stores no spaces, build its environment as the file says, which runs the code it names.
 
     Raises:
         DatasetNotFoundError: nothing of that name in any place.
@@ -82,6 +84,7 @@ def load_dataset(
             columns=columns,
             max_episode_steps=max_episode_steps,
             never_terminates=never_terminates,
+            trust_env=trust_env,
             progress=progress,
         )
 
@@ -157,12 +160,12 @@ def train(
     if isinstance(agent, type) and issubclass(agent, Agent):
         agent = class_name(agent)
     if resume is None:
-        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown)
+        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown, trust_env)
         run = None
         changed = None
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
-        plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})})
+        plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})}, trust_env)
         changed = _changed_code(run.config, plan)
     check_actions(transitions)
     prepared = prepare_dataset(
@@ -366,6 +369,7 @@ def _plan(
     data: dict[str, Any],
     env: EnvSource | None,
     shown: Progress,
+    trust_env: bool,
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a new run and its dataset: what was given, then the recipe, then the defaults."""
     from rlkit2.agents import agent_class, list_agents, make_config
@@ -404,7 +408,7 @@ def _plan(
     else:
         config = check_config(dataclasses.replace(agent, **read_fields(type(agent), overrides)))
     options, view = TrainingOptions(**training), DataOptions(**data)
-    transitions = load_dataset(source)
+    transitions = load_dataset(source, trust_env=trust_env)
     origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
     plan = run_config(
         agent=name,
@@ -421,7 +425,12 @@ def _plan(
 
 
 def _continued(
-    run: Run, agent: Any, dataset: Source | None, seeds: int | Sequence[int], options: Mapping[str, Any]
+    run: Run,
+    agent: Any,
+    dataset: Source | None,
+    seeds: int | Sequence[int],
+    options: Mapping[str, Any],
+    trust_env: bool,
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a resumed run, and its dataset, unchanged; more steps may be asked for, nothing else."""
     from rlkit2.agents.base import as_seeds
@@ -446,7 +455,9 @@ def _continued(
     known = plan["dataset"]
     try:
         transitions = load_dataset(
-            known["source"] if dataset is None else dataset, observation_keys=known.get("observation_keys")
+            known["source"] if dataset is None else dataset,
+            observation_keys=known.get("observation_keys"),
+            trust_env=trust_env,
         )
     except DatasetError as error:
         raise RunError(

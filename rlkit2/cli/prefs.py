@@ -62,6 +62,7 @@ def label(
     open_browser: bool = True,
     people: Path | None = None,
     more: bool = False,
+    trust_env: bool = False,
 ) -> int:
     """Label pairs of segments, by a scripted teacher or by hand in the browser.
 
@@ -86,6 +87,7 @@ def label(
         open_browser: open the page in a browser.
         people: import human labels from this folder, in the layout of the Preference Transformer files.
         more: add to the labels in --out instead of refusing to replace them.
+        trust_env: with --serve: build the environment that draws the pairs as the dataset says, which runs the code it names.
     """
     data = load_dataset(dataset)
     ensemble = None if model is None else RewardEnsemble.load(model)
@@ -104,7 +106,7 @@ def label(
             port=port,
             open_browser=open_browser,
             say=say,
-            make_environment=_environment_maker(data),
+            make_environment=_environment_maker(data, trust_env),
         )
         return 0
     exists = (out / "preferences.json").exists()
@@ -135,13 +137,15 @@ def label(
     return 0
 
 
-def _environment_maker(data: TransitionDataset) -> Callable[[], Env] | None:
+def _environment_maker(data: TransitionDataset, trust_env: bool) -> Callable[[], Env] | None:
     """Makes the dataset's environment so that it draws frames; None where the dataset names none."""
     spec = data.spec.eval_env_spec or data.spec.env_spec
     if spec is None:
         return None
     owner = f"dataset {data.spec.id}"
-    return lambda: make_environment(lambda: gymnasium.make(registered_spec(spec, owner), render_mode="rgb_array"))
+    return lambda: make_environment(
+        lambda: gymnasium.make(registered_spec(spec, owner, trust_env=trust_env), render_mode="rgb_array")
+    )
 
 
 def fit(

@@ -27,6 +27,8 @@ class Reading:
     max_episode_steps: Annotated[int | None, arg(metavar="N")] = None
     # what is flagged as an end is a cut: the task never terminates
     never_terminates: bool = False
+    # where no spaces are stored, build the environment as the file says, which runs the code it names
+    trust_env: bool = False
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `load_dataset`. Raises `ConfigError` for columns that are not FIELD=NAME."""
@@ -37,6 +39,7 @@ class Reading:
             "columns": read_columns(self.columns),
             "max_episode_steps": self.max_episode_steps,
             "never_terminates": self.never_terminates,
+            "trust_env": self.trust_env,
         }
 
 

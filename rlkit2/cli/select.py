@@ -32,6 +32,7 @@ def select(
     seed: int = 0,
     play: int = 0,
     agent: tuple[str, ...] = (),
+    trust_env: bool = False,
     json: bool = False,
 ) -> int:
     """Rank the policies of runs by their estimated discounted return, without an environment.
@@ -53,6 +54,7 @@ def select(
         seed: of resamples, weights and batches.
         play: episodes per seed to play for the truth; 0: none.
         agent: those of the runs that are your own: my_agents.py:MyAgent.
+        trust_env: with --play: build environments as the runs' files say, which runs the code they name.
         json: print everything as JSON.
     """
     for name in agent:
@@ -62,7 +64,7 @@ def select(
     options = OfflineOptions(steps=steps, members=members, seed=seed)
     result = judged(runs, dataset=dataset, methods=methods, discount=discount, stochastic=stochastic, options=options)
     ranked = order(result.estimates[by])
-    truth = _played(runs, play, not stochastic) if play else None
+    truth = _played(runs, play, not stochastic, trust_env) if play else None
     agreed = None
     if truth is not None:
         agreed = {method: agreement([one.value for one in found], truth) for method, found in result.estimates.items()}
@@ -89,12 +91,16 @@ def _figure(value: float) -> str:
     return str(value) if isinstance(value, int) else "unknown" if value != value else f"{value:.2f}"
 
 
-def _played(runs: Sequence[Path], episodes: int, deterministic: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _played(
+    runs: Sequence[Path], episodes: int, deterministic: bool, trust_env: bool
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Mean return of every seed of every run, `[P]`."""
     means = []
     for path in runs:
         with episode_bar(path.name) as progress:
-            played = evaluate(path, episodes=episodes, deterministic=deterministic, progress=progress)
+            played = evaluate(
+                path, episodes=episodes, deterministic=deterministic, progress=progress, trust_env=trust_env
+            )
         means.append(played.returns.mean(1))
     found = np.concatenate(means)
     if not np.isfinite(found).all():

@@ -46,6 +46,7 @@ def read_dataset(
     columns: Columns | None = None,
     max_episode_steps: int | None = None,
     never_terminates: bool = False,
+    trust_env: bool = False,
     progress: Progress | None = None,
 ) -> TransitionDataset:
     """A dataset that exists on disk, at Minari's remotes or in memory; see `rlkit2.load_dataset`.
@@ -60,6 +61,7 @@ def read_dataset(
         columns={key: (names,) if isinstance(names, str) else tuple(names) for key, names in (columns or {}).items()},
         max_episode_steps=max_episode_steps,
         never_terminates=never_terminates,
+        trust_env=trust_env,
     )
     given = _Given(spec, observation_space, action_space)
     if isinstance(source, TransitionDataset):
@@ -74,7 +76,7 @@ def read_dataset(
     own = reader.spec(path, options)
     if not cache:
         return _said(pack_in_memory(_read(path, reader, options, own, given, progress)))
-    what = [str(path.resolve()), reader.name, asdict(replace(options, chosen=None)), given.described]
+    what = [str(path.resolve()), reader.name, asdict(replace(options, chosen=None, trust_env=False)), given.described]
     key = cache_key(reader.files(path), what, options.chosen)
     found = find(key)
     return _said(found if found is not None else store(key, _read(path, reader, options, own, given, progress)))

@@ -66,7 +66,7 @@ def run_sweep(
     status = {folder: sweep_status(folder) for folder in folders}
     waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed")]
     for source in dict.fromkeys(folders[folder].dataset for folder in waiting):
-        load_dataset(source)  # fetched, built and cached once, not by every run
+        load_dataset(source, trust_env=sweep.trust_env)  # fetched, built and cached once, not by every run
     for folder in waiting:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ RUN = Kind(
 )  # fmt: skip
 KINDS = (
     RUN,
-    Kind("recipe", make_recipe, ("recipe.toml",), (command("train", "--recipe", "FOLDER/recipe.toml", "--out", "FOLDER/runs"),)),
+    Kind("recipe", make_recipe, ("recipe.toml",), (command("train", "--recipe", "FOLDER/recipe.toml", "--out", "FOLDER/runs", "--steps", "3"),)),
     Kind("sweep", make_sweep, ("sweep.toml",), (command("sweep", "FOLDER/sweep.toml", "--out", "FOLDER/runs", "--dry-run"),)),
     Kind("labels", make_labels, ("labels", "labels/*"), (python(use_labels),)),
     Kind("dataset", make_dataset, ("**/metadata.json", "**/main_data.hdf5"), (

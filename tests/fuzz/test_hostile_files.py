@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium
 import pytest
+import torch
 from gymnasium.envs.registration import EnvSpec, registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +18,14 @@ import rlkit2
 from rlkit2.agents.bc import BCConfig
 from rlkit2.cli.main import main
 from rlkit2.data.known_environments import WRAPPERS, registered_spec
+from rlkit2.data.preferences import PreferenceDataset
+from rlkit2.data.reward_file import load_rewards, save_rewards
 from rlkit2.data.spec import read_env_spec
-from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError
+from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, RLKitError
+from rlkit2.preferences import ScriptedTeacher, collect_preferences
 from tests.data.make import FAMILIES, Ending, make_minari
 from tests.fuzz.watching import watched
+from tests.training.tiny_problem import tiny_dataset
 
 CODE = ("canary:run", "canary.inner:Env", "os:system", "subprocess:run", "builtins:exec", "rlkit2.sweeps.worker:carry_out",
         "gymnasium.envs.registration:load_env_creator", "gymnasium.wrappers:RecordVideo", "importlib:import_module")  # fmt: skip
@@ -55,9 +61,9 @@ def hostile(**changes):
 
 
 @pytest.fixture(autouse=True)
-def canary(tmp_path, monkeypatch):
-    """A module that can be imported and must not be."""
-    folder = tmp_path / "importable" / "canary"
+def canary(tmp_path_factory, monkeypatch):
+    """A module that can be imported and must not be, beside the folders that may be read."""
+    folder = tmp_path_factory.mktemp("importable") / "canary"
     folder.mkdir(parents=True)
     for name in ("__init__", "inner"):
         (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
@@ -180,6 +186,55 @@ def test_a_dataset_without_spaces_is_refused(change, tmp_path):
         pytest.raises(rlkit2.errors.DatasetError, match=r"no observation_space.*would import"),
     ):
         rlkit2.load_dataset(name)
+    assert seen == []
+    assert main(["data", "check", name]) == 2
+
+
+def test_who_trusts_a_file_runs_what_it_names(tmp_path):
+    """The canary sings: the tests above would see it."""
+    name = dataset(EXAMPLES[0])
+    run = rlkit2.train(BCConfig(hidden_sizes=(4,)), name, steps=2, out=tmp_path / "runs", eval_every=0, progress=False)
+    nameless = dataset(EXAMPLES[0], observation_space=..., action_space=...)
+    with watched(tmp_path) as seen:
+        for use in (
+            lambda: rlkit2.evaluate(run, episodes=1, trust_env=True),
+            lambda: rlkit2.load_dataset(nameless, trust_env=True),
+            lambda: main(["data", "check", nameless, "--trust-env"]),
+            lambda: main(["evaluate", str(run.path), "--trust-env"]),
+        ):
+            with pytest.raises(SystemExit, match="imported"):
+                use()
+    assert sum("canary" in text for text in seen) >= 4
+
+
+@pytest.mark.parametrize("kind", ["labels", "rewards", "policy"])
+def test_other_files_open_nothing_beyond_their_folder(kind, tmp_path):
+    """Names in them lead nowhere: neither out of the folder nor to code."""
+    data = tiny_dataset()
+    (tmp_path / "secret").write_text("nobody's business")
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    use = {
+        "labels": lambda: PreferenceDataset.load(folder),
+        "rewards": lambda: load_rewards(folder / "rewards.safetensors", data),
+        "policy": lambda: rlkit2.load_policy(folder),
+    }[kind]
+    if kind == "labels":
+        collect_preferences(data, ScriptedTeacher(), 8, length=4).save(folder)
+        text = (folder / "preferences.json").read_text()
+        description = json.loads(text) | {"tensors": "../secret", "dataset": "canary:run", "source": "canary"}
+        (folder / "preferences.json").write_text(json.dumps(description))
+    elif kind == "rewards":
+        save_rewards(
+            folder / "rewards.safetensors", data, torch.zeros(len(data)), {"module": "canary", "file": "../secret"}
+        )
+    else:
+        run = rlkit2.train(
+            BCConfig(hidden_sizes=(4,)), data, steps=1, out=tmp_path / "runs", eval_every=0, progress=False
+        )
+        run.policy.save(folder, {"spec": "../secret", "agent": "canary:Agent"})
+    with watched(folder) as seen, suppress(RLKitError):
+        use()
     assert seen == []
 
 

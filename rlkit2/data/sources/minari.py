@@ -50,7 +50,7 @@ class MinariReader(Reader):
     def spec(self, path: Path, options: ReadOptions) -> DatasetSpec:
         """Spaces and environment of the metadata. Raises `ConfigError` for unknown `observation_keys`."""
         data_path = _data(path)
-        spec = _spec(_read_metadata(data_path), data_path, options.observation_keys)
+        spec = _spec(_read_metadata(data_path), data_path, options)
         return replace(spec, observation_keys=spec.flattener.keys)
 
     def episodes(self, path: Path, options: ReadOptions) -> Iterator[Episode]:
@@ -122,13 +122,18 @@ def _old_metadata(data_path: Path) -> dict[str, Any]:
     return _checked({**texts, "jpeg_encoding": False}, str(data_path / HDF5_FILE))
 
 
-def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[str] | None) -> DatasetSpec:
+def _spec(metadata: dict[str, Any], data_path: Path, options: ReadOptions) -> DatasetSpec:
+    observation_keys: Sequence[str] | None = options.observation_keys
     env_spec, eval_env_spec = (read_env_spec(metadata.get(key)) for key in ("env_spec", "eval_env_spec"))
     found: dict[str, Any] = {}
     for kind in ("observation_space", "action_space"):
         text = metadata.get(kind)
         try:
-            found[kind] = deserialize_space(text) if text else getattr(_environment(env_spec, data_path, kind), kind)
+            found[kind] = (
+                deserialize_space(text)
+                if text
+                else getattr(_environment(env_spec, data_path, kind, options.trust_env), kind)
+            )
         except DatasetError:
             raise
         except Exception as error:  # Minari's and Gymnasium's readers raise anything
@@ -147,12 +152,12 @@ def _spec(metadata: dict[str, Any], data_path: Path, observation_keys: Sequence[
     )
 
 
-def _environment(env_spec: Any, data_path: Path, kind: str) -> gymnasium.Env[Any, Any]:
+def _environment(env_spec: Any, data_path: Path, kind: str, trust_env: bool) -> gymnasium.Env[Any, Any]:
     """Only for old datasets whose metadata hold no spaces: the environment has to tell them."""
     if env_spec is None:
         raise DatasetError(f"{data_path}/metadata.json has neither {kind} nor a readable env_spec")
     try:
-        return gymnasium.make(registered_spec(env_spec, f"dataset {data_path}"))
+        return gymnasium.make(registered_spec(env_spec, f"dataset {data_path}", trust_env=trust_env))
     except EnvironmentUnavailableError as error:
         raise DatasetError(f"{data_path}/metadata.json has no {kind}, and {error}") from error
     except Exception as error:

@@ -18,6 +18,7 @@ class ReadOptions:
     `observation_keys`: keys of Dict observations, in order. `columns`: names of columns or arrays for `observations, actions, rewards,
     next_observations, terminations, truncations, episodes`; a name may be a pattern such as `o_*`. `max_episode_steps`: steps after which an episode
     was cut off. `never_terminates`: what is flagged as an end is a cut. `chosen`: stored numbers of the episodes to read.
+    `trust_env`: where no spaces are stored, build the environment as the file says, which runs the code it names.
     """
 
     observation_keys: tuple[str, ...] | None = None
@@ -25,6 +26,7 @@ class ReadOptions:
     max_episode_steps: int | None = None
     never_terminates: bool = False
     chosen: tuple[int, ...] | None = None
+    trust_env: bool = False
 
 
 class Reader(ABC):
