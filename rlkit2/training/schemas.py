@@ -111,7 +111,8 @@ def check_facts(values: Any, seeds: list[int], files: tuple[str, ...]) -> None:
 
 def check_metrics(line: Any) -> None:
     """Raise `SchemaError` unless `line` is one of `metrics.jsonl`: a step, a seed and named numbers."""
-    check(line, LINE)
+    if not (isinstance(line, dict) and type(line.get("step")) is int is type(line.get("seed")) and line["step"] >= 0):
+        check(line, LINE)  # says what is wrong; there are too many lines to take this way with each
     for name, value in line.items():
         if value is not None and type(value) is not float and not (type(value) is int and abs(value) < LARGEST):
             raise SchemaError(f"{name} must be a number, not {_shown(value)}")
