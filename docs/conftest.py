@@ -7,9 +7,13 @@ The blocks of a page build on each other, so in parallel runs a page belongs to 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,18 +21,34 @@ from typing import Any
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from rlkit2.cli.main import main
+
 
 def run_console(example: Example) -> None:
-    """Type the lines that begin with `$ ` into a shell; each must succeed."""
-    lines = [line[2:] for line in example.parsed.splitlines() if line.startswith("$ ")]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "COLUMNS": "120",
-    }
-    for line in lines:
-        result = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    """Do what the lines that begin with `$ ` say; each must succeed.
+
+    A command of rlkit2 that needs nothing of a shell runs in this process, which has imported everything already; others are typed into one.
+    """
+    for line in (line[2:] for line in example.parsed.splitlines() if line.startswith("$ ")):
+        run = in_this_process if line.startswith("rlkit2 ") and not set(line) & set("|&;<>()$`*?\\") else in_a_shell
+        code, output = run(line)
+        assert code == 0, f"{line}\n{output[-4000:]}"
+
+
+def in_this_process(line: str) -> tuple[int, str]:
+    """Exit code and output of a command of rlkit2."""
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written), warnings.catch_warnings():
+        code = main(shlex.split(line)[1:])
+    return code, written.getvalue()
+
+
+def in_a_shell(line: str) -> tuple[int, str]:
+    """Exit code and output of a line typed into a shell."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    result = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=240)
+    return result.returncode, result.stdout + result.stderr
 
 
 def enter(namespace: dict[str, Any]) -> None:
