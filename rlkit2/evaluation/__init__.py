@@ -1,5 +1,15 @@
 """Rollouts, scores and their statistics."""
 
+from rlkit2.evaluation.aggregates import (
+    Profile,
+    bandit_performance,
+    expected_online_performance,
+    optimality_gap,
+    performance_profile,
+    pooled_gap,
+    pooled_median,
+    worst_of,
+)
 from rlkit2.evaluation.environments import EnvSource, make_environment
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.evaluation.reference_scores import ReferenceScores, reference_scores
@@ -19,15 +29,23 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Evaluator",
+    "Profile",
     "ReferenceScores",
+    "bandit_performance",
     "bootstrap",
     "evaluate_policy",
     "evaluation_seeds",
+    "expected_online_performance",
     "interquartile_mean",
     "make_environment",
+    "optimality_gap",
+    "performance_profile",
+    "pooled_gap",
     "pooled_iqm",
     "pooled_mean",
+    "pooled_median",
     "probability_of_improvement",
     "reference_scores",
     "standard_errors",
+    "worst_of",
 ]
