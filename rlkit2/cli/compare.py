@@ -12,8 +12,8 @@ from rlkit2.cli import output
 from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.parsing import command
 from rlkit2.evaluation.evaluation import Evaluation
+from rlkit2.reporting.comparison import Comparison, open_runs
 from rlkit2.reporting.comparison import compare as compare_runs
-from rlkit2.reporting.comparison import open_runs
 from rlkit2.training.run import Run
 
 
@@ -56,10 +56,20 @@ def compare(
     elif markdown:
         output.say(comparison.markdown().rstrip("\n"))
     else:
-        output.print_table(comparison.header, comparison.cells(), left=2)
-        for note in comparison.notes:
-            output.say(note)
+        print_comparison(comparison)
     return 0
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """A table per dataset, what the letters stand for, and the notes."""
+    cells = comparison.cells()
+    for dataset in dict.fromkeys(row[0] for row in cells):
+        output.print_table(comparison.header[1:], [row[1:] for row in cells if row[0] == dataset], title=dataset)
+    header, rows = comparison.settings
+    if rows:
+        output.print_table(header, rows, left=len(header), title="what differs")
+    for note in comparison.notes:
+        output.say(note)
 
 
 def run(arguments: Sequence[str]) -> int | None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from rlkit2.agents import import_agent
 from rlkit2.api import evaluate as evaluate_policy
 from rlkit2.api import load_policy, load_run
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command
-from rlkit2.errors import ConfigError
+from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.evaluation.environments import run_environment
 from rlkit2.evaluation.evaluation import Evaluation, mean_text
 from rlkit2.nn.policy import Policy
@@ -25,7 +24,7 @@ from rlkit2.training.run import Run
 
 
 def evaluate(
-    run: Positional[Path],
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...")]],
     *,
     episodes: int = 100,
     env: str | None = None,
@@ -44,15 +43,15 @@ def evaluate(
     agent: str | None = None,
     json: bool = False,
 ) -> int:
-    """Play episodes with every seed of a trained policy and print its returns and scores.
+    """Play episodes with every seed of a trained policy and print its returns and scores, a table for each run.
 
     With --offline nothing is played: the discounted return is estimated from data alone.
 
-    Example: rlkit2 evaluate runs/odice-zoo-hopper-medium-v0-001 --episodes 100
-             rlkit2 evaluate runs/iql-zoo-hopper-medium-v0-001 --offline
+    Example: rlkit2 evaluate runs/odice-builtin-rooms-* --episodes 100
+             rlkit2 evaluate runs/iql-builtin-pendulum-mixed-v0-001 --offline
 
     Args:
-        run: folder of a run, or of a saved policy.
+        runs: folders of runs, or of saved policies.
         episodes: episodes per seed, counted as they start.
         env: environment id; default: the dataset's evaluation environment, else the one it was collected in.
         stochastic: sample actions instead of taking the mode.
@@ -81,26 +80,48 @@ def evaluate(
             max_steps=max_steps,
             trust_env=trust_env or None,
         )
-        return _judge(run, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
+        return _judge(runs, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
     _refuse("only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members)
-    policy, own_env = _open(run, checkpoint, env, trust_env)
-    with episode_bar("episodes") as progress:
-        result = evaluate_policy(
-            policy,
-            episodes=episodes,
-            env=own_env,
-            deterministic=not stochastic,
-            seed=seed,
-            num_envs=num_envs,
-            max_steps=max_steps,
-            progress=progress,
-            trust_env=trust_env,
-        )
+
+    def play(run: Path) -> Evaluation:
+        policy, own_env = _open(run, checkpoint, env, trust_env)
+        with episode_bar("episodes") as progress:
+            return evaluate_policy(
+                policy,
+                episodes=episodes,
+                env=own_env,
+                deterministic=not stochastic,
+                seed=seed,
+                num_envs=num_envs,
+                max_steps=max_steps,
+                progress=progress,
+                trust_env=trust_env,
+            )
+
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        result = _tried(play, run, alone=len(runs) == 1)
+        if result is None:
+            continue
+        found.append({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
+        if not json:
+            _print(output.console(), result, checkpoint, str(run) if len(runs) > 1 else None)
+    if not found:
+        raise ConfigError("nothing was evaluated; name at least one folder of a run, such as those below runs/")
     if json:
-        output.print_json({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
-    else:
-        _print(output.console(), result, checkpoint)
+        output.print_json(found[0] if len(runs) == 1 else {"evaluations": found})
     return 0
+
+
+def _tried(play: Callable[[Path], Evaluation], run: Path, *, alone: bool) -> Evaluation | None:
+    """The evaluation; None and a line where one of several cannot be played."""
+    try:
+        return play(run)
+    except RLKitError as error:
+        if alone:
+            raise
+        output.say(f"left out: {error}", stderr=True)
+        return None
 
 
 def _refuse(why: str, **options: object) -> None:
@@ -110,7 +131,7 @@ def _refuse(why: str, **options: object) -> None:
 
 
 def _judge(
-    run: Path,
+    runs: Sequence[Path],
     dataset: str | None,
     methods: Sequence[str],
     discount: float | None,
@@ -123,7 +144,7 @@ def _judge(
 
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     result = judged(
-        [run],
+        runs,
         dataset=dataset,
         methods=methods,
         discount=discount,
@@ -131,7 +152,8 @@ def _judge(
         options=OfflineOptions(**given),
     )
     if json:
-        output.print_json({"run": str(run), **result.to_dict()})
+        named = {"run": str(runs[0])} if len(runs) == 1 else {"runs": list(map(str, runs))}
+        output.print_json({**named, **result.to_dict()})
     else:
         print_judged(result)
     return 0
@@ -175,14 +197,13 @@ def _step(run: Run, checkpoint: str) -> int | None:
     return int(checkpoint)
 
 
-def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
+def _print(out: Console, result: Evaluation, checkpoint: str | None, run: str | None) -> None:
     summary = result.summary()
     scores = summary["normalized"]
     actions = "deterministic" if result.deterministic else "sampled"
-    out.print(f"{result.environment}, {actions} actions", highlight=False, soft_wrap=True)
-    table = Table()
-    for name in ("seed", "return", "score (%)", "length") + (("success",) if result.successes is not None else ()):
-        table.add_column(name, justify="right")
+    output.say(f"{f'{run}: ' if run else ''}{result.environment}, {actions} actions")
+    header = ["seed", "return", "score (%)", "length", *(["success"] if result.successes is not None else [])]
+    rows = []
     for index, seed in enumerate(result.seeds):
         cells = [
             str(seed),
@@ -192,8 +213,8 @@ def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
         cells.append(f"{result.lengths[index].mean():.0f}")
         if result.successes is not None:
             cells.append(f"{100 * result.successes[index].mean():.0f} %")
-        table.add_row(*cells)
-    out.print(table)
+        rows.append(cells)
+    output.print_table(header, rows, left=0)
     for name, statistics in (("return", summary), ("score", scores)):
         if statistics:
             out.print(
@@ -206,6 +227,8 @@ def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
     if checkpoint == "best":
         out.print("the best checkpoint is an oracle: it was chosen by its evaluation score")
     out.print(f"{summary['episodes']} episodes per seed; {result.normalization}", highlight=False)
+    if run:
+        out.print()
 
 
 def _number(value: float | None) -> str:

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 160  # characters where standard output is not a terminal, so that nothing is wrapped in a file
 
@@ -34,13 +36,27 @@ def say_next(*words: object) -> None:
 def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, title: str | None = None
 ) -> None:
-    """Print a table whose first `left` columns are words and whose others are numbers."""
-    table = Table(title=title, title_justify="left")
+    """Print a table whose first `left` columns are words and whose others are numbers.
+
+    Where the terminal is too narrow, an interval stands below its number instead of being broken apart.
+    """
+    out, listed = console(), [list(cells) for cells in rows]
+    table = _table(header, listed, left, title)
+    if out.measure(table, options=out.options.update(width=10_000)).maximum > out.width:
+        broken = [[cell.replace(" [", "\n[") for cell in cells] for cells in (header, *listed)]
+        table = _table(broken[0], broken[1:], left, title)
+    out.print(table)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int, title: str | None) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
+    )
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < left else "right")
+        table.add_column(Text(name), justify="left" if index < left else "right")
     for cells in rows:
-        table.add_row(*cells)
-    console().print(table)
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -78,8 +78,8 @@ def performance_profile(
 def worst_of(tasks: Sequence[ArrayLike], k: int, *, names: Sequence[str] = ()) -> Estimate:
     """Expected score of the worst of `k` episodes of one policy, mean over seeds and tasks, with its interval.
 
-    Estimated without bias from the E episodes of each seed: the mean over all choices of k of them. For episodes that succeed (1) or fail (0) it is the
-    probability that k in a row succeed, pass^k of Yao, Shinn, Razavi, Narasimhan, "tau-bench" (2024), section 3. k = 1 is the mean.
+    Estimated without bias from the E episodes of each seed: the mean over all choices of k of them. For episodes that succeed (1) or fail (0) it
+    is the probability that k in a row succeed, pass^k of Yao, Shinn, Razavi, Narasimhan, "tau-bench" (2024), section 3. k = 1 is the mean.
 
     Raises:
         ConfigError: fewer than k episodes, or scores that are not finite.
@@ -98,9 +98,9 @@ def worst_of(tasks: Sequence[ArrayLike], k: int, *, names: Sequence[str] = ()) -
 def expected_online_performance(scores: ArrayLike, budgets: Sequence[int], *, replacement: bool = False) -> Array:
     """Expected score of the best policy after `budgets` of them, drawn at random, were evaluated: `[N]` policies to one value per budget.
 
-    Kurenkov and Kolesnikov, "Showing Your Offline Reinforcement Learning Work: Online Evaluation Budget Matters" (ICML 2022), equation 1; the policies are
-    those of a search over settings and seeds. `replacement=True` is the estimator of Dodge et al., "Show Your Work" (EMNLP 2019), which is too low by what
-    is drawn twice; the default draws without replacement, which is unbiased (Tang et al., ACL 2020).
+    Kurenkov and Kolesnikov, "Showing Your Offline Reinforcement Learning Work: Online Evaluation Budget Matters" (ICML 2022); the policies are those
+    of a search over settings and seeds. `replacement=True` is the estimator of Dodge et al., "Show Your Work" (EMNLP 2019), which is too low by
+    what is drawn twice; the default draws without replacement, which is unbiased (Tang et al., "Showing Your Work Doesn't Always Work", ACL 2020).
 
     Raises:
         ConfigError: a budget below 1 or, without replacement, above N; scores that are not finite.
@@ -120,10 +120,10 @@ def bandit_performance(
 ) -> Array:
     """Expected score `[pulls]` of the policy that looks best after 1, 2, ... single episodes, which a bandit spends on the policies.
 
-    `policies`: the episode scores `[E]` of each; an episode is drawn from them, and what counts is the mean of the policy that has the best mean so far.
-    UCB1 (Auer, Cesa-Bianchi, Fischer, Machine Learning 47, 2002) chooses, with rewards scaled by the range of all scores: the form of an evaluation budget
-    of Jackson et al., "A Clean Slate for Offline Reinforcement Learning" (2025), section 4. `choose_from`: policies drawn at random for each of the
-    `repeats`; default: all.
+    `policies`: the episode scores `[E]` of each; an episode is drawn from them, and what counts is the mean of the policy that has the best mean
+    so far. UCB1 (Auer, Cesa-Bianchi, Fischer, Machine Learning 47, 2002) chooses, with rewards scaled by the range of all scores: the budget of
+    evaluations as Jackson et al. see it in "A Clean Slate for Offline Reinforcement Learning" (2025). `choose_from`: policies drawn at random for
+    each of the `repeats`; default: all.
 
     Raises:
         ConfigError: no policies, no pulls, or scores that are not finite.
@@ -170,7 +170,7 @@ def finite_tasks(tasks: Sequence[ArrayLike], names: Sequence[str] = ()) -> list[
         if not np.isfinite(array).all():
             seed = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
             raise ConfigError(
-                f"scores of {_name(names, index)} are not finite in row {seed}; a run that diverged has no score: leave it out by name, or train it again"
+                f"scores of {_name(names, index)} are not finite in row {seed}; a run that diverged has no score: leave it out or train it again"
             )
     return arrays
 

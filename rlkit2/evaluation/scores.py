@@ -39,8 +39,10 @@ class ScoreHistory:
         return int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
 
 
-def score_history(run: Run) -> ScoreHistory:
+def score_history(run: Run, *, unit: str | None = None) -> ScoreHistory:
     """Read a run's evaluations, the deterministic ones where there are both kinds.
+
+    `unit="return"`: the returns, also where there are normalised scores.
 
     Raises `RunError` if the run was never evaluated or its lines contradict each other.
     """
@@ -50,7 +52,7 @@ def score_history(run: Run) -> ScoreHistory:
         raise RunError(
             f"{run.path} has no evaluations; train with evaluations, or score its policy with: rlkit2 evaluate {run.path}"
         )
-    normalized = all(line["normalized_scores"] is not None for line in lines)
+    normalized = unit != "return" and all(line["normalized_scores"] is not None for line in lines)
     seeds = tuple(run.config["seeds"])
     by_step: dict[int, dict[int, list[float | None]]] = {}
     for line in lines:

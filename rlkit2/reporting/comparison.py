@@ -6,40 +6,37 @@ improvement over a baseline; intervals are those of `rlkit2.evaluation.statistic
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit2.errors import ConfigError, RunError
+from rlkit2.errors import ConfigError
+from rlkit2.evaluation.aggregates import optimality_gap, pooled_median
 from rlkit2.evaluation.evaluation import Evaluation, json_numbers, number
-from rlkit2.evaluation.scores import score_history
+from rlkit2.evaluation.scores import ScoreHistory, score_history
 from rlkit2.evaluation.statistics import Estimate, bootstrap, pooled_iqm, probability_of_improvement
+from rlkit2.reporting.groups import Group, group_runs, open_runs, settings_table, without_repeats
 from rlkit2.training.run import Run
+
+__all__ = ["Comparison", "Group", "Row", "compare", "group_runs", "open_runs"]
 
 Array = NDArray[np.float64]
 ALL = "all datasets"
 MISSING = "n/a"
-# What differs between two runs without making them different experiments.
-WATCHING = ("training.log_every", "training.eval_every", "training.eval_episodes", "training.checkpoint_every")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one agent and configuration on one dataset; their seeds are the sample."""
-
-    label: str
-    dataset: str
-    runs: tuple[Run, ...]
+SCORE = "normalized score"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison; `scores` `[S, E]` per dataset it covers (one, or all of them)."""
+    """One line of a comparison; `scores` `[S, E]` per dataset it covers (one, or all of them).
+
+    `median`: over datasets, of the mean over seeds. `gap`: optimality gap to the expert, None for returns. `improvement`: None for the baseline
+    itself, and where the baseline was not run.
+    """
 
     label: str
     dataset: str
@@ -51,6 +48,8 @@ class Row:
     last: float
     best: float
     improvement: Estimate | None
+    median: float
+    gap: Estimate | None
 
     @property
     def seeds(self) -> int:
@@ -68,6 +67,8 @@ class Row:
             "episodes": min(scores.shape[1] for scores in self.scores),
             "mean": _estimate(self.mean),
             "iqm": _estimate(self.iqm),
+            "median": number(self.median),
+            "optimality_gap": _estimate(self.gap),
             "last_evaluations": number(self.last),
             "best_evaluation_oracle": number(self.best),
             "per_seed": [json_numbers(scores.mean(axis=1)) for scores in self.scores],
@@ -77,15 +78,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows over labels and datasets. `baseline` is the label the probabilities of improvement refer to; `notes` say what a reader must know."""
+    """Rows over labels and datasets. `baseline` is the label the probabilities of improvement refer to; `notes` say what a reader must know.
+
+    `groups`: the runs behind the rows, whose settings say what the letters of the labels stand for.
+    """
 
     rows: tuple[Row, ...]
     baseline: str
     notes: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"baseline": self.baseline, "rows": [row.to_dict() for row in self.rows], "notes": list(self.notes)}
+        return {
+            "baseline": self.baseline,
+            "rows": [row.to_dict() for row in self.rows],
+            "settings": {group.label: dict(group.settings) for group in self.groups if group.settings},
+            "notes": list(self.notes),
+        }
 
     @property
     def header(self) -> list[str]:
@@ -94,18 +104,18 @@ class Comparison:
             "dataset",
             "run",
             "seeds",
-            "mean (95 %)",
-            "IQM (95 %)",
-            "last evaluations",
-            "best (oracle)",
-            f"P(better than {self.baseline})",
+            "mean [95 %]",
+            "IQM [95 %]",
+            "last",
+            "best*",
+            f"P(> {self.baseline})",
         ]
 
     def cells(self) -> list[list[str]]:
         """The table as text."""
         return [
             [
-                row.dataset + ("" if row.unit == "normalized score" else " (return)"),
+                row.dataset + ("" if row.unit == SCORE else " (return)"),
                 row.label,
                 str(row.seeds),
                 _text(row.mean),
@@ -117,64 +127,22 @@ class Comparison:
             for row in self.rows
         ]
 
+    @property
+    def settings(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table of what the letters of the labels stand for; no rows where there are no letters."""
+        return settings_table(self.groups)
+
     def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *self.cells()]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        return table + "".join(f"\n{note}\n" for note in self.notes)
+        """The table in Markdown, that of the settings below it, and the notes."""
+        tables = [(self.header, self.cells()), self.settings]
+        texts = [markdown_table(header, rows) for header, rows in tables if rows]
+        return "\n".join([*texts, *(f"{note}\n" for note in self.notes)])
 
 
-def open_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
-    """The runs in these folders whose files can be read, and a line for every folder that is left out.
-
-    Raises `RunError` where a path does not exist, or none is left.
-    """
-    runs, left_out = [], []
-    for path in paths:
-        if not os.path.exists(path):
-            Run(path)  # says so
-        try:
-            run = Run(path)
-            run.manifest, run.evaluations(), run.metrics()
-            runs.append(run)
-        except RunError as error:
-            left_out.append(f"left out: {error}")
-    if left_out and not runs:
-        raise RunError(left_out[0].removeprefix("left out: "))
-    return runs, left_out
-
-
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs by agent, configuration and dataset, in the order given.
-
-    A label is the agent's name, and where a dataset has several configurations of one agent, also the fields that differ.
-    Raises `ConfigError` where the same seed of the same experiment comes twice, which would count one result as two.
-    """
-    if not runs:
-        raise ConfigError("nothing to compare; name at least one run folder")
-    settings = [_settings(run) for run in runs]
-    names = _dataset_names(runs)
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run, own, dataset in zip(runs, settings, names, strict=True):
-        agent = run.config["agent"]
-        rivals = [
-            other
-            for rival, other, name in zip(runs, settings, names, strict=True)
-            if name == dataset and rival.config["agent"] == agent
-        ]
-        differing = [key for key in own if any(other.get(key) != own[key] for other in rivals)]
-        details = ", ".join(f"{key.split('.', 1)[1]}={_value(own[key])}" for key in differing)
-        groups.setdefault((f"{agent} ({details})" if details else agent, dataset), []).append(run)
-    for (label, dataset), members in groups.items():
-        seen: dict[int, Run] = {}
-        for run in members:
-            for seed in run.config["seeds"]:
-                if seed in seen:
-                    raise ConfigError(
-                        f"{seen[seed].path} and {run.path} both hold seed {seed} of {label} on {dataset}; leave one of them out"
-                    )
-                seen[seed] = run
-    return [Group(label, dataset, tuple(members)) for (label, dataset), members in groups.items()]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def compare(
@@ -190,25 +158,27 @@ def compare(
     the final policies anew instead of reading the last lines of `evaluations.jsonl`; without it a run that was never evaluated has no
     score, and a note.
     """
-    groups = group_runs(runs)
+    kept, repeated = without_repeats(runs)
+    groups = group_runs(kept)
     base = _baseline(groups, baseline)
-    table = {(group.label, group.dataset): _scores(group, last, evaluate) for group in groups}
-    labels = list(dict.fromkeys(group.label for group in groups))
     datasets = list(dict.fromkeys(group.dataset for group in groups))
+    table: dict[tuple[str, str], _GroupScores] = {}
+    notes: list[str] = []
+    for dataset in datasets:
+        members = [group for group in groups if group.dataset == dataset]
+        found, said = _played(members, evaluate) if evaluate is not None else _recorded(members, last)
+        table.update({(group.label, dataset): scores for group, scores in zip(members, found, strict=True)})
+        notes += said
     rows = [
-        _row(
-            label, dataset, [table[label, dataset]], [table[base, dataset]] if (base, dataset) in table else None, base
-        )
-        for dataset in datasets
-        for label in labels
-        if (label, dataset) in table
+        _row(label, dataset, [scores], [table[base, dataset]] if (base, dataset) in table else None, base)
+        for (label, dataset), scores in table.items()
     ]
-    if len(datasets) > 1 and all(scores.unit in ("normalized score", None) for scores in table.values()):
-        full = [label for label in labels if all((label, dataset) in table for dataset in datasets)]
-        for label in full:
-            against = [table[base, dataset] for dataset in datasets] if base in full else None
-            rows.append(_row(label, ALL, [table[label, dataset] for dataset in datasets], against, base))
-    return Comparison(tuple(rows), base, (*_methods(rows), *_notes(groups, evaluate is not None)))
+    pooled, said = _over_datasets(table, datasets, base)
+    rows += pooled
+    notes = [*_methods(rows), *repeated, *notes, *said, *_stopped(groups)]
+    if evaluate is None:
+        notes.insert(0, _columns(last))
+    return Comparison(tuple(rows), base, tuple(notes), tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -220,48 +190,105 @@ class _GroupScores:
     unit: str | None  # None: never evaluated
 
 
-def _scores(group: Group, last: int, evaluate: Callable[[Run], Evaluation] | None) -> _GroupScores:
-    if evaluate is not None:
-        results = [evaluate(run) for run in group.runs]
-        normalized = all(result.reference is not None for result in results)
-        finals = [
-            result.normalized_scores if normalized and result.normalized_scores is not None else result.returns
-            for result in results
-        ]
-        return _GroupScores(
-            np.concatenate(finals), float("nan"), float("nan"), None, "normalized score" if normalized else "return"
+def _over_datasets(
+    table: dict[tuple[str, str], _GroupScores], datasets: Sequence[str], base: str
+) -> tuple[list[Row], list[str]]:
+    """Rows over all datasets, of the labels that were run on each; returns of different environments are not averaged."""
+    if len(datasets) < 2:
+        return [], []
+    if returns := [dataset for (_, dataset), scores in table.items() if scores.unit not in (SCORE, None)]:
+        names = ", ".join(dict.fromkeys(returns))
+        return [], [f"no row over all datasets: there are returns and no scores on {names}"]
+    labels = list(dict.fromkeys(label for label, _ in table))
+    full = [label for label in labels if all((label, dataset) in table for dataset in datasets)]
+    rows = []
+    for label in full:
+        against = [table[base, dataset] for dataset in datasets] if base in full else None
+        rows.append(_row(label, ALL, [table[label, dataset] for dataset in datasets], against, base))
+    absent = [label for label in labels if label not in full]
+    return rows, [f"not in the rows over all datasets, since not run on each: {', '.join(absent)}"] if absent else []
+
+
+def _played(groups: Sequence[Group], evaluate: Callable[[Run], Evaluation]) -> tuple[list[_GroupScores], list[str]]:
+    """Scores of the final policies of groups on one dataset, played anew; all in one unit."""
+    results = [[evaluate(run) for run in group.runs] for group in groups]
+    scored = all(result.reference is not None for found in results for result in found)
+    nan = float("nan")
+    tables = []
+    for found in results:
+        parts = [result.normalized_scores if scored else result.returns for result in found]
+        final = np.concatenate([part for part in parts if part is not None])
+        tables.append(_GroupScores(final, nan, nan, None, SCORE if scored else "return"))
+    return tables, []
+
+
+def _recorded(groups: Sequence[Group], last: int) -> tuple[list[_GroupScores], list[str]]:
+    """Scores of the last evaluations of groups on one dataset, all in one unit, and what a reader must know about them."""
+    histories, notes = read_histories(groups)
+    tables = []
+    for group, found in zip(groups, histories, strict=True):
+        evaluated = [history for history in found if history is not None]
+        episodes = min((history.scores[-1].shape[1] for history in evaluated), default=1)
+        missing = []
+        for run, history in zip(group.runs, found, strict=True):
+            if history is None:
+                told = f"{group.label} on {group.dataset}: {run.path} has no evaluations ({run.status})"
+                if evaluated and not run.manifest.get("stopped"):
+                    notes.append(f"{told} and is left out")
+                    continue
+                missing.append(np.full((len(run.config["seeds"]), episodes), np.nan))
+                advice = f"play its policy with --episodes N, or: rlkit2 evaluate {shlex.quote(str(run.path))}"
+                notes.append(f"{told}: no final score; {advice}")
+            elif history.steps[-1] < run.config["training"].get("steps", 0):
+                notes.append(
+                    f"{group.label} on {group.dataset}: {run.path} is {run.status}; its last evaluation is at step "
+                    f"{history.steps[-1]} of {run.config['training']['steps']}"
+                )
+        final = np.concatenate([*(history.scores[-1][:, :episodes] for history in evaluated), *missing])
+        recent = [history.per_seed[-last:].mean(axis=0) for history in evaluated]
+        best = [history.per_seed[history.best] for history in evaluated]
+        nan = [scores[:, 0] for scores in missing]
+        tables.append(
+            _GroupScores(
+                final,
+                float(np.concatenate([*recent, *nan]).mean()),
+                float(np.concatenate([*best, *nan]).mean()),
+                max((history.steps[-1] for history in evaluated), default=None),
+                evaluated[0].unit if evaluated else None,
+            )
         )
-    histories = [score_history(run) for run in group.runs if run.evaluations()]
-    if len({history.unit for history in histories}) > 1:
-        raise ConfigError(
-            f"some runs of {group.label} on {group.dataset} have normalised scores and some have none; compare them with --episodes"
-        )
-    episodes = min((history.scores[-1].shape[1] for history in histories), default=1)
-    missing = [np.full((len(run.config["seeds"]), episodes), np.nan) for run in group.runs if not run.evaluations()]
-    final = np.concatenate([*(history.scores[-1][:, :episodes] for history in histories), *missing])
-    recent = [history.per_seed[-last:].mean(axis=0) for history in histories]
-    best = [history.per_seed[history.best] for history in histories]
-    nan = [scores[:, 0] for scores in missing]
-    return _GroupScores(
-        final,
-        float(np.concatenate([*recent, *nan]).mean()),
-        float(np.concatenate([*best, *nan]).mean()),
-        max((history.steps[-1] for history in histories), default=None),
-        histories[0].unit if histories else None,
-    )
+    return tables, notes
+
+
+def read_histories(groups: Sequence[Group]) -> tuple[list[list[ScoreHistory | None]], list[str]]:
+    """All evaluations of groups on one dataset, a list per group and None for a run without any, in one unit; a note where that had to be returns.
+
+    Raises:
+        RunError: the lines of a run contradict each other.
+    """
+    found = [[score_history(run) if run.evaluations() else None for run in group.runs] for group in groups]
+    units = {history.unit for histories in found for history in histories if history is not None}
+    if len(units) < 2:
+        return found, []
+    found = [
+        [score_history(run, unit="return") if run.evaluations() else None for run in group.runs] for group in groups
+    ]
+    return found, [f"{groups[0].dataset}: some runs have no normalised scores, so these are the returns of all"]
 
 
 def _row(
     label: str, dataset: str, own: Sequence[_GroupScores], base: Sequence[_GroupScores] | None, baseline: str
 ) -> Row:
     scores = tuple(part.final for part in own)
+    unit = next((part.unit for part in own if part.unit), SCORE)
+    known = all(np.isfinite(table).all() for table in scores)
     improvement = None
     if base is not None and label != baseline:
         improvement = probability_of_improvement(scores, [part.final for part in base])
     return Row(
         label=label,
         dataset=dataset,
-        unit=next((part.unit for part in own if part.unit), "normalized score"),
+        unit=unit,
         step=own[0].step if len(own) == 1 else None,
         scores=scores,
         mean=bootstrap(scores),
@@ -269,6 +296,8 @@ def _row(
         last=float(np.mean([part.last for part in own])),
         best=float(np.mean([part.best for part in own])),
         improvement=improvement,
+        median=float(pooled_median([table.mean(axis=1) for table in scores])),
+        gap=optimality_gap(scores) if known and unit == SCORE else None,
     )
 
 
@@ -286,16 +315,18 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return [f"95 % intervals: {'; '.join(ways)}."] if ways else []
 
 
-def _notes(groups: Sequence[Group], played: bool) -> list[str]:
-    runs = [(f"{group.label} on {group.dataset}", run) for group in groups for run in group.runs]
-    notes = [
-        f"{name}: {run.path} has no evaluations: no final score; play its policy with --episodes N, or: rlkit2 evaluate {shlex.quote(str(run.path))}"
-        for name, run in runs
-        if not played and not run.evaluations()
-    ]
-    return notes + [
-        f"{name}: seed {seed} stopped at step {facts['step']} ({facts['metric']} was not finite): no final score."
-        for name, run in runs
+def _columns(last: int) -> str:
+    return (
+        f"last: mean of the last {last} evaluations; best*: the best evaluation, an oracle, since it is chosen with the scores it reports; "
+        "P: probability that a new training run scores higher. All weigh datasets alike, however many seeds."
+    )
+
+
+def _stopped(groups: Sequence[Group]) -> list[str]:
+    return [
+        f"{group.label} on {group.dataset}: seed {seed} stopped at step {facts['step']} ({facts['metric']} was not finite): no final score."
+        for group in groups
+        for run in group.runs
         for seed, facts in run.manifest.get("stopped", {}).items()
     ]
 
@@ -306,36 +337,11 @@ def _baseline(groups: Sequence[Group], name: str | None) -> str:
     for group in groups:
         if name == group.label or any(run.path.resolve() == run.path.__class__(name).resolve() for run in group.runs):
             return group.label
-    of_agent = list(dict.fromkeys(group.label for group in groups if group.label.split(" (")[0] == name))
+    of_agent = list(dict.fromkeys(group.label for group in groups if group.agent == name))
     if len(of_agent) == 1:
         return of_agent[0]
     labels = ", ".join(repr(label) for label in dict.fromkeys(group.label for group in groups))
     raise ConfigError(f"baseline {name!r} is {'more than one' if of_agent else 'none'} of the compared runs: {labels}")
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Everything that makes two runs different experiments, flat."""
-    sections: Mapping[str, Mapping[str, Any]] = {
-        name: run.config.get(name, {}) for name in ("config", "data", "training")
-    }
-    flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in WATCHING}
-
-
-def _dataset_names(runs: Sequence[Run]) -> list[str]:
-    """Dataset ids, with the start of the content hash where two different contents share an id."""
-    hashes: dict[str, set[str]] = {}
-    for run in runs:
-        hashes.setdefault(run.config["dataset"]["id"], set()).add(run.config["dataset"]["content_hash"])
-    return [
-        run.config["dataset"]["id"]
-        + (f"@{run.config['dataset']['content_hash'][:8]}" if len(hashes[run.config["dataset"]["id"]]) > 1 else "")
-        for run in runs
-    ]
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:

@@ -61,6 +61,8 @@ class Run:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             what = "holds no config.json, so it is not the folder of a run" if self.path.is_dir() else "does not exist"
+            if self.path.is_file():
+                what = "is a file, not the folder of a run"
             raise RunError(f"{self.path} {what}; runs are the folders that `rlkit2 train` writes below runs/")
         self.config = read_json(self.path / "config.json", check_config)
 

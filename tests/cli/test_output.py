@@ -71,3 +71,20 @@ def test_hints_can_be_pasted(path: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_json_has_null_for_what_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"a": [1.0, float("nan")], "b": {"c": (float("inf"), "x")}})
     assert "".join(capsys.readouterr().out.split()) == '{"a":[1.0,null],"b":{"c":[null,"x"]}}'
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_table_uses_the_terminal_and_keeps_an_interval_in_one_piece(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = output.Console
+    monkeypatch.setattr(output, "console", lambda: console(width=width, highlight=False))
+    row = ["odice-a", "4", "67.3 [38.0, 96.6]", "65.6 [22.2, 109.1]", "39.6", "67.3", "1.00 [0.58, 1.00]"]
+    output.print_table(["run", "seeds", "mean [95 %]", "IQM [95 %]", "last", "best*", "P(> bc)"], [row], left=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+    for part in ("67.3", "[38.0, 96.6]", "[22.2, 109.1]", "[0.58, 1.00]") if width > 60 else ("67.3",):
+        assert part in text
+    body = [line for line in lines[2:] if line.strip() and "─" not in line]
+    assert len(body) == (1 if width == 160 else 2) or width == 60

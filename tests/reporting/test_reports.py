@@ -11,6 +11,7 @@ from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation.scores import score_history, score_summary
 from rlkit2.reporting import compare, group_runs, learning_curves, write_report
+from rlkit2.reporting.groups import settings_table, without_repeats
 from rlkit2.training.run import Run
 
 STEPS = (10, 20, 30)
@@ -106,7 +107,7 @@ def test_a_stopped_seed_is_missing_and_said(tmp_path):
     assert summary["final"]["per_seed"][1] is not None
     assert summary["best"]["step"] == 10
     comparison = compare([run])
-    assert "seed 2 stopped at step 15" in comparison.notes[0]
+    assert any("seed 2 stopped at step 15" in note for note in comparison.notes)
     assert comparison.cells()[0][3] == "n/a"
     assert "seed 2 stopped at step 15" in write_report([run], tmp_path / "page.html").read_text()
 
@@ -119,19 +120,97 @@ def test_runs_group_by_agent_configuration_and_dataset(tmp_path):
         make_run(tmp_path / "3", "odice", gradient_rule="semi"),
         make_run(tmp_path / "4", "odice", "zoo/cheetah/v0", gradient_rule="semi"),
     ]
-    groups = [(group.label, group.dataset.split("/")[1], len(group.runs)) for group in group_runs(runs)]
-    assert groups == [
+    groups = group_runs(runs)
+    assert [(group.label, group.dataset.split("/")[1], len(group.runs)) for group in groups] == [
         ("bc", "hopper", 1),
-        ("odice (gradient_rule=orthogonal)", "hopper", 2),
-        ("odice (gradient_rule=semi)", "hopper", 1),
-        ("odice", "cheetah", 1),
+        ("odice-a", "hopper", 2),
+        ("odice-b", "hopper", 1),
+        ("odice-b", "cheetah", 1),  # the same settings have the same letter on every dataset
     ]
+    assert settings_table(groups) == (["run", "gradient_rule"], [["odice-a", "orthogonal"], ["odice-b", "semi"]])
+    comparison = compare(runs, baseline="odice-a")
+    assert comparison.markdown().count("gradient_rule") == 1
+    assert compare(runs, baseline=str(runs[3].path)).baseline == "odice-b"
+    with pytest.raises(
+        ConfigError, match="baseline 'odice' is more than one of the compared runs: 'bc', 'odice-a', 'odice-b'"
+    ):
+        compare(runs, baseline="odice")
 
 
-def test_the_same_seed_twice_is_refused(tmp_path):
-    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seeds=(3, 4))]
+def test_labels_are_short_however_much_differs(tmp_path):
+    """Settings of 150 characters are a column each in a table of their own, never a label."""
+    runs = [
+        make_run(
+            tmp_path / str(i), "my_agents.py:Careful", temperature=float(i), hidden_sizes=[256, 256], extra=f"{i}" * 150
+        )
+        for i in range(28)
+    ]
+    groups = group_runs(runs)
+    assert [group.label for group in groups[:3]] == ["Careful-a", "Careful-b", "Careful-c"]
+    assert groups[-1].label == "Careful-ab"
+    header, rows = settings_table(groups)
+    assert header == ["run", "temperature", "extra"]
+    assert rows[2] == ["Careful-c", "2", "2" * 150]
+    other = make_run(tmp_path / "other", "others:Careful")
+    assert {group.label for group in group_runs([runs[0], other])} == {"my_agents.py:Careful", "others:Careful"}
+
+
+def test_the_same_training_twice_counts_once_and_is_named(tmp_path):
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seeds=(3, 4)), make_run(tmp_path / "2", "bc")]
     with pytest.raises(ConfigError, match=r"both hold seed 3 of odice on zoo/hopper/medium-v0"):
-        compare(runs)
+        group_runs(runs)
+    comparison = compare(runs)
+    assert [(row.label, row.seeds) for row in comparison.rows] == [("odice", 4), ("bc", 4)]
+    assert f"left out: {runs[1].path} is the training of {runs[0].path} again (seed 3)" in comparison.notes
+    (runs[0].path / "evaluations.jsonl").unlink()  # now the second one says more
+    kept, said = without_repeats(runs)
+    assert [run.path.name for run in kept] == ["1", "2"]
+    assert said == [f"left out: {runs[0].path} is the training of {runs[1].path} again (seed 3)"]
+    assert without_repeats([runs[2], runs[2]]) == ([runs[2]], [])  # one folder, named twice
+
+
+def test_scores_and_returns_never_meet(tmp_path):
+    """One run without normalised scores on a dataset: all of that dataset are returns, a note says so, and none is held against a score."""
+    runs = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", "bc", normalized=False),
+        make_run(tmp_path / "c", dataset="x/y-v0"),
+    ]
+    comparison = compare(runs)
+    assert [(row.label, row.dataset, row.unit) for row in comparison.rows] == [
+        ("odice", "zoo/hopper/medium-v0", "return"),
+        ("bc", "zoo/hopper/medium-v0", "return"),
+        ("odice", "x/y-v0", "normalized score"),
+    ]
+    assert comparison.rows[0].mean.value == pytest.approx(507.5, abs=10)
+    assert comparison.rows[0].gap is None
+    assert comparison.rows[2].gap.value == pytest.approx(49.25, abs=1)
+    assert (
+        "zoo/hopper/medium-v0: some runs have no normalised scores, so these are the returns of all" in comparison.notes
+    )
+    assert any(
+        "no row over all datasets: there are returns and no scores on zoo/hopper" in note for note in comparison.notes
+    )
+
+
+def test_a_run_without_evaluations_does_not_hide_those_beside_it(tmp_path):
+    """It is left out with its name; one whose seeds diverged is not, since leaving it out would make the mean look better."""
+    runs = [make_run(tmp_path / "a", seeds=(0, 1)), make_run(tmp_path / "b", seeds=(2,))]
+    (runs[1].path / "evaluations.jsonl").unlink()
+    comparison = compare(runs)
+    assert comparison.rows[0].seeds == 2
+    assert (
+        f"odice on zoo/hopper/medium-v0: {runs[1].path} has no evaluations (finished) and is left out"
+        in comparison.notes
+    )
+    (runs[1].path / "manifest.json").write_text(json.dumps({"stopped": {"2": {"step": 5, "metric": "loss/value"}}}))
+    assert compare(runs).cells()[0][2:4] == ["3", "n/a"]
+
+
+def test_a_run_that_is_not_through_says_how_far_it_was_evaluated(tmp_path):
+    run = make_run(tmp_path / "a")
+    run.config["training"]["steps"] = 50
+    assert any("is finished; its last evaluation is at step 30 of 50" in note for note in compare([run]).notes)
 
 
 def test_datasets_that_share_an_id_but_not_their_content_are_kept_apart(tmp_path):
@@ -216,7 +295,7 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
         "rlkit2 &lt;train&gt;",
         "A &lt;b&gt; title",
         "oracle",
-        "P(better than bc)",
+        "P(&gt; bc)",
     ):
         assert expected in text
     ids = re.findall(r'<clipPath id="(\w+)"', text)
@@ -244,7 +323,7 @@ def test_the_commands_print_what_the_library_says(tmp_path, capsys):
     assert main(["compare", *paths, "--markdown", "--baseline", "odice"]) == 0
     assert capsys.readouterr().out == compare(runs, baseline="odice").markdown()
     assert main(["compare", *paths]) == 0
-    assert "P(better than bc)" in capsys.readouterr().out
+    assert "P(> bc)" in capsys.readouterr().out
     assert main(["report", *paths, "--out", str(tmp_path / "r.html")]) == 0
     assert (tmp_path / "r.html").stat().st_size > 10_000
 
@@ -256,7 +335,8 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, command):
     for arguments, expected in (
         ([str(tmp_path / "nothing")], "nothing does not exist"),
         ([str(run.path), str(tmp_path / "nothing")], "nothing does not exist"),
-        ([str(tmp_path)], "holds no config.json"),
+        ([str(tmp_path)], "is a folder of runs, such as a sweep's; name its runs"),
+        ([str(run.path / "config.json")], "config.json is a file, not the folder of a run"),
         ([str(run.path), "--baseline", "iql"], "baseline 'iql' is none of the compared runs: 'odice'"),
         ([], "nothing to compare"),
     ):
@@ -281,14 +361,14 @@ def test_no_run_keeps_the_others_from_being_shown(tmp_path, capsys, command):
     lines = printed.err.splitlines()
     assert len(lines) == 2
     assert re.search(r"left out: .*c/evaluations\.jsonl: line 2 is damaged", lines[0])
-    assert "holds no config.json" in lines[1]
+    assert "is a folder of runs, such as a sweep's; name its runs" in lines[1]
     if command == "report":
         assert "never evaluated: no scores" in page.read_text()
     else:
         first, second = json.loads(printed.out)["rows"]
         assert first["mean"]["value"] is not None
         assert second["mean"] == {"value": None, "interval": [None, None], "method": ""}
-        assert "b has no evaluations" in json.loads(printed.out)["notes"][1]
+        assert any("b has no evaluations" in note for note in json.loads(printed.out)["notes"])
     nothing = write_report([empty], tmp_path / "nothing.html").read_text()
     assert "No evaluations." in nothing
 
