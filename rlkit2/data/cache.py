@@ -222,6 +222,18 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
+def cached_dataset(content_hash: str) -> TransitionDataset | None:
+    """The dataset of this content, if it is in the cache; nothing is downloaded or built."""
+    for folder in (cache_folder() / "datasets").glob("[!.]*"):
+        try:
+            described = json.loads((folder / "dataset.json").read_text())
+            if json.loads(described["spec"])["content_hash"] == content_hash:
+                return _read(folder)
+        except (OSError, ValueError, LookupError, TypeError, CorruptDatasetError):
+            continue  # damaged, or just being removed
+    return None
+
+
 def clean(*, limit: int | None = None) -> list[Entry]:
     """Remove entries and return them: all (`limit=None`), or stale ones and then those not used for longest, until `limit` bytes are left."""
     found = entries()

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlkit2 import __version__
 from rlkit2.entanglement.geometry import REGIMES
 from rlkit2.errors import ConfigError
 from rlkit2.reporting.figures import svg
-from rlkit2.reporting.report import STYLE, html_table
+from rlkit2.reporting.page import Tables, page
 from rlkit2.training.run_files import write_atomically
 
 Record = Mapping[str, Any]
@@ -212,7 +211,7 @@ def write_model_page(
 
 
 def _section(heading: str, figure: Figure, name: str) -> str:
-    return f"<h2>{escape(heading)}</h2>{svg(figure, name)}"
+    return f"<h2>{escape(heading)}</h2><div class='picture'>{svg(figure, name)}</div>"
 
 
 def _meters(report: Record) -> str:
@@ -228,7 +227,7 @@ def _meters(report: Record) -> str:
         )
         for name, meter in report["meters"].items()
     ]
-    return html_table(header, rows)
+    return Tables()("meters", header, rows)
 
 
 def _remedies(remedies: Record) -> str:
@@ -243,7 +242,7 @@ def _remedies(remedies: Record) -> str:
         )
         for name, found in remedies.items()
     ]
-    return html_table(header, rows)
+    return Tables()("remedies", header, rows)
 
 
 def _dry_runs(dry_run: Record) -> str:
@@ -260,14 +259,10 @@ def _dry_runs(dry_run: Record) -> str:
         )
         for name, found in dry_run.items()
     ]
-    return f"<h2>What a remedy would have changed</h2>{html_table(header, rows)}"
+    return f"<h2>What a remedy would have changed</h2>{Tables()('changes', header, rows)}"
 
 
 def _page(path: str | os.PathLike[str], title: str, sections: Sequence[str]) -> Path:
-    page = (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{''.join(sections)}<p class='note'>Written by rlkit2 {__version__}.</p></body></html>\n"
-    )
     target = Path(path)
-    write_atomically(target, page)
+    write_atomically(target, page(title, [("", section) for section in sections]))
     return target

@@ -37,6 +37,12 @@ class Group:
         return str(self.runs[0].config["agent"])
 
 
+def split_folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The paths that may be runs, and the folders of `rlkit2 starc ... --out` and `rlkit2 entangle model --out` among them."""
+    measured = [path for path in paths if any((path / name).is_file() for name in ("distances.json", "report.json"))]
+    return [path for path in paths if path not in measured], measured
+
+
 def open_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
     """The runs in these folders whose files can be read, each training once, and a line for every folder that is left out.
 
@@ -79,7 +85,7 @@ def without_repeats(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     for index in order:
         run = once[index]
         same = (
-            json.dumps([run.config["agent"], _dataset_key(run), _settings(run)], sort_keys=True),
+            json.dumps([run.config["agent"], _dataset_key(run), flat_settings(run)], sort_keys=True),
             run.config["seeds"],
         )
         taken = [seed for seed in same[1] if (same[0], seed) in holders]
@@ -148,7 +154,7 @@ def value_text(value: Any) -> str:
 def _labels(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """A label and the settings behind it for every run."""
     short = _short_names([run.config["agent"] for run in runs])
-    settings = [_settings(run) for run in runs]
+    settings = [flat_settings(run) for run in runs]
     differing: dict[str, dict[str, None]] = {}  # agent -> settings that differ on some dataset, in order
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for run, name, own in zip(runs, names, settings, strict=True):
@@ -181,7 +187,7 @@ def _short_names(agents: Iterable[str]) -> dict[str, str]:
     return {agent: agent if list(found.values()).count(short) > 1 else short for agent, short in found.items()}
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def flat_settings(run: Run) -> dict[str, Any]:
     """Everything that makes two runs different experiments, flat."""
     sections: Mapping[str, Mapping[str, Any]] = {
         name: run.config.get(name, {}) for name in ("config", "data", "training")

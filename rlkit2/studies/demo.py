@@ -93,7 +93,11 @@ def run_demo(
         figure.savefig(temporary, dpi=130)
         temporary.replace(picture)
     page = write_report(
-        list(runs.values()), Path(out) / "demo.html", baseline="bc", title="rlkit2 demo", extra=svg(figure, "demo")
+        list(runs.values()),
+        Path(out) / "demo.html",
+        baseline="bc",
+        title="rlkit2 demo",
+        extra=f"<div class='picture'>{svg(figure, 'demo')}</div>",
     )
     return Demo(report, runs, comparison, picture, page)
 

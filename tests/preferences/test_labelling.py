@@ -26,6 +26,7 @@ from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError
 from rlkit2.preferences.labelling import ANSWERS, LabellingSession, labelling_app, serve_labelling
 from rlkit2.preferences.pictures import FrameRenderer, animation, state_plot
+from tests import browsers
 from tests.preferences.make import changed, linear_dataset, share_builtin
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra label is not installed")
@@ -424,25 +425,10 @@ def test_a_killed_session_loses_nothing(tmp_path):
 @pytest.fixture
 def browser(tmp_path):
     """A headless Chromium, where this machine has one."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium and chromedriver; on Debian: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for option in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}/chrome",
-    ):
-        options.add_argument(option)
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    opened.set_window_size(1200, 900)
-    yield opened
-    opened.quit()
+    if lacks := browsers.missing():
+        pytest.skip(lacks)
+    with browsers.opened(tmp_path) as found:
+        yield found
 
 
 def test_a_person_labels_in_a_browser(browser, tmp_path):

@@ -12,55 +12,7 @@ from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation.scores import score_history, score_summary
 from rlkit2.reporting import compare, group_runs, learning_curves, write_report
 from rlkit2.reporting.groups import settings_table, without_repeats
-from rlkit2.training.run import Run
-
-STEPS = (10, 20, 30)
-
-
-def make_run(
-    folder,
-    agent="odice",
-    dataset="zoo/hopper/medium-v0",
-    *,
-    level=50.0,
-    seeds=(0, 1, 2, 3),
-    episodes=6,
-    normalized=True,
-    **config,
-):
-    """A run folder whose scores rise to `level` at step 20 and fall by 10 at the end."""
-    folder.mkdir(parents=True)
-    content = {
-        "agent": agent,
-        "config": {"discount": 0.99, "gradient_rule": "orthogonal", **config},
-        "dataset": {"id": dataset, "content_hash": f"hash of {dataset}", "source": dataset},
-        "seeds": list(seeds),
-        "data": {"normalize_observations": False},
-        "training": {"steps": 30, "batch_size": 256, "eval_every": 10},
-    }
-    (folder / "config.json").write_text(json.dumps(content))
-    (folder / "manifest.json").write_text(
-        json.dumps({"status": "finished", "versions": {"torch": "2"}, "command": "rlkit2 <train>"})
-    )
-    generator = np.random.default_rng(abs(hash((agent, level))) % 2**32)
-    evaluations, metrics = [], []
-    for step, height in zip(STEPS, (0.5 * level, level + 10, level), strict=True):
-        for seed in seeds:
-            scores = height + 0.5 * seed + generator.standard_normal(episodes)
-            line = {
-                "step": step,
-                "seed": seed,
-                "returns": (10 * scores).tolist(),
-                "lengths": [5] * episodes,
-                "deterministic": True,
-            }
-            evaluations.append({**line, "normalized_scores": scores.tolist() if normalized else None})
-            metrics.append(
-                {"step": step, "seed": seed, "loss/value": 1.0 / step, "projection/cosine": -0.1, "weight/zero": 0.3}
-            )
-    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    return Run(folder)
+from tests.reporting.written_runs import STEPS, make_run
 
 
 def test_the_last_evaluation_is_the_headline_and_the_best_is_marked(tmp_path):
@@ -265,11 +217,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        if tag not in ("meta", "br", "path", "use", "rect"):
+        if tag not in ("meta", "br", "path", "use", "rect", "circle", "link"):
             self.open.append(tag)
         for name, value in attributes:
-            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+            if name in ("src", "href", "xlink:href") and not value.startswith("#") and value != "data:,":
                 self.fetched.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
 
     def handle_endtag(self, tag):
         if tag in self.open:
@@ -284,9 +239,12 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
     page.feed(text)
     assert not page.fetched
     assert not page.open
-    assert "script" not in page.tags
-    assert page.tags.count("svg") == 1 + 2 * 3  # learning curves, three groups of metrics per run
-    assert "url(http" not in text
+    assert page.tags.count("script") == 1
+    # intervals, learning curves, profile, two budgets, three metrics; and one sample of each line in the legend
+    assert page.tags.count("svg") == 1 + 1 + 1 + 2 + 3 + 2
+    assert page.tags.count("figure") == 8
+    assert len(re.findall(r"<svg [^>]*role='img' aria-label='[^']{20,}'", text)) == 8  # every figure says what it shows
+    assert "http" not in text
     for expected in (
         "Final scores",
         "projection",
