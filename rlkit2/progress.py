@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rlkit2.terminal import asked, make_console
+
 PATIENCE = 0.5  # seconds; what is done sooner shows no bar
 
 
@@ -32,11 +34,15 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _start(label: str) -> tuple[Any, Any]:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=asked.quiet or not (console.is_terminal or console.is_jupyter),
+    )
     bar.start()
     return bar, bar.add_task(label, total=None)

@@ -9,9 +9,9 @@ from tyro.conf import Positional
 
 from rlkit2.api import evaluate
 from rlkit2.cli import output
-from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.parsing import command
 from rlkit2.evaluation.evaluation import Evaluation
+from rlkit2.progress import progress_bar
 from rlkit2.reporting.comparison import Comparison, open_runs
 from rlkit2.reporting.comparison import compare as compare_runs
 from rlkit2.training.run import Run
@@ -43,7 +43,7 @@ def compare(
 
     def score(run: Run) -> Evaluation:
         assert episodes is not None
-        with episode_bar(run.path.name) as progress:
+        with progress_bar(run.path.name) as progress:
             return evaluate(run, episodes=episodes, progress=progress, trust_env=trust_env)
 
     scorer = None if episodes is None else score

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from rich.progress import Progress
 from tyro.conf import Positional, arg
 
 from rlkit2.agents import import_agent
@@ -20,6 +18,7 @@ from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.evaluation.environments import run_environment
 from rlkit2.evaluation.evaluation import Evaluation, mean_text
 from rlkit2.nn.policy import Policy
+from rlkit2.progress import progress_bar
 from rlkit2.training.run import Run
 
 
@@ -85,7 +84,7 @@ def evaluate(
 
     def play(run: Path) -> Evaluation:
         policy, own_env = _open(run, checkpoint, env, trust_env)
-        with episode_bar("episodes") as progress:
+        with progress_bar("episodes") as progress:
             return evaluate_policy(
                 policy,
                 episodes=episodes,
@@ -157,15 +156,6 @@ def _judge(
     else:
         print_judged(result)
     return 0
-
-
-@contextmanager
-def episode_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over episodes on a terminal's standard error, nothing elsewhere; gives what to call with (done, total)."""
-    console = output.console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _open(path: Path, checkpoint: str | None, env: str | None, trust_env: bool) -> tuple[Policy, str | None]:

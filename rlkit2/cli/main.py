@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from rlkit2.errors import RLKitError, first_line
+from rlkit2.terminal import options_of
 
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -42,6 +43,7 @@ def usage() -> str:
             *lines,
             "",
             "rlkit2 COMMAND --help explains a command and shows an example.",
+            "Every command takes --quiet (results, warnings and errors only) and --plain (no colours, nothing that moves).",
             "",
         ]
     )
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"rlkit2: {message}\n"
     try:
-        return importlib.import_module(COMMANDS[name][0]).run(rest) or 0
+        with options_of(rest) as own:
+            return importlib.import_module(COMMANDS[name][0]).run(own) or 0
     except RLKitError as error:
         sys.stderr.write(f"rlkit2: {error}\n")
         return 2

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlkit2.terminal import asked, make_console
+
 WIDTH = 160  # characters where standard output is not a terminal, so that nothing is wrapped in a file
 
 
 def console(*, stderr: bool = False) -> Console:
     """Standard output, or standard error for what is said during long work."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+    return make_console(stderr=stderr, width=None if stream.isatty() else WIDTH)
 
 
 def say(line: str, *, stderr: bool = False) -> None:
@@ -29,8 +31,9 @@ def say(line: str, *, stderr: bool = False) -> None:
 
 
 def say_next(*words: object) -> None:
-    """Print the command that usually follows, quoted so that it can be pasted."""
-    say(f"next: {shlex.join(map(str, words))}")
+    """Print the command that usually follows, quoted so that it can be pasted; nothing where the user asked for quiet."""
+    if not asked.quiet:
+        say(f"next: {shlex.join(map(str, words))}")
 
 
 def print_table(

@@ -11,12 +11,12 @@ from tyro.conf import Positional
 
 from rlkit2.agents import import_agent
 from rlkit2.api import evaluate
-from rlkit2.cli.evaluate import episode_bar
 from rlkit2.cli.offline import judged, print_judged
 from rlkit2.cli.output import print_json, say
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import OfflineOptions, agreement, order
+from rlkit2.progress import progress_bar
 
 
 def select(
@@ -97,7 +97,7 @@ def _played(
     """Mean return of every seed of every run, `[P]`."""
     means = []
     for path in runs:
-        with episode_bar(path.name) as progress:
+        with progress_bar(path.name) as progress:
             played = evaluate(
                 path, episodes=episodes, deterministic=deterministic, progress=progress, trust_env=trust_env
             )

@@ -12,18 +12,30 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rlkit2.terminal import asked, make_console
+
 PLAIN_EVERY = 5.0  # seconds between two plain lines about progress, at first; later a twentieth of the time so far
+# Columns and the metrics that fill them, the first that an agent reports; a column that none fills is not shown.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "policy loss": ("policy/loss",),
+    "critic loss": ("critic/loss", "value/loss"),
+    "value": ("value/mean", "critic/q_mean", "policy/value"),
+    "accuracy": ("preference/accuracy",),
+    "score": ("evaluation/score",),
+    "return": ("evaluation/return",),
+}
 
 
 class Progress:
-    """Shows one line per seed (loss, value, last score), the speed, the time left and the memory.
+    """Shows one line per seed (losses, value, last score or return), the speed, the time left and the memory.
 
     Args:
         console: where to show it; None: nowhere.
+        quiet: only messages, no table and no lines about progress.
     """
 
-    def __init__(self, console: Console | None) -> None:
-        self.console = console
+    def __init__(self, console: Console | None, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
         self._live: Live | None = None
         self._rows: dict[int, dict[str, str]] = {}
         self._status = ""
@@ -37,7 +49,7 @@ class Progress:
         """Begin to show a run of `steps` updates of which `now()` are done."""
         self._rows = {seed: {} for seed in seeds}
         self._now, self._steps, self._first, self._began = now, steps, now(), time.perf_counter()
-        if self.console is not None and self.console.is_terminal:
+        if self.console is not None and self.console.is_terminal and not self.quiet:
             self._live = Live(get_renderable=self._table, console=self.console, refresh_per_second=2)
             self._live.start()
 
@@ -63,26 +75,26 @@ class Progress:
         self._status = ""
         for line in lines:
             row = self._rows.setdefault(line["seed"], {})
-            for column, value in (
-                ("loss", _first(line, "loss")),
-                ("value", line.get("value/mean")),
-                ("score", line.get("evaluation/score")),
-            ):
-                if value is not None:
-                    row[column] = f"{value:.4g}"
-        scored = any("evaluation/score" in line for line in lines)
+            row.update({column: f"{value:.4g}" for column, value in _shown(line).items()})
+        scored = any(name.startswith("evaluation/") for line in lines for name in line)
         if (
             self.console is not None
+            and not self.quiet
             and self._live is None
             and lines
             and (scored or time.perf_counter() > self._shown + max(PLAIN_EVERY, (self._shown - self._began) / 20))
         ):
             self._shown = time.perf_counter()
             seeds = "; ".join(
-                f"seed {seed}: " + ", ".join(f"{name} {value}" for name, value in row.items())
+                f"seed {seed}: " + ", ".join(f"{name} {row[name]}" for name in self._columns() if name in row)
                 for seed, row in self._rows.items()
             )
             self.message(f"{self._speed()} | {seeds}")
+
+    def _columns(self) -> list[str]:
+        """Those that at least one seed fills, in their order."""
+        filled = {name for row in self._rows.values() for name in row}
+        return [name for name in (*COLUMNS, "loss") if name in filled]
 
     def _speed(self) -> str:
         step = self._now()
@@ -94,21 +106,28 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table(caption=self._speed(), caption_justify="left")
-        for column in ("seed", "loss", "value", "score"):
+        columns = self._columns()
+        for column in ("seed", *columns):
             table.add_column(column, justify="right")
         for seed, row in self._rows.items():
-            table.add_row(str(seed), *(row.get(column, "-") for column in ("loss", "value", "score")))
+            table.add_row(str(seed), *(row.get(column, "") for column in columns))
         return table
 
 
 def console_progress() -> Progress:
     """Progress on standard error, so that standard output stays free for results."""
-    return Progress(Console(stderr=True))
+    return Progress(make_console(stderr=True), quiet=asked.quiet)
 
 
-def _first(line: Mapping[str, Any], ending: str) -> float | None:
-    names = sorted((name for name in line if name.endswith(ending)), key=lambda name: not name.startswith("policy/"))
-    return line[names[0]] if names else None
+def _shown(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of metrics or of an evaluation puts into the columns; an agent without the usual names shows its first loss."""
+    found = {
+        column: next((line[name] for name in names if line.get(name) is not None), None)
+        for column, names in COLUMNS.items()
+    }
+    if not any(value is not None for value in found.values()):
+        found["loss"] = next((line[name] for name in sorted(line) if name.endswith("loss")), None)
+    return {column: value for column, value in found.items() if value is not None}
 
 
 def _duration(seconds: float) -> str:

@@ -206,12 +206,9 @@ class Trainer:
         score = float(np.mean(scores))
         if self.best is None or score > self.best["score"]:
             self.best = {"step": self.step, "score": score}
-        self._tell(
-            [
-                {"step": self.step, "seed": seed, "evaluation/score": score}
-                for seed, score in zip(seeds, scores, strict=True)
-            ]
-        )
+        normalized = all(line.get("normalized_scores") is not None for line in lines)
+        name = "evaluation/score" if normalized else "evaluation/return"
+        self._tell([{"step": self.step, "seed": seed, name: score} for seed, score in zip(seeds, scores, strict=True)])
 
     def _tell(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for logger in (self.progress, *self.loggers):

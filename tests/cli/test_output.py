@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rlkit2 import terminal
 from rlkit2.cli import main, output, parsing
 from rlkit2.cli.main import COMMANDS
 
@@ -88,3 +89,22 @@ def test_a_table_uses_the_terminal_and_keeps_an_interval_in_one_piece(
         assert part in text
     body = [line for line in lines[2:] if line.strip() and "─" not in line]
     assert len(body) == (1 if width == 160 else 2) or width == 60
+
+
+def test_quiet_and_plain_go_with_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(arguments: list[str]) -> None:
+        seen.append((list(arguments), terminal.asked.quiet, terminal.asked.plain))
+        output.say_next("rlkit2", "evaluate", "x")
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS["doctor"][0]), "run", run)
+    assert main.main(["doctor", "--quiet", "a", "--plain", "--", "--quiet"]) == 0
+    assert main.main(["doctor", "b"]) == 0
+    assert seen == [(["a", "--", "--quiet"], True, True), (["b"], False, False)]
+    assert capsys.readouterr().out.count("next:") == 1
+    with terminal.options_of(["--plain"]):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        assert not output.console().is_terminal

@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 import rlkit2
+from rlkit2.agents import agent_class, list_agents
 from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import ConfigError, MissingExtraError
+from rlkit2.testing import Problem
 from rlkit2.training import Run
 from rlkit2.training.loggers import LOGGERS, check_loggers, make_loggers
 from rlkit2.training.progress import Progress
@@ -56,7 +58,7 @@ def test_tensorboard_holds_every_number_once_even_after_a_resume(tmp_path):
         lines = [line for line in run.metrics() if line["seed"] == seed]
         assert [event.step for event in scalars] == [line["step"] for line in lines]
         assert [event.value for event in scalars] == pytest.approx([line["policy/loss"] for line in lines], rel=1e-6)
-        assert [event.step for event in events.Scalars("evaluation/score")] == [20, 40]
+        assert [event.step for event in events.Scalars("evaluation/return")] == [20, 40]
 
 
 def test_wandb_works_without_a_network(tmp_path, monkeypatch):
@@ -104,8 +106,8 @@ def test_trackers_get_all_seeds_of_a_step_in_one_call_and_are_finished(tmp_path,
     assert calls[0][0] == 4
     assert calls[0][1]["seed0/policy/loss"] == first["policy/loss"]
     assert {key.split("/")[0] for key in calls[0][1]} == {"seed0", "seed1"}
-    scores = next(values for step, values in calls[:-1] if "seed0/evaluation/score" in values)
-    assert scores["seed1/evaluation/score"] == pytest.approx(sum(run.evaluations()[1]["returns"]) / 2)
+    scores = next(values for step, values in calls[:-1] if "seed0/evaluation/return" in values)
+    assert scores["seed1/evaluation/return"] == pytest.approx(sum(run.evaluations()[1]["returns"]) / 2)
 
 
 def test_a_run_keeps_its_id_and_an_old_one_gets_one(tmp_path):
@@ -132,7 +134,7 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     assert "\x1b" not in text
     lines = text.splitlines()
     assert 3 <= len(lines) <= 10 + 2  # at most one a log and one an evaluation
-    pattern = r"step 40/40, \d+ updates/s, \d\.\d GiB \| seed 0: loss -?[\d.]+, score -[\d.]+; seed 7: loss -?[\d.]+, score -[\d.]+"
+    pattern = r"step 40/40, \d+ updates/s, \d\.\d GiB \| seed 0: policy loss -?[\d.]+, return -[\d.]+; seed 7: policy loss -?[\d.]+, return -[\d.]+"
     assert re.fullmatch(pattern, lines[-1])
     assert re.match(r"step 4/40, \d+ updates/s, 0m\d\ds left, ", lines[0])
 
@@ -145,9 +147,49 @@ def test_on_a_terminal_a_table_has_one_line_per_seed(tmp_path):
     text = shown(tmp_path, force_terminal=True)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     last = plain[plain.rindex("seed") :]
-    assert re.search(r"│ +0 │ +-?[\d.]+ │ +- │ +-[\d.]+ │", last)
+    assert re.search(r"│ +0 │ +-?[\d.]+ │ +-[\d.]+ │", last)
     assert re.search(r"│ +7 │", last)
     assert "step 40/40" in last
+
+
+def test_quiet_leaves_messages_alone():
+    text = io.StringIO()
+    progress = Progress(Console(file=text, width=120, force_terminal=True), quiet=True)
+    progress.start([0], 10, lambda: 5)
+    progress.log([{"step": 5, "seed": 0, "policy/loss": 1.0, "evaluation/return": 3.0}])
+    progress.message("seed 0 stopped")
+    progress.stop()
+    assert text.getvalue() == "seed 0 stopped\n"
+
+
+@pytest.mark.parametrize("name", list_agents())
+def test_every_agent_shows_what_matters(name):
+    """A loss, what its values are where it has any, the accuracy where it learns from preferences, and the score."""
+    problem = next(filter(None, (fitting_problem(name, kind) for kind in ("continuous", "discrete"))))
+    agent = problem.build(1)
+    metrics = {}
+    for batch in problem.batches(2):
+        metrics |= {key: float(value[0]) for key, value in agent.update(batch).items()}
+    text = io.StringIO()
+    progress = Progress(Console(file=text, width=120))
+    progress.start([0], 10, lambda: 5)
+    progress.log([{"step": 5, "seed": 0, **metrics}, {"step": 5, "seed": 0, "evaluation/score": 4.0}])
+    shown = text.getvalue()
+    assert "policy loss " in shown or "critic loss " in shown
+    assert ("critic loss " in shown or "value " in shown) == any(
+        key.startswith(("value/", "critic/")) for key in metrics
+    )
+    assert ("accuracy " in shown) == (not problem.from_transitions)
+    assert "score 4" in shown
+
+
+def fitting_problem(name, kind):
+    problem = Problem(agent_class(name), kind)
+    try:
+        problem.build(1)
+    except ConfigError:
+        return None
+    return problem
 
 
 def test_no_console_no_output(tmp_path, capfd):
