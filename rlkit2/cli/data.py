@@ -84,7 +84,7 @@ def check(
 ) -> int:
     """Check a dataset before training; exit status 1 where something is wrong.
 
-    Example: rlkit2 data check mujoco/hopper/medium-v0 --figure hopper.png
+    Example: rlkit2 data check builtin/pendulum --figure pendulum.png
 
     Args:
         source: Minari id, builtin/... id, or a file or folder in a known format.

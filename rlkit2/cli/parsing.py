@@ -29,12 +29,20 @@ def command(function: Callable[..., int | None], arguments: Sequence[str], *, pr
         SystemExit: after `--help`.
     """
 
-    @functools.wraps(function)
-    def bind(*values: Any, **options: Any) -> Callable[[], int | None]:
-        return lambda: function(*values, **options)
+    return bound(function, arguments, prog=prog, **options)()
 
-    bound: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=help_text(function), **options)
-    return bound()
+
+def bound(
+    function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, **options: Any
+) -> Callable[[], int | None]:
+    """`function` with what the arguments say, to be called without any; raises as `command`."""
+
+    @functools.wraps(function)
+    def bind(*values: Any, **named: Any) -> Callable[[], int | None]:
+        return lambda: function(*values, **named)
+
+    found: Callable[[], int | None] = parse(bind, arguments, prog=prog, description=help_text(function), **options)
+    return found
 
 
 def help_text(function: Callable[..., Any]) -> str:

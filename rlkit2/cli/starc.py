@@ -146,7 +146,7 @@ def dataset(
 ) -> int:
     """Distances between rewards on the transitions of a dataset, with intervals.
 
-    Example: rlkit2 starc dataset zoo/pendulum/mixed-v0 --reward rewards.py:upright --reward rewards.py:still --true
+    Example: rlkit2 starc dataset builtin/pendulum --reward rewards.py:upright --reward rewards.py:still --true
 
     Args:
         dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,22 +14,21 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes
 
 from rlkit2.agents import agent_class, class_name, import_agent, list_agents, make_config
 from rlkit2.api import train
 from rlkit2.cli import output
 from rlkit2.cli.parsing import parse
+from rlkit2.envs.builtin import builtin_recipes
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.evaluation import mean_text
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.fields import field_types, read_texts
 from rlkit2.training import Run, describe_fields, load_recipe
 from rlkit2.training.options import SECTIONS
+from rlkit2.training.recipe import agent_recipes
 
-EXAMPLES = """Examples:
-  rlkit2 train odice --dataset builtin/rooms --seeds 4 --steps 5000
-  rlkit2 train odice --dataset zoo/hopper/medium-v0 --lambda 0.7 --policy-hidden-sizes 256 256 --eval-every 10000
-  rlkit2 train --resume runs/odice-zoo-hopper-medium-v0-001"""
 COMMAND = {
     "dataset": ("ID", "Minari id, builtin/... id, D4RL-style .hdf5 file or folder (default: that of the recipe)"),
     "seeds": ("N", "number of seeds trained together, or the seeds themselves: 3,7 (default: 1)"),
@@ -84,13 +85,9 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: _option(*texts) for name, texts in COMMAND.items()}
     fields["trust_env"] = _option("", "build the environment as files say, which runs the code they name", bool)
     fields["logger"] = _option("NAME", "tensorboard, wandb, trackio; several may be named", tuple[str, ...])
-    for cls, defaults in _sections(agent):
-        for name, kind, default, meaning in describe_fields(cls):
-            value = defaults.get(name, default)
-            shown = "" if "default:" in meaning else f" (default: {_show(value)})"
-            typed = bool if kind == "true or false" else tuple[str, ...] if kind.startswith("[") else str
-            fields[name] = _option(kind, f"{meaning}{shown}", typed, name.rstrip("_"))
-    parser = TypedDict("parser", fields, total=False)  # type: ignore[misc]
+    groups: dict[str, Any] = {title: _group(title, cls, defaults) for title, cls, defaults in _sections(agent)}
+    titled: dict[str, Any] = {title: OmitArgPrefixes[group] for title, group in groups.items()}  # type: ignore[misc, valid-type]
+    parser = TypedDict("parser", {**fields, **titled}, total=False)  # type: ignore[misc]
     prog = f"rlkit2 train {agent or 'AGENT'}"
     asked = not {"-h", "--help"}.isdisjoint(arguments)  # describing the agents imports them all
     given, unknown = parse(
@@ -101,8 +98,21 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
         return_unknown_args=True,
     )
     if unknown:
-        raise ConfigError(_unknown(unknown[0], agent, fields))
-    return dict(given)
+        known = [name for group in groups.values() for name in group.__annotations__]
+        raise ConfigError(_unknown(unknown[0], agent, [*fields, *known]))
+    of_groups = [given.pop(title, {}) for title in groups]
+    return {**given, **{name: value for group in of_groups for name, value in group.items()}}
+
+
+def _group(title: str, cls: type[Any], defaults: Mapping[str, Any]) -> Any:
+    """The fields of a config as options, under a title of their own in the help."""
+    fields = {}
+    for name, kind, default, meaning in describe_fields(cls):
+        value = defaults.get(name, default)
+        shown = "" if "default:" in meaning else f" (default: {_show(value)})"
+        typed = bool if kind == "true or false" else tuple[str, ...] if kind.startswith("[") else str
+        fields[name] = _option(kind, f"{meaning}{shown}", typed, name.rstrip("_"))
+    return TypedDict(title, fields, total=False)  # type: ignore[operator]
 
 
 def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) -> Any:
@@ -113,10 +123,10 @@ def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) 
     return Annotated[typed, tyro.conf.arg(name=name, metavar=metavar, help=meaning, help_behavior_hint="")]
 
 
-def _sections(agent: str | None) -> list[tuple[type[Any], dict[str, Any]]]:
+def _sections(agent: str | None) -> list[tuple[str, type[Any], dict[str, Any]]]:
     """Where options come from: how to train, how to see the data, and the agent's own config with its preset."""
-    sections: list[tuple[type[Any], dict[str, Any]]] = [(cls, {}) for cls in SECTIONS.values()]
-    return [*sections, (agent_class(agent).config_class, asdict(make_config(agent)))] if agent else sections
+    sections: list[tuple[str, type[Any], dict[str, Any]]] = [(title, cls, {}) for title, cls in SECTIONS.items()]
+    return [*sections, ("agent", agent_class(agent).config_class, asdict(make_config(agent)))] if agent else sections
 
 
 def _section(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def _seeds(text: str) -> int | list[int]:
         raise ConfigError(f"--seeds must be a number of seeds or seeds with commas between, not {text!r}") from error
 
 
-def _unknown(argument: str, agent: str | None, fields: dict[str, Any]) -> str:
+def _unknown(argument: str, agent: str | None, fields: Sequence[str]) -> str:
     options = [f"--{name.rstrip('_').replace('_', '-')}" for name in fields]
     where = f"rlkit2 train {agent} --help" if agent else "rlkit2 train --help"
     if argument in list_agents():
@@ -159,9 +169,7 @@ def _unknown(argument: str, agent: str | None, fields: dict[str, Any]) -> str:
 
 def _description(agent: str | None) -> str:
     if agent is not None:
-        return (
-            f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{EXAMPLES}"
-        )
+        return f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{_examples(agent)}"
     width = max(map(len, list_agents()))
     lines = "\n".join(f"  {name:<{width}}  {_about(name)}" for name in list_agents())
     return "\n\n".join(
@@ -169,9 +177,33 @@ def _description(agent: str | None) -> str:
             "Train an agent on a dataset, several seeds together, into a new run folder.",
             f"Agents:\n{lines}",
             "rlkit2 train AGENT --help shows the agent's own options.",
-            EXAMPLES,
+            _examples("odice"),
         ]
     )
+
+
+def _examples(agent: str) -> str:
+    """Lines that work as they are typed: with a built-in dataset, and what the agent learns from beside it."""
+    here = ["builtin/" + recipe.dataset.partition("/")[2] for recipe in agent_recipes(agent)]
+    known = [name for name in here if name in builtin_recipes()]
+    dataset = "builtin/pendulum/mixed-v0" if not known or "builtin/pendulum/mixed-v0" in known else known[0]
+    names = field_types(agent_class(agent).config_class)
+    lines, inputs = [], ""
+    if {"preferences", "rewards"} & set(names):
+        lines.append(f"rlkit2 prefs label {dataset} --teacher oracle --count 200 --length 16 --out labels")
+        inputs = " --preferences labels"
+    if "rewards" in names:
+        lines.append("rlkit2 prefs fit labels --out reward")
+        inputs = " --rewards reward/rewards.safetensors"
+    word = shlex.quote(agent)
+    lines.append(f"rlkit2 train {word} --dataset {dataset}{inputs} --seeds 4 --steps 5000")
+    lines.append(
+        f"rlkit2 train {word} --dataset {dataset}{inputs} --discount 0.98 --eval-every 1000 --eval-episodes 20"
+    )
+    slug = re.sub("[^a-z0-9.]+", "-", f"{agent.rpartition(':')[2]} {dataset}".lower())
+    lines.append(f"rlkit2 train --resume runs/{slug}-001")
+    kept = [line for line in lines if "--discount" not in line or "discount" in names]
+    return "\n".join(["Examples:", *(f"  {line}" for line in kept)])
 
 
 def _about(agent: str) -> str:

@@ -90,6 +90,13 @@ def find_recipe(agent: str, dataset: str) -> Recipe | None:
     return None
 
 
+def agent_recipes(agent: str) -> list[Recipe]:
+    """The shipped recipes of an agent, in the order of their files; none for an agent from outside."""
+    if not agent_class(agent).__module__.startswith("rlkit2."):
+        return []
+    return [load_recipe(path) for path in sorted(_shipped_folder(agent).glob("*.toml"))]
+
+
 def _shipped_folder(agent: str) -> Path:
     folder = recipe_folder("agents")
     return folder / (agent if (folder / agent).is_dir() else plain_name(agent))

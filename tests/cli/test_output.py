@@ -16,6 +16,7 @@ import pytest
 from rlkit2 import terminal
 from rlkit2.cli import main, output, parsing
 from rlkit2.cli.main import COMMANDS
+from rlkit2.envs.builtin import builtin_id
 
 FILES = sorted(Path(main.__file__).parent.glob("*.py"))
 GROUPS = {
@@ -108,3 +109,43 @@ def test_quiet_and_plain_go_with_every_command(
     with terminal.options_of(["--plain"]):
         monkeypatch.setenv("FORCE_COLOR", "1")
         assert not output.console().is_terminal
+
+
+SINGLE = {
+    name: getattr(importlib.import_module(module), name)
+    for name, (module, _) in COMMANDS.items()
+    if name not in GROUPS and name != "train"
+}
+EXAMPLES = [
+    (name, line.strip().removeprefix("Example: "))
+    for name, function in {**FUNCTIONS, **SINGLE}.items()
+    for line in parsing.help_text(function).splitlines()
+    if line.strip().removeprefix("Example: ").startswith("rlkit2 ")
+]
+
+
+def test_every_command_has_an_example() -> None:
+    assert {name for name, _ in EXAMPLES} == {*FUNCTIONS, *SINGLE}
+
+
+@pytest.mark.parametrize(("name", "line"), EXAMPLES, ids=[line for _, line in EXAMPLES])
+def test_examples_work_as_typed_on_a_fresh_machine(name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name only built-in datasets, and every option and value in them is understood."""
+    words = shlex.split(line)
+    command = words[words.index("rlkit2") + 1 :]
+    group = command[0] if command[0] in GROUPS else None
+    assert " ".join(command[: 2 if group else 1]) in {name, "train"}
+    for word in command:
+        if re.match(r"(zoo|mujoco|D4RL)/", word) or (word.startswith("builtin/") and not builtin_id(word)):
+            pytest.fail(f"{word} is not on a fresh machine")
+    if command[0] != "train":  # whose options are checked with its own tests
+        monkeypatch.setattr(parsing, "bound", lambda *values, **options: lambda: BOUND(*values, **options) and None)
+        assert (
+            main.main(
+                [word for word in command if not word.startswith(">")][: command.index(">") if ">" in command else None]
+            )
+            == 0
+        )
+
+
+BOUND = parsing.bound

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import fields
 
 import pytest
 
 from rlkit2.agents import agent_class, list_agents
 from rlkit2.cli.main import main
-from rlkit2.cli.train import COMMAND
+from rlkit2.cli.train import COMMAND, _examples, _parse
+from rlkit2.envs.builtin import builtin_recipes
+from rlkit2.testing import Problem
 from rlkit2.training import DataOptions, Run, TrainingOptions
 from tests.training.tiny_problem import tiny_dataset
 
@@ -177,4 +180,19 @@ def test_help_without_an_agent_lists_the_agents(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"\n  {agent} " in text for agent in list_agents())
-    assert "rlkit2 train odice --dataset builtin/rooms" in text
+    assert "rlkit2 train odice --dataset builtin/pendulum" in text
+
+
+@pytest.mark.parametrize("agent", list_agents())
+def test_examples_are_of_the_agent_and_work_on_a_fresh_machine(agent, monkeypatch):
+    """Built-in datasets whose actions the agent takes, options that it has; nothing that only its authors' machines hold."""
+    lines = [line.strip() for line in _examples(agent).splitlines() if line.startswith("  rlkit2 train")]
+    assert len(lines) >= 2
+    for line in lines:
+        words = shlex.split(line)[2:]
+        given = _parse(agent, words[1:] if words[0] == agent else words)
+        if "resume" in given:
+            continue
+        assert given["dataset"] in builtin_recipes()
+        discrete = any(name in given["dataset"] for name in ("cartpole", "gridworld"))
+        Problem(agent_class(agent), "discrete" if discrete else "continuous").build(1)
