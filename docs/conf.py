@@ -1,6 +1,14 @@
-"""Sphinx configuration: MyST pages and an API reference made from the docstrings."""
+"""Sphinx configuration: MyST pages, pages made from code and cards, and an API reference made from the docstrings."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from generate import write_pages
+
+write_pages(Path(__file__).parent / "generated")
 
 project = "rlkit2"
 author = "rlkit2 developers"
@@ -8,13 +16,13 @@ version = release = installed_version("rlkit2")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
-exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "README.md"]
 html_theme = "furo"
 html_title = f"rlkit2 {version}"
 autodoc_typehints = "description"

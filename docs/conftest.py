@@ -73,6 +73,7 @@ def leave(namespace: dict[str, Any]) -> None:
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser("console", run_console), SkipParser()],
     patterns=["*.md"],
+    excludes=["generated/*"],
     setup=enter,
     teardown=leave,
 ).pytest()

@@ -44,6 +44,7 @@ def usage() -> str:
             "",
             "rlkit2 COMMAND --help explains a command and shows an example.",
             "Every command takes --quiet (results, warnings and errors only) and --plain (no colours, nothing that moves).",
+            "rlkit2 --version; rlkit2 --completion bash (or zsh) prints a script that completes commands and options.",
             "",
         ]
     )
@@ -59,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rlkit2 import __version__
 
         sys.stdout.write(f"rlkit2 {__version__}\n")
+        return 0
+    if arguments[0] == "--completion":
+        from rlkit2.cli.completion import completion
+
+        try:
+            sys.stdout.write(completion(arguments[1] if arguments[1:] else ""))
+        except RLKitError as error:
+            sys.stderr.write(f"rlkit2: {error}\n")
+            return 2
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
