@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 TEST_EXTRAS := mujoco,robotics,box2d,trl
 
-.PHONY: demo test test-slow fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean
 
 # One stamp per set of extras: reinstalled when the dependencies change, otherwise free.
 $(VENV)/.made:
@@ -33,6 +33,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+# The wheel in an environment of its own.
+test-wheel: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check 'hatchling>=1.25'
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 # Damages files of every kind and uses them; what ends in a traceback, hangs or takes too much memory is printed.
 MINUTES ?= 5

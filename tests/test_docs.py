@@ -1,0 +1,96 @@
+"""The documentation names what there is: extras, files, agents, options, metrics; every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rlkit2.agents import agent_class, list_agents, plain_name
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs/coming_from").glob("*.md"),
+        *(ROOT / "agents").rglob("README.md"),
+    ]
+)
+AGENTS = sorted({plain_name(name) for name in list_agents()})
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_extras_are_those_of_the_project(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / page).read_text()
+    start = text.index("Extras:" if page == "README.md" else "| extra | for |")
+    part = (
+        text[start : text.index("\n\n", start)]
+        if page != "README.md"
+        else text[start : text.index("An open range", start)]
+    )
+    named = re.findall(
+        r"`([a-z0-9]+)`", part if page == "README.md" else "\n".join(line.split("|")[1] for line in part.splitlines())
+    )
+    assert sorted(named) == sorted(extras)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        if not target.startswith(("http://", "https://", "generated/", "../generated/")):
+            assert (page.parent / target).exists(), target
+
+
+def test_papers_name_files_that_exist() -> None:
+    named = re.findall(r"`(rlkit2/[\w/]+\.py)`", (ROOT / "docs/papers.md").read_text())
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_page_is_in_the_contents() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        if not name.startswith(("generated/", "_build/")) and name != "index":
+            assert re.search(rf"^{re.escape(name)}$", index, re.M), f"docs/{name}.md is not in docs/index.md"
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agents_page_has_its_card_its_options_and_its_metrics_explained(generate: ModuleType, name: str) -> None:
+    assert name in generate.carded_agents()
+    page = generate.agent_page(name)
+    for field in fields(agent_class(name).config_class):
+        assert f"| `{field.name}` |" in page
+    found = generate.metrics_of(name)
+    assert found
+    assert not [metric for metric in found if generate.explained(metric) is None], "explain them in docs/metrics.toml"
+    assert "](../" not in page.replace("](../../", "")  # links of the card lead to pages of the site
+    for preset in generate.presets_of(name):
+        assert f"`{preset}` is `{name}` with " in page
+
+
+def test_the_command_line_page_holds_every_command(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_printed", lambda *words: " ".join(words))
+    page = generate.command_line()
+    from rlkit2.cli.main import COMMANDS
+
+    assert all(f"\n## rlkit2 {name}\n" in page for name in COMMANDS)
+    assert "### rlkit2 data check" in page
