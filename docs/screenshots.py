@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,10 @@ class Taken(Progress):
         if any("score" in row for row in self._rows.values()) and self._now() < self._steps:
             drawn = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
             drawn.print(self._table())
-            self.picture = drawn.export_svg(title="rlkit2 train odice --dataset builtin/pendulum --seeds 4")
+            picture = drawn.export_svg(title="rlkit2 train odice --dataset builtin/pendulum --seeds 4")
+            self.picture = re.sub(
+                r"@font-face \{.*?\}", "", picture, flags=re.S
+            )  # which would be loaded from elsewhere
 
 
 def train_all(folder: Path, steps: int) -> list[Run]:
@@ -90,7 +94,7 @@ def take(page: Path, folder: Path) -> None:
 def main() -> int:
     """Train, write the page, take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--runs", type=Path, help="folder of the runs; those that are there are not trained again")
     options = parser.parse_args()
     if lacks := browsers.missing():
@@ -101,7 +105,8 @@ def main() -> int:
         folder = options.runs or Path(temporary, "runs")
         there = sorted(path.parent for path in folder.glob("*/config.json"))
         runs = [Run(path) for path in there] if there else train_all(folder, options.steps)
-        page = write_report(runs, Path(temporary, "report.html"), baseline="bc", title="Pendulum, four agents")
+        title = f"Pendulum, four agents after {runs[0].config['training']['steps']:,} updates"
+        page = write_report(runs, Path(temporary, "report.html"), baseline="bc", title=title)
         take(page, Path(temporary))
     return 0
 
