@@ -80,18 +80,6 @@ def _table(rows: Sequence[Array]) -> Array:
     return np.stack([row[:episodes] for row in rows])
 
 
-def metric_groups(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Names of the metrics in `metrics.jsonl`, by the part before the slash, both in order of appearance."""
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        for name in dict.fromkeys(name for line in run.metrics() for name in line):
-            if name not in ("step", "seed"):
-                names = found.setdefault(name.split("/")[0] if "/" in name else "other", [])
-                if name not in names:
-                    names.append(name)
-    return found
-
-
 def metric_curves(run: Run, names: Sequence[str]) -> Figure:
     """One small plot per metric, one line per seed."""
     lines = run.metrics()
