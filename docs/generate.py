@@ -19,6 +19,7 @@ from typing import Any
 
 from rlkit2.agents import agent_class, list_agents, make_config, plain_name
 from rlkit2.cli.main import COMMANDS, main
+from rlkit2.cli.train import examples
 from rlkit2.errors import ConfigError
 from rlkit2.fields import describe_fields
 from rlkit2.testing import Problem
@@ -139,7 +140,14 @@ def agent_page(name: str) -> str:
     cls = agent_class(name)
     module = importlib.import_module(cls.__module__)
     equations = (module.__doc__ or "").strip()
-    parts = [text, "\n## In the words of its file\n", f"```text\n{equations}\n```"]
+    typed = examples(name).partition("\n")[2].replace("\n  ", "\n").strip()
+    parts = [
+        text,
+        "\n## On a fresh machine\n",
+        f"```sh\n{typed}\n```",
+        "\n## In the words of its file\n",
+        f"```text\n{equations}\n```",
+    ]
     for preset in presets_of(name):
         plain, own = make_config(name), make_config(preset)
         changed = ", ".join(

@@ -169,7 +169,7 @@ def _unknown(argument: str, agent: str | None, fields: Sequence[str]) -> str:
 
 def _description(agent: str | None) -> str:
     if agent is not None:
-        return f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{_examples(agent)}"
+        return f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{examples(agent)}"
     width = max(map(len, list_agents()))
     lines = "\n".join(f"  {name:<{width}}  {_about(name)}" for name in list_agents())
     return "\n\n".join(
@@ -177,12 +177,12 @@ def _description(agent: str | None) -> str:
             "Train an agent on a dataset, several seeds together, into a new run folder.",
             f"Agents:\n{lines}",
             "rlkit2 train AGENT --help shows the agent's own options.",
-            _examples("odice"),
+            examples("odice"),
         ]
     )
 
 
-def _examples(agent: str) -> str:
+def examples(agent: str) -> str:
     """Lines that work as they are typed: with a built-in dataset, and what the agent learns from beside it."""
     here = ["builtin/" + recipe.dataset.partition("/")[2] for recipe in agent_recipes(agent)]
     known = [name for name in here if name in builtin_recipes()]

@@ -10,7 +10,7 @@ import pytest
 
 from rlkit2.agents import agent_class, list_agents
 from rlkit2.cli.main import main
-from rlkit2.cli.train import COMMAND, _examples, _parse
+from rlkit2.cli.train import COMMAND, _parse, examples
 from rlkit2.envs.builtin import builtin_recipes
 from rlkit2.testing import Problem
 from rlkit2.training import DataOptions, Run, TrainingOptions
@@ -186,7 +186,7 @@ def test_help_without_an_agent_lists_the_agents(capsys):
 @pytest.mark.parametrize("agent", list_agents())
 def test_examples_are_of_the_agent_and_work_on_a_fresh_machine(agent, monkeypatch):
     """Built-in datasets whose actions the agent takes, options that it has; nothing that only its authors' machines hold."""
-    lines = [line.strip() for line in _examples(agent).splitlines() if line.startswith("  rlkit2 train")]
+    lines = [line.strip() for line in examples(agent).splitlines() if line.startswith("  rlkit2 train")]
     assert len(lines) >= 2
     for line in lines:
         words = shlex.split(line)[2:]
