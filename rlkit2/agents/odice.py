@@ -141,7 +141,7 @@ class ODICEConfig(PolicyOptions):
         """The fields of a run from before V and R had units of their own."""
         if "value_unit" in stored:
             return dict(stored)
-        policy = _first(stored["policy_hidden_sizes"], stored["hidden_sizes"], (1024, 1024))
+        policy = _first(stored.get("policy_hidden_sizes"), stored.get("hidden_sizes"), (1024, 1024))
         return {
             "value_unit": "reward",
             "residual_unit": "value",
@@ -332,8 +332,12 @@ class ODICE(Agent):
         """w(R) before and after normalisation and clamp, `[S, M, B]`."""
         config = self.config
         if config.weight == "above_quantile":
-            quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1)
-            raw = (residual - quantile.view(-1, 1, 1)).clamp(min=0.0)
+            quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1).view(-1, 1, 1)
+            raw = (residual - quantile).clamp(min=0.0)
+            best = (residual >= quantile).to(
+                raw.dtype
+            )  # the weights where the quantile is the largest: few distinct residuals, or one
+            raw = torch.where(raw.amax((1, 2), keepdim=True) > 0.0, raw, best)
         else:
             raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
         weight = raw
