@@ -15,10 +15,13 @@ parallel to the forward one, over all parameters of a seed at once:
 
 `semi` uses g_0 + g_f alone; `true` differentiates one residual through both values, without targets.
 
-Both the temperature of f* and the offset of w, the multiplier of E[w] = 1, are in the data's own units by default, so that one setting serves data of
-any reward size, horizon and discount: V counts in standard deviations of the data's returns around their mean, R in its own running spread, and w is
-max(0, R - q) with q the batch's `weight_quantile`. Both R there and the R that the theory has inside f* are expectations over s', which a network
-e(s, a) regresses: a single s' would reward luck.
+By default every number is in the data's own units, so that one setting serves data of any reward size, horizon and discount: V counts in standard
+deviations of the data's returns around their mean, R in its own running spread, and the multiplier of E[w] = 1 is a quantile q of the batch:
+
+    w(s, a) = (1 - floor) max(0, e(s, a) - q) / mean + floor,
+
+where e regresses R on (s, a): the theory takes R in expectation over s', and a single s' would reward luck. The floor clones everything a little:
+where V is a little too high, at the starts of episodes first, no action lies above the quantile, and the policy would never learn to begin.
 
 Source: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient Update" (ICLR 2024), and its
 released code, which the preset `odice_released` reproduces number for number.
@@ -98,6 +101,8 @@ class ODICEConfig(PolicyOptions):
     weight: Literal["above_quantile", "positive_residual", "conjugate_grad"] = "above_quantile"
     # share of the data that "above_quantile" gives no weight
     weight_quantile: Inside = 0.6
+    # share of the weight that "above_quantile" spreads evenly over the batch
+    weight_floor: Fraction = 0.2
     # R of the policy weight: "expected" over s' by a network e(s, a), or "sampled": that of the transition, luck included
     weight_residual: Literal["expected", "sampled"] = "expected"
     # upper bound of the policy weight
@@ -334,10 +339,12 @@ class ODICE(Agent):
         if config.weight == "above_quantile":
             quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1).view(-1, 1, 1)
             raw = (residual - quantile).clamp(min=0.0)
+            above = raw.mean((1, 2), keepdim=True)
             best = (residual >= quantile).to(
                 raw.dtype
-            )  # the weights where the quantile is the largest: few distinct residuals, or one
-            raw = torch.where(raw.amax((1, 2), keepdim=True) > 0.0, raw, best)
+            )  # where nothing lies above: few distinct residuals, the largest of them common
+            raw = torch.where(above > 0.0, raw / above, best / best.mean((1, 2), keepdim=True))
+            raw = raw * (1.0 - config.weight_floor) + config.weight_floor
         else:
             raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
         weight = raw

@@ -89,22 +89,29 @@ def test_the_spread_is_that_of_the_residuals_so_far() -> None:
         assert float(made.residual_spread) == pytest.approx(float(torch.stack(seen).mean()))
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-def test_a_share_of_the_batch_gets_no_weight_and_the_rest_one_on_average(share: float) -> None:
-    made = perturb(agent(seeds=2, weight_quantile=share, weight_clamp=None))
+@pytest.mark.parametrize(("quantile", "floor"), [(0.2, 0.0), (0.6, 0.2), (0.9, 1.0)])
+def test_a_share_of_the_batch_gets_the_floor_and_the_mean_weight_is_one(quantile: float, floor: float) -> None:
+    made = perturb(agent(seeds=2, weight_quantile=quantile, weight_floor=floor, weight_clamp=None))
     weight = made.terms(make_batch(2, rows=200)).weight
-    zero = (weight == 0).double().mean((1, 2))
-    torch.testing.assert_close(zero, torch.full_like(zero, share), rtol=0.0, atol=0.02)
+    least = (weight == weight.amin((1, 2), keepdim=True)).double().mean((1, 2))
+    torch.testing.assert_close(least, torch.full_like(least, quantile if floor < 1.0 else 1.0), rtol=0.0, atol=0.02)
     torch.testing.assert_close(weight.mean((1, 2)), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(weight.amin((1, 2)), torch.full((2,), floor, dtype=torch.float64))
 
 
-def test_equal_residuals_have_equal_weights() -> None:
-    """Where the quantile is the largest residual nothing lies above it: the largest ones share the weight, and never is all of it gone."""
-    made = agent(seeds=2, weight_clamp=None)
-    residual = torch.tensor([[0.0] * 10, [0.0] * 5 + [1.0] * 5], dtype=torch.float64).unsqueeze(1)
+@settings(deadline=None, max_examples=30)
+@given(values=st.lists(st.integers(-2, 2), min_size=1, max_size=12), quantile=st.floats(0.01, 0.99))
+def test_equal_residuals_have_equal_weights_and_the_best_are_always_cloned(values: list[int], quantile: float) -> None:
+    """Few distinct residuals, as in a table: the weights rise with them, are never all zero and have a mean of one."""
+    made = agent(weight_quantile=quantile, weight_floor=0.0, weight_clamp=None)
+    residual = torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
     _, weight = made.weights(residual)
-    torch.testing.assert_close(weight[0, 0], torch.ones(10, dtype=torch.float64))
-    torch.testing.assert_close(weight[1, 0], 2.0 * residual[1, 0])
+    order = residual.flatten().argsort(stable=True)
+    assert (weight.flatten()[order].diff() >= 0).all()
+    by_value = {value: {float(w) for v, w in zip(values, weight[0, 0], strict=True) if v == value} for value in values}
+    assert all(len(found) == 1 for found in by_value.values())
+    assert min(by_value[max(values)]) > 0
+    assert float(weight.mean()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("kind", "safe"), [("expected", True), ("sampled", False)])
@@ -117,7 +124,7 @@ def test_luck_is_not_taken_for_skill(kind: str, safe: bool) -> None:
     rewards = torch.where(actions == 0, 1.0, torch.where(prize, 8.0, 0.0))
     rates = {"value_learning_rate": 0.03, "policy_learning_rate": 0.03}
     made = ODICE(
-        make_config("odice", **SMALL, **rates, weight_residual=kind, weight_quantile=0.7), 1, 2, seeds=1, discrete=True
+        make_config("odice", **SMALL, **rates, weight_residual=kind, weight_floor=0.0), 1, 2, seeds=1, discrete=True
     )
     for _ in range(200):
         drawn = torch.randint(rows, (1, 128), generator=generator)
