@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from rlkit2.data import Batch
 
 ROOT = Path(os.environ.get("RLKIT2_REFERENCE") or Path(__file__).parent / "data" / "reference")
@@ -36,7 +37,7 @@ class ReferenceUpdates:
         self.steps = self.meta["steps"]
         self.heads = ["v1", "v2"] if self.meta["twin"] else ["v"]
 
-    def config(self, **overrides: Any) -> ODICEConfig:
+    def config(self, **overrides: Any) -> Any:
         """The agent's configuration for this file."""
         meta = self.meta
         hidden = (meta["hidden"],) * meta["n_hidden"]
@@ -56,7 +57,7 @@ class ReferenceUpdates:
             "policy_weight_decay": meta["weight_decay"],
             "target_update_rate": meta["polyak"],
         }
-        return ODICEConfig(**{**fields, **overrides})
+        return make_config("odice_released", **{**fields, **overrides})
 
     def agent(self, seeds: int = 1, *, agent_type: type[ODICE] = ODICE, **overrides: Any) -> ODICE:
         """An agent whose every seed starts from the file's parameters."""

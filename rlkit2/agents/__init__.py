@@ -48,6 +48,23 @@ class _Entry:
     distribution: str | None = None  # the installed package that offers it
 
 
+ODICE_RELEASED = {
+    "lambda_": 0.6,
+    "eta": 1.0,
+    "value_layer_norm": True,
+    "policy_hidden_sizes": (1024, 1024),
+    "tanh_mean": False,
+    "value_learning_rate": 2e-4,
+    "policy_learning_rate": 2e-4,
+    "target_update_rate": 0.005,
+    "value_unit": "reward",
+    "residual_unit": "value",
+    "weight": "positive_residual",
+    "weight_residual": "sampled",
+    "weight_normalization": "none",
+}
+"""The released code's values for offline RL where `ODICEConfig` has others."""
+
 _REGISTRY = {
     "bc": _Entry("rlkit2.agents.bc", "BC"),
     "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
@@ -58,6 +75,7 @@ _REGISTRY = {
     "ipl": _Entry("rlkit2.agents.ipl", "IPL"),
     "iql": _Entry("rlkit2.agents.iql", "IQL"),
     "odice": _Entry("rlkit2.agents.odice", "ODICE"),
+    "odice_released": _Entry("rlkit2.agents.odice", "ODICE", ODICE_RELEASED),
     "p_iql": _Entry("rlkit2.agents.p_iql", "PIQL"),
     "odice_il": _Entry("rlkit2.agents.odice_il", "ODICEIL"),
     "odice_il_zero": _Entry(
@@ -258,6 +276,8 @@ def make_config(name: str, **overrides: Any) -> Any:
     config_class: Any = agent_class(name).config_class
     try:
         preset = {} if ":" in name else _entry(name).preset
+        if "hidden_sizes" in overrides:  # it sets all networks
+            preset = {key: value for key, value in preset.items() if not key.endswith("_hidden_sizes")}
         return config_class(**{**preset, **overrides})
     except TypeError as error:
         raise ConfigError(
@@ -307,8 +327,10 @@ def make_normalizer(
     seeds: int = 1,
     observation_mean: torch.Tensor | None = None,
     observation_std: torch.Tensor | None = None,
+    return_mean: torch.Tensor | None = None,
+    return_std: torch.Tensor | None = None,
 ) -> Normalizer:
-    """Action bounds of `spec` to [-1, 1] and, if given, standardised observations (statistics `[obs]`, raw units)."""
+    """Action bounds of `spec` to [-1, 1] and, if given, standardised observations (statistics `[obs]`, raw units) and the statistics of returns."""
     low = high = None
     start = 0
     if isinstance(spec.action_space, spaces.Box):
@@ -319,6 +341,8 @@ def make_normalizer(
     return Normalizer(
         observation_mean=observation_mean,
         observation_std=observation_std,
+        return_mean=return_mean,
+        return_std=return_std,
         action_low=low,
         action_high=high,
         action_start=start,

@@ -204,6 +204,11 @@ class Agent:
         return dataset
 
     @classmethod
+    def return_discount(cls, config: Any) -> float | None:
+        """Discount of the data's returns whose mean and deviation the agent wants as `normalizer.return_mean` and `return_std`; None: no wish."""
+        return None
+
+    @classmethod
     def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
         """Known signs of trouble in one seed's logged metrics: name of the warning -> one line with the mend.
 

@@ -15,16 +15,24 @@ parallel to the forward one, over all parameters of a seed at once:
 
 `semi` uses g_0 + g_f alone; `true` differentiates one residual through both values, without targets.
 
+By default every number is in the data's own units, so that one setting serves data of any reward size, horizon and discount: V counts in standard
+deviations of the data's returns around their mean, R in its own running spread, and the multiplier of E[w] = 1 is a quantile q of the batch:
+
+    w(s, a) = (1 - floor) max(0, e(s, a) - q) / mean + floor,
+
+where e regresses R on (s, a): the theory takes R in expectation over s', and a single s' would reward luck. The floor clones everything a little:
+where V is a little too high, at the starts of episodes first, no action lies above the quantile, and the policy would never learn to begin.
+
 Source: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient Update" (ICLR 2024), and its
-released code, which this agent reproduces number for number at the default options. Beyond it: more divergences and heads, the weight (f*)', and
-`residual_scale` with `target_effective_sample_share`: the temperature, which the released code leaves to the scale of the rewards.
+released code, which the preset `odice_released` reproduces number for number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,18 +51,17 @@ from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.divergences import (
     Divergence,
-    WeightKind,
     f_conjugate_grad,
     policy_weight,
     resolve_divergence,
 )
-from rlkit2.nn import lerp_, target_copy, unflatten, vjp
+from rlkit2.nn import Adam, Critic, lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback
 
 
 @dataclass(frozen=True)
 class ODICEConfig(PolicyOptions):
-    """O-DICE; the defaults are those of the released code for offline RL."""
+    """O-DICE; one setting for every dataset. The preset `odice_released` has the values of the released code."""
 
     # which parts of the conjugate term's gradient V follows, see the module
     gradient_rule: Literal["orthogonal", "semi", "true"] = "orthogonal"
@@ -63,37 +70,45 @@ class ODICEConfig(PolicyOptions):
     # order of the "alpha" divergence, in (1, 2]
     alpha: Annotated[float, Interval("(1, 2]")] = 1.5
     # weight of the conjugate term, in (0, 1); fixes the mean of (f*)' at about (1 - lambda) / lambda
-    lambda_: Inside = 0.6
+    lambda_: Inside = 0.5
     # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
-    eta: NonNegative = 1.0
+    eta: NonNegative = 0.1
     # gamma
     discount: Fraction = 0.99
     # value heads; targets take their minimum
     num_values: Count = 2
-    # hidden layers of V and of the policy; none: 256 256 for V, 1024 1024 for the policy
+    # hidden layers of all networks; none: 256 256
     hidden_sizes: Widths | None = None
     # hidden layers of V alone
     value_hidden_sizes: Widths | None = None
     # layer norm before each ReLU of V
-    value_layer_norm: bool = True
+    value_layer_norm: bool = False
     # hidden layers of the policy alone
     policy_hidden_sizes: Widths | None = None
-    # squash the Gaussian's mean into the action bounds
-    tanh_mean: bool = False
     # Adam's step size for V
-    value_learning_rate: NonNegative = 2e-4
+    value_learning_rate: NonNegative = 3e-4
     # Adam's step size for the policy
-    policy_learning_rate: NonNegative = 2e-4
+    policy_learning_rate: NonNegative = 3e-4
     # L2 inside Adam, on every policy parameter
     policy_weight_decay: NonNegative = 1e-4
     # Polyak rate of the target V
-    target_update_rate: Rate = 0.005
-    # policy weight: "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
-    weight: WeightKind = "positive_residual"
+    target_update_rate: Rate = 0.02
+    # units of V: "return" (standard deviations of the data's discounted returns, around their mean) or "reward" (as they are)
+    value_unit: Literal["return", "reward"] = "return"
+    # units of R in the objective: "spread" (its own running standard deviation, if it were normal) or "value" (those of V)
+    residual_unit: Literal["spread", "value"] = "spread"
+    # policy weight: "above_quantile" (max(0, R - quantile)), "positive_residual" (released code; max(0, R) for pearson) or "conjugate_grad" ((f*)')
+    weight: Literal["above_quantile", "positive_residual", "conjugate_grad"] = "above_quantile"
+    # share of the data that "above_quantile" gives no weight
+    weight_quantile: Inside = 0.6
+    # share of the weight that "above_quantile" spreads evenly over the batch
+    weight_floor: Fraction = 0.2
+    # R of the policy weight: "expected" over s' by a network e(s, a), or "sampled": that of the transition, luck included
+    weight_residual: Literal["expected", "sampled"] = "expected"
     # upper bound of the policy weight
     weight_clamp: Positive | None = 100.0
     # "mean" divides a seed's weights by their batch mean before the clamp
-    weight_normalization: Literal["none", "mean"] = "none"
+    weight_normalization: Literal["none", "mean"] = "mean"
     # factor on the residual in the whole objective: the inverse temperature (its start, if adapted)
     residual_scale: Positive = 1.0
     # adapt residual_scale per seed until (sum w)^2 / (B sum w^2) is this; None: off
@@ -110,9 +125,10 @@ class ODICEConfig(PolicyOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         selective = self.weight == "positive_residual" and resolve_divergence(self.divergence) == "pearson"
-        if self.target_effective_sample_share is not None and selective:
+        if self.target_effective_sample_share is not None and (selective or self.weight == "above_quantile"):
             raise ConfigError(
-                "target_effective_sample_share needs weight = 'conjugate_grad' with pearson: the share of max(0, R) does not depend on the scale of R"
+                "target_effective_sample_share needs weight = 'conjugate_grad' (or 'positive_residual' without pearson): "
+                "the share of max(0, R) and of max(0, R - quantile) does not depend on the scale of R"
             )
 
     @property
@@ -123,7 +139,21 @@ class ODICEConfig(PolicyOptions):
     @property
     def policy_widths(self) -> tuple[int, ...]:
         """Hidden layers of the policy."""
-        return _first(self.policy_hidden_sizes, self.hidden_sizes, (1024, 1024))
+        return _first(self.policy_hidden_sizes, self.hidden_sizes, (256, 256))
+
+    @classmethod
+    def former(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a run from before V and R had units of their own."""
+        if "value_unit" in stored:
+            return dict(stored)
+        policy = _first(stored.get("policy_hidden_sizes"), stored.get("hidden_sizes"), (1024, 1024))
+        return {
+            "value_unit": "reward",
+            "residual_unit": "value",
+            "weight_residual": "sampled",
+            **stored,
+            "policy_hidden_sizes": policy,
+        }
 
 
 @dataclass(frozen=True)
@@ -149,7 +179,7 @@ class Residuals:
 
 @dataclass(frozen=True)
 class ODICETerms:
-    """Residuals and weights of a batch, each `[S, M, B]`; residuals include `residual_scale`."""
+    """Of a batch, each `[S, M, B]` (weights of expected residuals `[S, 1, B]`); residuals include the scale, values have V's unit."""
 
     residual_forward: Tensor
     residual_backward: Tensor | None
@@ -188,10 +218,35 @@ class ODICE(Agent):
         self._register({"value_target": self.value_target})
         self._derived = derived_metrics(config)
         self.adaptive = config.target_effective_sample_share is not None
+        ones = torch.ones(len(self.seeds), dtype=self.dtype, device=self.device)
+        self.residual_scale, self.residual_spread = ones * config.residual_scale, ones
         if self.adaptive:
-            scale = torch.full((len(self.seeds),), config.residual_scale, dtype=self.dtype, device=self.device)
-            self._register(buffers={"residual_scale": scale})
-            self.residual_scale = scale
+            self._register(buffers={"residual_scale": self.residual_scale})
+        if config.residual_unit == "spread":
+            self._register(buffers={"residual_spread": self.residual_spread})
+        if config.weight_residual == "expected":
+            self._build_expected_residual()
+
+    def _build_expected_residual(self) -> None:
+        """e(s, a), which R regresses on."""
+        sizes = self.observation_size, self.action_size, self.config.value_widths
+        self.expected_residual = Critic(*sizes, members=1, discrete=self.discrete, stream="residual", **self._placement)
+        self.expected_optimizer = Adam(self.expected_residual, self.config.value_learning_rate)
+        self._register({"residual": self.expected_residual}, {"residual": self.expected_optimizer})
+
+    @classmethod
+    def return_discount(cls, config: ODICEConfig) -> float | None:
+        """The discount where V counts in the spread of returns."""
+        return config.discount if config.value_unit == "return" else None
+
+    def normalize(self, batch: Batch) -> Batch:
+        """As for every agent, with rewards for V in its unit: (r - mean (1 - gamma (1 - terminated))) / sd changes R by the factor 1 / sd alone."""
+        batch = super().normalize(batch)
+        mean, std = self.normalizer.return_mean, self.normalizer.return_std
+        if self.config.value_unit == "reward" or mean is None or std is None:
+            return batch
+        kept = 1.0 - self.config.discount * (1.0 - batch.terminations)
+        return replace(batch, rewards=(batch.rewards - mean * kept) / std)
 
     # The terms of the objective, on normalised batches. Tests and variants change the method by overriding one of these.
 
@@ -231,8 +286,8 @@ class ODICE(Agent):
         return residual if self.config.residual_clip is None else residual.clamp(max=self.config.residual_clip)
 
     def _scaled(self, residual: Tensor) -> Tensor:
-        if self.adaptive:
-            return residual * self.residual_scale.view(-1, 1, 1)
+        if self.adaptive or self.config.residual_unit == "spread":
+            return residual * (self.residual_scale / self.residual_spread).view(-1, 1, 1)
         return residual if self.config.residual_scale == 1.0 else residual * self.config.residual_scale
 
     def cotangents(self, residuals: Residuals) -> tuple[float, Tensor, Tensor | None]:
@@ -281,7 +336,17 @@ class ODICE(Agent):
     def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """w(R) before and after normalisation and clamp, `[S, M, B]`."""
         config = self.config
-        raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
+        if config.weight == "above_quantile":
+            quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1).view(-1, 1, 1)
+            raw = (residual - quantile).clamp(min=0.0)
+            above = raw.mean((1, 2), keepdim=True)
+            best = (residual >= quantile).to(
+                raw.dtype
+            )  # where nothing lies above: few distinct residuals, the largest of them common
+            raw = torch.where(above > 0.0, raw / above, best / best.mean((1, 2), keepdim=True))
+            raw = raw * (1.0 - config.weight_floor) + config.weight_floor
+        else:
+            raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
         weight = raw
         if config.weight_normalization == "mean":
             finite = raw.clamp(max=torch.finfo(raw.dtype).max / raw[0].numel())  # so that their mean is finite
@@ -301,13 +366,19 @@ class ODICE(Agent):
         self.value_optimizer.step(gradient)
         lerp_(self.value_target, self.value_network, self.config.target_update_rate)
 
-        raw, weight = self.weights(residuals.forward)
+        if self.config.weight_residual == "expected":
+            raw, weight = self.weights(self.learn_expected_residual(batch, residuals.forward))
+        else:
+            raw, weight = self.weights(residuals.forward)
         log_prob = self.actor.log_prob(batch.observations, batch.actions)
         policy_loss = (log_prob * (weight.mean(1) * (-1.0 / log_prob.shape[1]))).sum(1)
         policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
 
+        if self.adaptive or self.config.residual_unit == "spread":
+            metrics["temperature/residual_scale"] = self.residual_scale / self.residual_spread
+        if self.config.residual_unit == "spread":
+            self.follow_spread(residuals.forward)
         if self.adaptive:
-            metrics["temperature/residual_scale"] = self.residual_scale.clone()
             self.adapt_scale(raw)
         self.step += 1
         made = {
@@ -333,12 +404,34 @@ class ODICE(Agent):
         error = (share / target).log().clamp(-1.0, 1.0)
         self.residual_scale.mul_((self.config.residual_scale_rate * error).exp()).clamp_(1e-4, 1e4)
 
+    def follow_spread(self, residual: Tensor) -> None:
+        """Move `residual_spread` towards that of a batch `[S, M, B]`: the mean over the updates so far, then a running mean of about 200.
+
+        From the mean absolute deviation, which few large residuals (last steps before a termination) move less than they move a variance.
+        """
+        deviation = (residual - residual.mean((1, 2), keepdim=True)).abs().mean((1, 2)) * (math.pi / 2.0) ** 0.5
+        spread = deviation * (self.residual_spread / self.residual_scale)
+        rate = (1.0 / (self.step + 1)).clamp(min=0.005).to(self.dtype)
+        self.residual_spread.lerp_(spread, rate).clamp_(min=1e-6)
+
+    def learn_expected_residual(self, batch: Batch, residual: Tensor) -> Tensor:
+        """e(s, a), `[S, 1, B]`, before one step of its regression on the batch's R (at most 20 spreads)."""
+        target = residual.mean(1, keepdim=True).clamp(-20.0, 20.0)
+        expected = self.expected_residual(batch.observations, batch.actions)
+        self.expected_optimizer.minimize((expected - target).square().mean((1, 2)))
+        return expected.detach()
+
     # What it offers to others
 
     def terms(self, batch: Batch) -> ODICETerms:
         """Residuals, weights and values of a raw batch, without an update."""
-        residuals = self.residuals(self.normalize(batch))
-        raw, weight = self.weights(residuals.forward)
+        batch = self.normalize(batch)
+        residuals = self.residuals(batch)
+        weighed = residuals.forward
+        if self.config.weight_residual == "expected":
+            with torch.no_grad():
+                weighed = self.expected_residual(batch.observations, batch.actions)
+        raw, weight = self.weights(weighed)
         return ODICETerms(residuals.forward, residuals.backward, raw, weight, residuals.value)
 
     def value_gradients(self, batch: Batch) -> ODICEGradients:
@@ -367,7 +460,11 @@ class ODICE(Agent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """min over heads of V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
-        return self.raw_value(observations).amin(1)
+        value = self.raw_value(observations).amin(1)
+        mean, std = self.normalizer.return_mean, self.normalizer.return_std
+        if self.config.value_unit == "reward" or mean is None or std is None:
+            return value
+        return mean + std * value
 
     @torch.no_grad()
     def coadaptation(self, batch: Batch) -> dict[str, Tensor]:

@@ -34,18 +34,18 @@ def batch_statistics(
     samples = {  # [S, M, B] each, averaged together
         "value/mean": value,
         "residual/mean": residual,
-        "weight/mean": weight,
+        "weight/mean": weight.expand_as(value),
         "reward/mean": rewards.unsqueeze(1).expand_as(value),
         "value/head_gap": (highest - lowest).expand_as(value),
         "residual/conjugate_forward": duals[0],
         "weight/conjugate_mean": residuals.slopes[0],
-        "weight/zero_share": weight == 0.0,
-        "weight/mean_square": weight * weight,
+        "weight/zero_share": (weight == 0.0).expand_as(value),
+        "weight/mean_square": (weight * weight).expand_as(value),
     }
     if residuals.backward is not None:
         samples["residual/conjugate_backward"] = duals[1]
     if config.weight_clamp is not None:
-        samples["weight/clamp_share"] = weight == config.weight_clamp
+        samples["weight/clamp_share"] = (weight == config.weight_clamp).expand_as(value)
     if config.residual_clip is not None:
         samples["residual/clip_share"] = residual > config.residual_clip
     stacked = torch.stack(list(samples.values())).flatten(2)

@@ -30,7 +30,7 @@ from rlkit2.agents.odice import ODICE, ODICEConfig
 from rlkit2.data.dataset import TransitionDataset, dataset_from_arrays
 from rlkit2.data.load import read_dataset
 from rlkit2.errors import ConfigError, DatasetError
-from rlkit2.fields import Checked, Count, Interval, Natural, NonNegative, Positive, Widths
+from rlkit2.fields import Checked, Count, Inside, Interval, Natural, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.divergences import Divergence
 from rlkit2.nn import Adam, StackedMLP
 
@@ -69,8 +69,28 @@ class ODICEILConfig(ODICEConfig):
 
     # f, see rlkit2.losses.divergences; "rkl" makes the log-ratio the right reward
     divergence: Divergence = "rkl"
-    # "mean" divides a seed's weights by their batch mean before the clamp
-    weight_normalization: Literal["none", "mean"] = "mean"
+    # weight of the conjugate term, in (0, 1)
+    lambda_: Inside = 0.6
+    # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
+    eta: NonNegative = 1.0
+    # layer norm before each ReLU of V
+    value_layer_norm: bool = True
+    # squash the Gaussian's mean into the action bounds
+    tanh_mean: bool = False
+    # Adam's step size for V
+    value_learning_rate: NonNegative = 2e-4
+    # Adam's step size for the policy
+    policy_learning_rate: NonNegative = 2e-4
+    # Polyak rate of the target V
+    target_update_rate: Rate = 0.005
+    # units of V: those of the log-ratio, whose scale is what makes d^E the optimum
+    value_unit: Literal["return", "reward"] = "reward"
+    # units of R in the objective, likewise
+    residual_unit: Literal["spread", "value"] = "value"
+    # policy weight, see O-DICE
+    weight: Literal["above_quantile", "positive_residual", "conjugate_grad"] = "positive_residual"
+    # R of the policy weight, see O-DICE
+    weight_residual: Literal["expected", "sampled"] = "sampled"
     # "discriminator" (log-ratio of expert to offline data) or "zero" (expert data alone)
     reward: RewardSource = "discriminator"
     # id or path of the expert's dataset; None: the best episodes of the dataset itself
@@ -85,6 +105,11 @@ class ODICEILConfig(ODICEConfig):
     gradient_penalty: NonNegative = 2e-4
     # expert labels 1 - this, others this
     label_smoothing: Annotated[float, Interval("[0, 0.5)")] = 0.0
+
+    @property
+    def policy_widths(self) -> tuple[int, ...]:
+        """Hidden layers of the policy; those of the released code where none are given."""
+        return (1024, 1024) if self.policy_hidden_sizes is None is self.hidden_sizes else super().policy_widths
 
     def discriminator(self) -> DiscriminatorConfig:
         """How the discriminator is trained."""

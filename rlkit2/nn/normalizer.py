@@ -13,6 +13,7 @@ class Normalizer(nn.Module):
 
     Args:
         observation_mean, observation_std: `[obs]` (every seed alike) or `[S, 1, obs]`; None leaves observations alone.
+        return_mean, return_std: of the data's discounted returns, one number or `[S]`, for agents whose values count in them; None: not known.
         action_low, action_high: bounds `[act]` or `[S, 1, act]`, infinite where an action is unbounded (it then passes unchanged); None means
             the actions live in [-1, 1] already.
         action_start: first value of a discrete action; agents count from 0.
@@ -23,7 +24,7 @@ class Normalizer(nn.Module):
         ConfigError: an action has equal bounds, or one that is not a number.
 
     Buffers, all leading with S: `observation_mean`, `observation_std` `[S, 1, obs]`; `action_center`, `action_scale`, `action_limit`
-    `[S, 1, act]`, the last being 1 or infinity. Absent buffers are None.
+    `[S, 1, act]`, the last being 1 or infinity; `return_mean`, `return_std` `[S, 1]`. Absent buffers are None.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class Normalizer(nn.Module):
         *,
         observation_mean: Tensor | None = None,
         observation_std: Tensor | None = None,
+        return_mean: Tensor | None = None,
+        return_std: Tensor | None = None,
         action_low: Tensor | None = None,
         action_high: Tensor | None = None,
         action_start: int = 0,
@@ -42,6 +45,8 @@ class Normalizer(nn.Module):
         self.action_start = action_start
         self.observation_mean: Tensor | None
         self.observation_std: Tensor | None
+        self.return_mean: Tensor | None
+        self.return_std: Tensor | None
         self.action_center: Tensor | None
         self.action_scale: Tensor | None
         self.action_limit: Tensor | None
@@ -54,6 +59,9 @@ class Normalizer(nn.Module):
 
         buffer("observation_mean", observation_mean)
         buffer("observation_std", observation_std)
+        for name, value in (("return_mean", return_mean), ("return_std", return_std)):
+            known = None if value is None else value.to(device=device, dtype=dtype).reshape(-1, 1)
+            self.register_buffer(name, None if known is None else known.expand(seeds, 1).clone())
         center = scale = limit = None
         if action_low is not None and action_high is not None:
             _require_room(action_low, action_high)

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_hash, make_agent, make_normalizer
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
+from rlkit2.data.returns import return_statistics
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
@@ -88,7 +89,9 @@ def run_class(run_config: Mapping[str, Any]) -> type[Agent]:
 def agent_config(run_config: Mapping[str, Any]) -> Any:
     """The agent's config object of a run."""
     config_class = run_class(run_config).config_class
-    return config_class(**read_fields(config_class, run_config["config"]))
+    stored = read_fields(config_class, run_config["config"])
+    former = getattr(config_class, "former", None)  # what a config says that was stored before a field existed
+    return config_class(**(stored if former is None else former(stored)))
 
 
 def stored_spec(run_config: Mapping[str, Any]) -> DatasetSpec:
@@ -116,9 +119,20 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
     if run_config["data"]["normalize_observations"]:
         size = spec.observation_size
         mean, std = (torch.zeros(size), torch.ones(size)) if dataset is None else observation_statistics(dataset)
+    return_mean = return_std = None
+    if (discount := cls.return_discount(config)) is not None:
+        unknown = torch.zeros(()), torch.ones(())
+        return_mean, return_std = unknown if dataset is None else return_statistics(dataset, discount)
 
     def build(seeds: Sequence[int], device: torch.device | str) -> Agent:
-        normalizer = make_normalizer(spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
+        normalizer = make_normalizer(
+            spec,
+            seeds=len(seeds),
+            observation_mean=mean,
+            observation_std=std,
+            return_mean=return_mean,
+            return_std=return_std,
+        )
         return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
 
     return build

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from rlkit2.data import Batch
 
 OBSERVATIONS, ACTIONS, ROWS = 4, 2, 24
 
 
-def config(**overrides: Any) -> ODICEConfig:
-    """Narrow networks; the rest as shipped."""
-    return ODICEConfig(**{"value_hidden_sizes": (16, 16), "policy_hidden_sizes": (16,), **overrides})
+def config(**overrides: Any) -> Any:
+    """Narrow networks; the rest as in the released code."""
+    return make_config("odice_released", **{"value_hidden_sizes": (16, 16), "policy_hidden_sizes": (16,), **overrides})
 
 
 def make(seeds: Any = 1, *, dtype: torch.dtype = torch.float64, discrete: bool = False, **overrides: Any) -> ODICE:

@@ -99,7 +99,11 @@ def test_the_special_sizes_stand_beside_it() -> None:
     config = make_config("odice", hidden_sizes=(8,), policy_hidden_sizes=(9,))
     assert (config.value_widths, config.policy_widths) == ((8,), (9,))
     config = make_config("odice")
+    assert (config.value_widths, config.policy_widths) == ((256, 256), (256, 256))
+    config = make_config("odice_released")
     assert (config.value_widths, config.policy_widths) == ((256, 256), (1024, 1024))
+    config = make_config("odice_released", hidden_sizes=(8,))
+    assert (config.value_widths, config.policy_widths) == ((8,), (8,))
     config = make_config("odice", hidden_sizes=(), policy_hidden_sizes=(9,))
     assert (config.value_widths, config.policy_widths) == ((), (9,))  # linear, not the default
     assert make_config("odice", hidden_sizes=(9,), value_hidden_sizes=()).value_widths == ()

@@ -20,7 +20,6 @@ from tests.agents.problems import small_config
 UPDATES, ROWS, SIZE = 300, 128, 3000
 DISCRETE_PUSH = torch.tensor([[0.0, 0.0], [0.6, 0.0], [-0.6, 0.0], [0.0, 0.6], [0.0, -0.6]])
 SETTINGS: dict[str, dict[str, Any]] = {
-    "odice": {"weight": "conjugate_grad"},  # the released code's weight is zero on most transitions of these problems
     "edac": {"eta": 0.1},  # its diversity term is meant for returns in the thousands
 }
 ON_OTHER_DATA = ("odice_il", "p_iql")  # they change the rewards and learn as the class they build on

@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 
 from rlkit2.agents import make_agent, make_config
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents.odice import ODICE
 from rlkit2.agents.odice_il import (
     ODICEIL,
     DiscriminatorConfig,
@@ -223,7 +223,8 @@ def chain(length: int) -> Batch:
 @pytest.mark.parametrize(("lambda_", "expected"), [(0.4, 1.0), (0.55, 0.0)])
 def test_zero_rewards_on_one_trajectory_are_uniform_cloning(lambda_: float, expected: float) -> None:
     """V has one number a state, so semi solves R = 2((1 - lambda)/lambda - 1) everywhere: weight 1 at .4, none at all from .5 on, which warns."""
-    config = ODICEConfig(
+    config = make_config(
+        "odice_released",
         gradient_rule="semi",
         lambda_=lambda_,
         num_values=1,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from rlkit2.data import dataset_from_arrays
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.training.groups import BatchIndices
@@ -42,7 +43,7 @@ def tube(goal_reward: float, step_reward: float, trajectories: int = 150) -> Tra
 def late(dataset: TransitionDataset, steps: int, last: int, **config: object) -> dict[str, torch.Tensor]:
     """Means over the last updates of a training run, `[S]`."""
     small = {"value_hidden_sizes": (64, 64), "policy_hidden_sizes": (64, 64), "value_layer_norm": False}
-    agent = ODICE(ODICEConfig(**small, **config), 2, 2, seeds=SEEDS)  # type: ignore[arg-type]
+    agent = ODICE(make_config("odice_released", **small, **config), 2, 2, seeds=SEEDS)  # type: ignore[arg-type]
     indices = BatchIndices(dataset, SEEDS, 256)
     found: list[dict[str, torch.Tensor]] = []
     for step in range(steps):

@@ -383,7 +383,7 @@ def test_gradient_clip_and_weight_normalisation() -> None:
 )
 def test_impossible_configurations(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ODICEConfig(**fields)
+        make_config("odice_released", **fields)
 
 
 def test_presets() -> None:
@@ -403,8 +403,8 @@ def test_presets() -> None:
     ],
 )
 def test_warnings(name: str, fields: dict[str, Any], metrics: dict[str, float]) -> None:
-    found = ODICE.warnings(ODICEConfig(**fields), metrics)
+    found = ODICE.warnings(make_config("odice_released", **fields), metrics)
     assert list(found) == [name]
     calm = {"weight/zero_share": 0.5, "weight/clamp_share": 0.1, "residual/max": 5.0, "projection/coefficient": -1.0}
     quiet = {"lambda_": 1 / (2 - 0.99)} if name == "true_offset" else {}
-    assert ODICE.warnings(ODICEConfig(**{**fields, **quiet}), calm) == {}
+    assert ODICE.warnings(make_config("odice_released", **{**fields, **quiet}), calm) == {}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from tests.agents.odice_problem import make_batch
 from tests.agents.test_structure import Operations, measure
 
@@ -26,7 +27,7 @@ class NoWaiting(Operations):
 def hopper_sized(**overrides: Any) -> ODICE:
     """Observations 11, actions 3, two hidden layers of 256 in both networks, no layer norm."""
     fields: dict[str, Any] = {"value_layer_norm": False, "policy_hidden_sizes": (256, 256), **overrides}
-    return ODICE(ODICEConfig(**fields), 11, 3)
+    return ODICE(make_config("odice_released", **fields), 11, 3)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_operations_and_work_of_an_update(rule: str, operations: int, megaflops:
     ],
 )
 def test_no_option_waits_for_the_device(fields: dict[str, Any]) -> None:
-    agent = ODICE(ODICEConfig(value_hidden_sizes=(8,), policy_hidden_sizes=(8,), **fields), 4, 2)
+    agent = ODICE(make_config("odice_released", value_hidden_sizes=(8,), policy_hidden_sizes=(8,), **fields), 4, 2)
     batch = make_batch(dtype=torch.float32)
     with NoWaiting():
         agent.update(batch)

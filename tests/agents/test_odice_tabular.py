@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from rlkit2.data import Batch
 from rlkit2.losses.divergences import f_conjugate_grad, f_value, policy_weight
 from tests.reference import ROOT
@@ -124,7 +125,8 @@ def per_state_gradient(agent: ODICE, batch: Batch) -> Tensor:
 
 
 def linear_agent(states: int, value: Tensor, rule: str, name: str, lam: float, discount: float) -> ODICE:
-    config = ODICEConfig(
+    config = make_config(
+        "odice_released",
         gradient_rule=rule,
         divergence=name,
         lambda_=lam,
@@ -219,7 +221,8 @@ def independent(n: int, states: int = 40, seed: int = 0) -> Problems:
 def fit(problems: Problems, rule: str, lam: float, start: float = 0.0, steps: int = 2000) -> Tensor:
     """Residuals `[K, n]` at the fixed point of a rule: the agent's gradients with V linear in one-hot states, the MDPs as its seeds."""
     states = problems.rewards.shape[1]
-    config = ODICEConfig(
+    config = make_config(
+        "odice_released",
         gradient_rule=rule,
         lambda_=lam,
         discount=DISCOUNT,

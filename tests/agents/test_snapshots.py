@@ -29,12 +29,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dqn": [{"target": "min"}, {"target": "shared_lcb", "critic": "ggd", "vote": "shape"}, {"critic": "gaussian"}],
     "edac": [{"critic": "ggd"}],
     "iql": [{"critic": "ggd", "sample_weighting": "iv"}, {"critic": "gaussian"}],
-    "odice": [
+    "odice_released": [
         {"divergence": "rkl", "weight": "conjugate_grad", "weight_normalization": "mean"},
         {"divergence": "soft_chi2", "eta": 0.3, "residual_scale": 0.5},
         {"divergence": "alpha", "weight": "conjugate_grad", "target_effective_sample_share": 0.3},
         {"gradient_rule": "semi", "num_values": 1, "max_gradient_norm": 0.5},
         {"gradient_rule": "true", "divergence": "rkl", "residual_clip": 2.0},
+    ],
+    "odice": [
+        {"weight_residual": "sampled", "divergence": "soft_chi2"},
+        {"residual_unit": "value", "value_unit": "reward", "weight": "conjugate_grad"},
     ],
     "sacn": [{"critic": "ggd"}, {"critic": "gaussian", "sample_weighting": "iv"}],
     "td3bc": [{"critic": "ggd"}, {"critic": "gaussian", "policy_delay": 3}],

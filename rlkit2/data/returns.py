@@ -1,0 +1,39 @@
+"""Discounted returns of the data: what followed every step, to the end of its episode."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from scipy.signal import lfilter
+from torch import Tensor
+
+from rlkit2.data.dataset import TransitionDataset
+
+
+def discounted_returns(rewards: Tensor, episode_starts: Tensor, discount: float) -> Tensor:
+    """Discounted sum of rewards from each row to the end of its episode; what follows a truncation counts as nothing.
+
+    Args:
+        rewards: `[..., N]`.
+        episode_starts: `[E + 1]` rows, the last being N.
+        discount: per step.
+
+    Returns:
+        `[..., N]` float64.
+    """
+    values = rewards.double().cpu().numpy()
+    found = np.empty_like(values)
+    bounds = episode_starts.tolist()
+    for start, end in itertools.pairwise(bounds):
+        # the recursion G_t = r_t + gamma G_{t+1}, run backwards
+        found[..., start:end] = lfilter([1.0], [1.0, -discount], values[..., start:end][..., ::-1], axis=-1)[..., ::-1]
+    return torch.from_numpy(found)
+
+
+def return_statistics(dataset: TransitionDataset, discount: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the discounted returns of a dataset's rows, float64; where all are equal the deviation counts as 1."""
+    returns = discounted_returns(dataset.rewards, dataset.episode_starts, discount)
+    std = returns.std(-1, correction=0)
+    return returns.mean(-1), torch.where(std > 1e-9 * returns.abs().amax(-1), std, 1.0)
