@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/entanglement_ranking.py                # both models, 3 seeds
     .venv/bin/python benchmarks/entanglement_ranking.py --only toy
+    .venv/bin/python benchmarks/entanglement_ranking.py --memory 1000 512    # what ranking a data set takes
 
 Two models, trained here in minutes: the grammar of `rlkit2 entangle toy` with shared endings of 0 to 12 words, half of them worded anew in the
 rejected; and a GPT-2 of two layers (transformers, byte-pair tokens) on the docstrings of Python's standard library, whose chosen completions are
@@ -246,6 +247,48 @@ def table(model: str, seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def memory(pairs: int, tokens: int, vocabulary: int = 50_257) -> list[dict[str, Any]]:
+    """Time and peak memory of `rank_pairs` on pairs of that many tokens (half of them completion), the worst 20 measured exactly."""
+    import resource
+    import tempfile
+    import time
+
+    import tokenizers
+    import transformers
+
+    from rlkit2.entanglement.model_folder import ModelFolder
+    from rlkit2.studies.pair_ranking import rank_pairs
+
+    config = transformers.GPT2Config(vocab_size=vocabulary, n_positions=tokens, n_embd=64, n_layer=2, n_head=4)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    rng = np.random.default_rng(0)
+
+    def text(count: int) -> str:
+        return "".join(f" w{i}" for i in rng.integers(0, vocabulary, count))
+
+    examples = [
+        {"prompt": text(tokens // 2)[1:], **{s: text(tokens // 2) for s in ("chosen", "rejected")}}
+        for _ in range(pairs)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+        model = ModelFolder.load(folder)
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        rank_pairs(model, examples, Path(folder, "ranked.jsonl"), exact=20)
+        seconds, after = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [
+        {
+            "pairs": pairs,
+            "tokens": tokens,
+            "processor seconds": seconds,
+            "MB before": before / 1024,
+            "MB at most": after / 1024,
+        }
+    ]
+
+
 def main() -> None:
     """Run and print; the table so far is written after every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,8 +297,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=240)
     parser.add_argument("--steps", type=int, default=200, help="of DPO")
     parser.add_argument("--fit-steps", type=int, default=1200, help="of the real model")
+    parser.add_argument(
+        "--memory", type=int, nargs=2, metavar=("PAIRS", "TOKENS"), help="measure the ranking of a data set instead"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.memory:
+        report("entanglement_ranking_memory", memory(*given.memory))
+        return
     for model, rate in (("toy", 1e-5), ("real", 2e-5)):
         if given.only not in (None, model):
             continue
