@@ -242,7 +242,7 @@ def refuse_partial_weights(model: Any) -> None:
     Raises:
         ConfigError: ZeRO-3 or FSDP shards, or k-bit weights.
     """
-    if any(type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule") for module in model.modules()):
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ConfigError("the model is sharded by FSDP: measure entanglement on one process with the whole model")
     if getattr(model, "is_quantized", False):
         raise ConfigError("the model is quantised to k bits: load it in bfloat16 or float32 to measure entanglement")

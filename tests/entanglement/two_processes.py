@@ -1,5 +1,6 @@
 """One process of a training on several, started by test_distributed: `python -m tests.entanglement.two_processes KIND FOLDER`."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -55,7 +56,8 @@ def main(what, folder):
             assert callback.record["trainer_check"]["agree"]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    print("fine")  # noqa: T201
+    print("fine", flush=True)  # noqa: T201
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself
 
 
 if __name__ == "__main__":
