@@ -183,9 +183,9 @@ def rank(
     *,
     out: Path = Path("ranked.jsonl"),
     exact: int = 200,
-    by: Literal["edit", "ches", "ches_mean", "head_gap", "head_ratio"] = "ches_mean",
-    then_by: Literal["gap", "gap_mean", "c_w", "cosine"] = "c_w",
-    head: bool = False,
+    by: Literal["edit", "ches", "ches_mean", "head_gap", "head_ratio"] = "head_gap",
+    then_by: Literal["gap", "gap_mean", "c_w", "cosine"] = "gap",
+    head: bool = True,
     method: Literal["auto", "ghost", "loop", "sketch"] = "auto",
     sketch_dim: int = 1024,
     format: Format = "auto",
@@ -208,7 +208,7 @@ def rank(
         exact: so many pairs, the worst by the cheap score, have their gradients measured.
         by: the cheap score, of all pairs.
         then_by: what the measured pairs are ordered by.
-        head: also the scores of the output matrix (head_gap, head_ratio).
+        head: the scores of the output matrix (head_gap, head_ratio); --no-head leaves them out, and --by must be another: cheaper at large vocabularies.
         method: how gradients are measured; auto: ghost where the model allows it, else loop.
         sketch_dim: size of sketches.
         format: of the rows; auto: told from the first one.
@@ -256,7 +256,7 @@ def rank(
 def _print_ranking(lines: Sequence[dict[str, Any]], examples: Sequence[Any], by: str, top: int) -> None:
     skipped = [line for line in lines if "skipped" in line]
     measured = [line for line in lines if "c_w" in line]
-    names = (by, "edit", "c_w", "cosine")
+    names = (by, "edit", "gap", "c_w")
     rows = [
         (
             str(line["rank"]),

@@ -162,7 +162,7 @@ def predicted_realised(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def ranking_figure(lines: Sequence[Record], by: str = "ches_mean") -> Figure:
+def ranking_figure(lines: Sequence[Record], by: str = "head_gap") -> Figure:
     """Lines of `rank_pairs`: the distribution of the cheap score, and against it what the measured pairs' gradients say."""
     scored = [line for line in lines if by in line]
     measured = [line for line in scored if "c_w" in line]

@@ -108,13 +108,13 @@ def _killed_after(count):
 def test_a_killed_ranking_goes_on_and_gives_the_same_bytes(folder, tmp_path, monkeypatch):
     place, pairs = folder
     model = ModelFolder.load(place / "lm")
-    lines = rank_pairs(model, pairs, tmp_path / "whole.jsonl", exact=5, microbatch=2, head=True)
+    lines = rank_pairs(model, pairs, tmp_path / "whole.jsonl", exact=5, microbatch=2)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert [line["rank"] for line in lines] == list(range(1, 13))
     assert sorted(line["index"] for line in lines) == list(range(12))
     assert [set(GRADIENT) <= set(line) for line in lines] == [True] * 5 + [False] * 7
-    assert [line["c_w"] for line in lines[:5]] == sorted((line["c_w"] for line in lines[:5]), reverse=True)
-    assert min(line["ches_mean"] for line in lines[:5]) >= max(line["ches_mean"] for line in lines[5:])
+    assert [line["gap"] for line in lines[:5]] == sorted((line["gap"] for line in lines[:5]), reverse=True)
+    assert min(line["head_gap"] for line in lines[:5]) >= max(line["head_gap"] for line in lines[5:])
     measured = []
     cheap = forward_scores
     monkeypatch.setattr(
@@ -123,17 +123,17 @@ def test_a_killed_ranking_goes_on_and_gives_the_same_bytes(folder, tmp_path, mon
     for count in (2, 6, 12, 13, 17):
         out = tmp_path / f"{count}.jsonl"
         with pytest.raises(KilledError):
-            rank_pairs(model, pairs, out, exact=5, microbatch=2, head=True, progress=_killed_after(count))
+            rank_pairs(model, pairs, out, exact=5, microbatch=2, progress=_killed_after(count))
         assert not out.exists()
         with open(tmp_path / f"{count}.scores.jsonl", "a") as file:
             file.write('{"kind": "cheap", "ind')  # a line that was cut off
-        rank_pairs(model, pairs, out, exact=5, microbatch=2, head=True)
+        rank_pairs(model, pairs, out, exact=5, microbatch=2)
         assert out.read_bytes() == whole
     assert sum(measured) == 5 * 12  # no pair was scored twice
     measured.clear()
-    more = rank_pairs(model, pairs, tmp_path / "whole.jsonl", exact=12, by="edit", then_by="gap", head=True)
+    more = rank_pairs(model, pairs, tmp_path / "whole.jsonl", exact=12, by="edit", then_by="c_w")
     assert not measured
-    assert [line["gap"] for line in more] == sorted((line["gap"] for line in more), reverse=True)
+    assert [line["c_w"] for line in more] == sorted((line["c_w"] for line in more), reverse=True)
 
 
 def test_scores_of_something_else_are_not_mixed_in(folder, tmp_path):
@@ -144,13 +144,13 @@ def test_scores_of_something_else_are_not_mixed_in(folder, tmp_path):
     for message, arguments in (
         ("of other pairs", {"examples": pairs[:2]}),
         ("with another max_length", {"max_length": 20}),
-        ("with another head", {"head": True}),
+        ("with another head", {"head": False, "by": "ches"}),
         ("of another model", {"model": ModelFolder.load(place / "lm", dtype="float64")}),
     ):
         with pytest.raises(ConfigError, match=message):
             rank_pairs(**{"model": model, "examples": pairs[:3], "out": out, "exact": 1, **arguments})
     for message, arguments in (
-        ("by='head_gap' .*head=True", {"by": "head_gap"}),
+        ("by='head_gap' .*without head=True", {"head": False}),
         ("then_by='ches'", {"then_by": "ches"}),
         ("exact=-1", {"exact": -1}),
     ):
@@ -177,7 +177,7 @@ def test_the_command_line_prints_a_table_and_draws(folder, tmp_path, capsys):
     assert main([*arguments, "--top", "3"]) == 0
     said = capsys.readouterr()
     assert "pairs from the most to the least harmful" in said.out
-    assert "12 pairs scored by ches_mean, the gradients of the worst 4 measured" in said.out
+    assert "12 pairs scored by head_gap, the gradients of the worst 4 measured" in said.out
     assert "read as explicit pairs" in said.err
     assert {"ranked.jsonl", "ranked.scores.jsonl", "ranked.svg"} == {path.name for path in tmp_path.iterdir()}
     assert main([*arguments, "--json"]) == 0
