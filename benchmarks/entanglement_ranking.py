@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/entanglement_ranking.py                # both models, 3 seeds
     .venv/bin/python benchmarks/entanglement_ranking.py --only toy
-    .venv/bin/python benchmarks/entanglement_ranking.py --memory 1000 512    # what ranking a data set takes
+    .venv/bin/python benchmarks/entanglement_ranking.py --memory 1000 512    # what ranking a dataset takes
 
 Two models, trained here in minutes: the grammar of `rlkit2 entangle toy` with shared endings of 0 to 12 words, half of them worded anew in the
 rejected; and a GPT-2 of two layers (transformers, byte-pair tokens) on the docstrings of Python's standard library, whose chosen completions are
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of DPO")
     parser.add_argument("--fit-steps", type=int, default=1200, help="of the real model")
     parser.add_argument(
-        "--memory", type=int, nargs=2, metavar=("PAIRS", "TOKENS"), help="measure the ranking of a data set instead"
+        "--memory", type=int, nargs=2, metavar=("PAIRS", "TOKENS"), help="measure the ranking of a dataset instead"
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
