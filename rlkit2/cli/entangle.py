@@ -204,7 +204,7 @@ def rank(
     Args:
         model: folder of a causal language model that transformers loads; nothing is downloaded.
         data: JSON lines, a JSON array, Parquet or a folder of datasets.
-        out: the ranking as JSON lines, a figure beside it, and the scores, from which an interrupted or extended ranking goes on.
+        out: the ranking as JSON lines, a figure beside it, and the scores, from which an interrupted or extended ranking continues.
         exact: so many pairs, the worst by the cheap score, have their gradients measured.
         by: the cheap score, of all pairs.
         then_by: what the measured pairs are ordered by.
