@@ -208,7 +208,7 @@ def rank(
         exact: so many pairs, the worst by the cheap score, have their gradients measured.
         by: the cheap score, of all pairs.
         then_by: what the measured pairs are ordered by.
-        head: the scores of the output matrix (head_gap, head_ratio); --no-head leaves them out, and --by must be another: cheaper at large vocabularies.
+        head: the scores of the output matrix (head_gap, head_ratio); --no-head leaves them out: cheaper, and --by must be another.
         method: how gradients are measured; auto: ghost where the model allows it, else loop.
         sketch_dim: size of sketches.
         format: of the rows; auto: told from the first one.
