@@ -33,19 +33,26 @@ ROOMS = {
     "nn": ("rlkit2.nn",),
     "losses": ("rlkit2.losses.divergences", "rlkit2.losses.margin", "rlkit2.losses.preference", "rlkit2.losses.ggd"),
     "rewards": ("rlkit2.rewards",),
-    "entanglement": ("rlkit2.entanglement",),
+    "entanglement": (
+        "rlkit2.entanglement",
+        "rlkit2.entanglement.pair_scores",
+        "rlkit2.entanglement.remedy_trainers",
+        "rlkit2.entanglement.token_mask",
+    ),
     "preferences": ("rlkit2.preferences",),
     "envs": ("rlkit2.envs",),
     "training": ("rlkit2.training",),
     "evaluation": ("rlkit2.evaluation", "rlkit2.evaluation.offline"),
     "reporting": ("rlkit2.reporting",),
     "sweeps": ("rlkit2.sweeps",),
-    "studies": ("rlkit2.studies.preferences_to_regret",),
+    "studies": ("rlkit2.studies.preferences_to_regret", "rlkit2.studies.pair_ranking"),
     "testing": ("rlkit2.testing",),
 }
 ONLY = {
     "rlkit2.api": "load_dataset, train, evaluate, offline_evaluate, load_run, load_policy",
     "rlkit2.studies.preferences_to_regret": "StudySettings, StudyResult, run_study, load_study",
+    "rlkit2.studies.pair_ranking": "rank_pairs",
+    "rlkit2.entanglement.remedy_trainers": "with_remedy",
     "rlkit2.testing": "check_agent, agent_checks",
 }
 

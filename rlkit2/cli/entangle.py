@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from rlkit2.cli import output
 from rlkit2.cli.parsing import subcommand
@@ -18,6 +18,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.progress import progress_bar
 
 Hyper = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE...")]
+Format = Literal["auto", "explicit", "implicit", "hh", "ultrafeedback", "sharegpt", "alpaca"]
 Names = Annotated[tuple[str, ...], arg(metavar="NAME...")]
 
 
@@ -95,7 +96,7 @@ def model(
     loss: str = "dpo",
     hyper: Hyper = (),
     reference: Path | None = None,
-    format: Literal["auto", "explicit", "implicit", "hh", "ultrafeedback", "sharegpt", "alpaca"] = "auto",
+    format: Format = "auto",
     limit: int = 64,
     max_length: int | None = None,
     method: Literal["auto", "loop", "vmap", "ghost", "sketch", "head"] = "auto",
@@ -176,6 +177,114 @@ def model(
     return 0
 
 
+def rank(
+    model: Positional[Path],
+    data: Positional[Path],
+    *,
+    out: Path = Path("ranked.jsonl"),
+    exact: int = 200,
+    by: Literal["edit", "ches", "ches_mean", "head_gap", "head_ratio"] = "head_gap",
+    then_by: Literal["gap", "gap_mean", "c_w", "cosine"] = "gap",
+    head: bool = True,
+    method: Literal["auto", "ghost", "loop", "sketch"] = "auto",
+    sketch_dim: int = 1024,
+    format: Format = "auto",
+    limit: int | None = None,
+    max_length: int | None = None,
+    microbatch: int = 4,
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    device: str = "cpu",
+    top: int = 10,
+    json: bool = False,
+) -> int:
+    """Rank the pairs of a file by the harm they are likely to do to their chosen completions.
+
+    Example: rlkit2 entangle rank ./my-model pairs.jsonl --out ranked.jsonl
+
+    Args:
+        model: folder of a causal language model that transformers loads; nothing is downloaded.
+        data: JSON lines, a JSON array, Parquet or a folder of datasets.
+        out: the ranking as JSON lines, a figure beside it, and the scores, from which an interrupted or extended ranking continues.
+        exact: so many pairs, the worst by the cheap score, have their gradients measured.
+        by: the cheap score, of all pairs.
+        then_by: what the measured pairs are ordered by.
+        head: the scores of the output matrix (head_gap, head_ratio); --no-head leaves them out: cheaper, and --by must be another.
+        method: how gradients are measured; auto: ghost where the model allows it, else loop.
+        sketch_dim: size of sketches.
+        format: of the rows; auto: told from the first one.
+        limit: the first so many pairs; default: all.
+        max_length: cut rows there.
+        microbatch: pairs at a time.
+        dtype: number format to load the model in.
+        device: cpu or cuda.
+        top: pairs to print.
+        json: print the first pairs as JSON.
+    """
+    from rlkit2.entanglement.model_folder import ModelFolder
+    from rlkit2.entanglement.pair_files import read_pairs
+    from rlkit2.reporting.entanglement_figures import ranking_figure
+    from rlkit2.studies.pair_ranking import rank_pairs
+
+    examples = read_pairs(data, limit, format=format, tell=partial(output.say, stderr=True))
+    loaded = ModelFolder.load(model, dtype=dtype, device=device)
+    with progress_bar("scoring pairs") as bar:
+        lines = rank_pairs(
+            loaded,
+            examples,
+            out,
+            exact=exact,
+            by=by,
+            then_by=then_by,
+            head=head,
+            method=method,
+            sketch_dim=sketch_dim,
+            max_length=max_length,
+            microbatch=microbatch,
+            progress=bar,
+        )
+    drawn = ranking_figure(lines, by)
+    figure = out.with_suffix(".svg")
+    drawn.savefig(figure)
+    if json:
+        output.print_json({"pairs": len(lines), "ranked": lines[:top]})
+        return 0
+    _print_ranking(lines, examples, by, top)
+    output.say(f"written: {out}, {figure}")
+    return 0
+
+
+def _print_ranking(lines: Sequence[dict[str, Any]], examples: Sequence[Any], by: str, top: int) -> None:
+    skipped = [line for line in lines if "skipped" in line]
+    measured = [line for line in lines if "c_w" in line]
+    names = (by, "edit", "gap", "c_w")
+    rows = [
+        (
+            str(line["rank"]),
+            str(line["index"]),
+            *(f"{line[name]:.3g}" if name in line else "-" for name in dict.fromkeys(names)),
+            _start_of(examples[line["index"]]["chosen"]),
+            _start_of(examples[line["index"]]["rejected"]),
+        )
+        for line in lines[:top]
+        if "skipped" not in line
+    ]
+    header = ("rank", "pair", *dict.fromkeys(names), "chosen", "rejected")
+    output.print_table(header, rows, left=0, title="pairs from the most to the least harmful")
+    above = sum(line["c_w"] > 1 for line in measured)
+    output.say(
+        f"{len(lines) - len(skipped)} pairs scored by {by}, the gradients of the worst {len(measured)} measured: for {above} of these a DPO step on "
+        "the pair alone lowers its chosen (c_w above 1)"
+    )
+    if skipped:
+        output.say(f"{len(skipped)} pairs left out, the first (pair {skipped[0]['index']}): {skipped[0]['skipped']}")
+
+
+def _start_of(completion: Any, length: int = 36) -> str:
+    text = completion if isinstance(completion, str) else completion[0]["content"]
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def _hyperparameters(given: Sequence[str]) -> dict[str, float]:
     found = {}
     for text in given:
@@ -226,7 +335,15 @@ def toy(
     *,
     out: Path = Path("entanglement-toy"),
     suffixes: tuple[int, ...] = (0, 2, 12),
-    remedies: Names = ("normalised", "band", "likelihood", "dpop", "token_mask"),
+    remedies: Names = (
+        "normalised",
+        "normalised_pairs",
+        "band",
+        "likelihood",
+        "dpop",
+        "token_mask",
+        "learned_mask",
+    ),
     seeds: int = 3,
     steps: int = 300,
     fit_steps: int = 250,
@@ -243,7 +360,7 @@ def toy(
     Args:
         out: folder of finished runs, toy.json, toy.svg and toy.png; an interrupted study is resumed there.
         suffixes: words shared by both completions, 0 to 12; the remedies are tried on the last.
-        remedies: any of normalised, band, likelihood, dpop, token_mask.
+        remedies: any of normalised, normalised_pairs, band, likelihood, dpop, token_mask, learned_mask.
         seeds: independent runs.
         steps: of preference training.
         fit_steps: of supervised fitting before it.
@@ -290,6 +407,7 @@ def toy(
 SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "losses": losses,
     "model": model,
+    "rank": rank,
     "toy": toy,
 }
 

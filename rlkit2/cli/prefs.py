@@ -23,6 +23,7 @@ from rlkit2.evaluation.environments import Env, make_environment
 from rlkit2.preferences import (
     RewardEnsemble,
     ScriptedTeacher,
+    SegmentArrays,
     baseline_rewards,
     collect_preferences,
     evaluate_reward,
@@ -61,6 +62,8 @@ def label(
     port: int = 0,
     open_browser: bool = True,
     people: Path | None = None,
+    label_key: str | None = None,
+    as_dataset: bool = False,
     more: bool = False,
     trust_env: bool = False,
 ) -> int:
@@ -85,10 +88,22 @@ def label(
         serve: show the pairs in the browser and let a person answer.
         port: of the page, on this computer only; 0: any free one.
         open_browser: open the page in a browser.
-        people: import human labels from this folder, in the layout of the Preference Transformer files.
+        people: import labels: a folder in the layout of the Preference Transformer files, or an .npz file of labelled segments (CPL, IPL, D4RL
+            preference batches), which are looked up in the dataset.
+        label_key: the array of labels or scores in that .npz file.
+        as_dataset: the segments of the .npz file become the dataset DATASET, a new Minari id, as they are in no other one.
         more: add to the labels in --out instead of refusing to replace them.
         trust_env: with --serve: build the environment that draws the pairs as the dataset says, which runs the code it names.
     """
+    arrays = SegmentArrays.read(people, label_key=label_key) if people is not None and people.suffix == ".npz" else None
+    if arrays is None and (label_key is not None or as_dataset):
+        raise ConfigError(
+            "--label-key and --as-dataset are for an .npz file of labelled segments; give --people FILE.npz"
+        )
+    exists = (out / "preferences.json").exists()
+    if exists and not more and not serve:
+        raise DatasetError(f"{out} holds labels already; name another folder, or add to them with --more")
+    made = _write_segments(arrays, dataset) if arrays is not None and as_dataset else None
     data = load_dataset(dataset)
     ensemble = None if model is None else RewardEnsemble.load(model)
     if serve:
@@ -109,10 +124,11 @@ def label(
             make_environment=_environment_maker(data, trust_env),
         )
         return 0
-    exists = (out / "preferences.json").exists()
-    if exists and not more:
-        raise DatasetError(f"{out} holds labels already; name another folder, or add to them with --more")
-    if people is not None:
+    if made is not None:
+        labels = made.bind(data)
+    elif arrays is not None:
+        labels = arrays.find(data)
+    elif people is not None:
         labels = import_preference_transformer(people, data, length=length)
     else:
         asked = ScriptedTeacher(
@@ -135,6 +151,18 @@ def label(
     )
     say(f"fit a reward to them with: rlkit2 prefs fit {out} --dataset {dataset} --out reward")
     return 0
+
+
+def _write_segments(arrays: SegmentArrays, dataset_id: str) -> PreferenceDataset:
+    """The segments as a Minari dataset, and their labels."""
+    segments, labels = arrays.as_dataset()
+    segments.to_minari(dataset_id)
+    rewards = "the file's rewards" if arrays.rewards is not None else "no rewards (0 everywhere)"
+    say(
+        f"{dataset_id}: {segments.num_episodes} segments as episodes of {int(segments.episode_lengths[0])} steps, with {rewards}; the last step of "
+        "each is left out, as what followed it is not stored"
+    )
+    return labels
 
 
 def _environment_maker(data: TransitionDataset, trust_env: bool) -> Callable[[], Env] | None:

@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlkit2.entanglement.language_pairs import check_positions, check_vocabulary, pairs_by_prompt, trained_pairs
+from rlkit2.entanglement.language_pairs import (
+    check_positions,
+    check_vocabulary,
+    gold_rows,
+    pairs_by_prompt,
+    trained_pairs,
+)
 from rlkit2.entanglement.probe import EntanglementProbe, log_values
+from rlkit2.entanglement.reference_point import ReferencePoint, mismatched_pairs
 from rlkit2.entanglement.scores import (
     PairBatch,
     SequenceScore,
@@ -28,7 +35,10 @@ from rlkit2.entanglement.trainer_check import CoefficientCheck
 from rlkit2.entanglement.trainers import (
     RowForm,
     calling_trainer,
+    gold_weight,
+    has_reference_point,
     loss_from_arguments,
+    refuse_deepspeed,
     refuse_partial_weights,
     refuse_router_loss,
 )
@@ -71,8 +81,10 @@ class EntanglementCallback(_Base):
     gradients, optimiser and random states stay bit-identical. Values appear in the trainer's logs as `entanglement/...` for loggers that
     run later; the full record is only in the JSON lines.
 
-    It never ends a training. What it cannot do (sharded or quantised weights, no pairs, an option that may change the loss in a way it does not
-    know, any failure of its own) is one `EntanglementWarning` that names the reason, kept in `off`; from then on it does nothing. At
+    With several processes of plain data parallelism (accelerate, torchrun) the first one measures while the others wait for it at their next step.
+
+    It never ends a training. What it cannot do (sharded or quantised weights, DeepSpeed, no pairs, an option that may change the loss in a way
+    it does not know, any failure of its own) is one `EntanglementWarning` that names the reason, kept in `off`; from then on it does nothing. At
     the first step it holds the coefficients it claims against those that arrive from the trainer's own loss (`trainer_check` of the records) and
     warns where they differ.
 
@@ -131,6 +143,7 @@ class EntanglementCallback(_Base):
         self.off: str | None = None
         self._check: CoefficientCheck | None = None
         self._checked: dict[str, Any] | None = None
+        self._point: ReferencePoint | None = None
         self._trainer: Any = None
         self._measuring = False
         self._lr: float | None = None
@@ -144,27 +157,31 @@ class EntanglementCallback(_Base):
         if not state.is_world_process_zero:
             return
         self._trainer = calling_trainer(self)
+        refuse_deepspeed(args, self._trainer)
         refuse_partial_weights(model)
-        loss = self.loss
+        loss, gold, unpaired = self.loss, 0.0, False
         if loss is None:
-            loss = loss_from_arguments(args)
+            loss, gold, unpaired = loss_from_arguments(args), gold_weight(args), has_reference_point(args)
             refuse_router_loss(args, model)
-        if loss.name == "kto":
-            self._warn(
-                "KTO's reference point, a mean over mismatched completions of each batch, is taken as 0 (its value at the start)"
-            )
         score = _score(model)
         batch, examples, self._origin = self._choose(args, score, kwargs)
         if loss.name == "bradley_terry" and "margin" in examples[0]:
             device = next(iter(score.params.values())).device
             loss = loss.bind(margin=torch.tensor([float(e["margin"]) for e in examples], device=device))
         reference = self._reference(args, state, examples, score, batch, loss)
-        self.probe = EntanglementProbe(score, batch, loss, reference=reference, **self._options)
+        if unpaired:
+            self._point = self._reference_point(examples, score, batch, RowForm.of(args))
+        beside = self._gold(score, examples, args, kwargs, gold) if gold else None
+        self.probe = EntanglementProbe(score, batch, loss, reference=reference, gold=beside, **self._options)
         self.jsonl = Path(self.jsonl or Path(args.output_dir, "entanglement.jsonl"))
         self.jsonl.parent.mkdir(parents=True, exist_ok=True)
         self._keep_lines(state.global_step)
-        if loss.name != "kto" and not getattr(args, "fp16", False) and getattr(args, "n_gpu", 1) < 2:
-            self._check = CoefficientCheck(model)
+        shared_point = (
+            unpaired and getattr(args, "world_size", 1) > 1
+        )  # a mean over all processes, of which one is seen
+        if not getattr(args, "fp16", False) and getattr(args, "n_gpu", 1) < 2 and not shared_point:
+            sides = 1 if loss.name == "kto" else 3 if gold else 2
+            self._check = CoefficientCheck(model, sides, mismatched=unpaired)
 
     @_never_ends_training
     def on_pre_optimizer_step(
@@ -178,6 +195,8 @@ class EntanglementCallback(_Base):
         self._measuring = (state.global_step + 1) % self.every == 0
         if self._measuring:
             self._lr = float(optimizer.param_groups[0]["lr"]) if optimizer is not None else None
+            if self._point is not None:
+                self.probe.loss = self.probe.loss.bind(z_ref=self._point(self.probe.loss.hyperparameters["beta"]))
             self.probe.before()
 
     @_never_ends_training
@@ -188,6 +207,8 @@ class EntanglementCallback(_Base):
         self._measuring = False
         record = self.probe.after(step=state.global_step, lr=self._lr)
         self.record = {"epoch": state.epoch, "pairs_from": self._origin, **record, "trainer_check": self._checked}
+        if self._point is not None:
+            self.record["reference_point"] = self.probe.loss.hyperparameters["z_ref"]
         with open(Path(self.jsonl or ""), "a", encoding="utf-8") as file:
             file.write(json.dumps(self.record) + "\n")
 
@@ -217,7 +238,7 @@ class EntanglementCallback(_Base):
         if self._check is not None:
             with suppress(Exception):
                 self._check.close()
-        self.probe, self._check, self._trainer, self._measuring = None, None, None, False
+        self.probe, self._check, self._trainer, self._measuring, self._point = None, None, None, False, None
 
     def _warn(self, text: str) -> None:
         """Say it once; where warnings are errors, on the error stream, since a training does not end for it."""
@@ -249,7 +270,9 @@ class EntanglementCallback(_Base):
                 first = next(rows, None)
                 if first is None:
                     continue
-                if isinstance(first, Mapping) and {"completion", "label"} <= set(first):  # KTO's unpaired rows
+                if (
+                    isinstance(first, Mapping) and "label" in first and {"completion", "completion_ids"} & set(first)
+                ):  # KTO's unpaired rows
                     first, rows = None, iter(pairs_by_prompt(_rows(source), self.pairs))
                 chain = rows if first is None else _with_first(first, rows)
                 batch, examples = trained_pairs(
@@ -286,6 +309,26 @@ class EntanglementCallback(_Base):
                 "the training is resumed, so the model's own scores now are not the reference's: give EntanglementCallback(reference=ref_model)"
             )
         return "initial"
+
+    def _reference_point(
+        self, examples: list[Any], score: SequenceScore, batch: PairBatch, form: RowForm
+    ) -> ReferencePoint:
+        """KTO's reference point on the measured pairs."""
+        found = self._scorer(score)
+        if found is None and "ref_chosen_logps" in examples[0]:
+            raise ConfigError(
+                "KTO's reference point needs more than the pairs' ref_chosen_logps: give EntanglementCallback(reference=ref_model)"
+            )
+        return ReferencePoint(score, mismatched_pairs(batch, form), found, self._options["microbatch"])
+
+    def _gold(
+        self, score: SequenceScore, examples: list[Any], args: Any, kwargs: Mapping[str, Any], weight: float
+    ) -> tuple[Any, float]:
+        """Rows of TPO's gold completions as the score takes them, and the weight of their likelihood."""
+        rows = gold_rows(examples, RowForm.of(args), kwargs.get("processing_class"))
+        device = next(iter(score.params.values())).device
+        moved = {name: tensor.to(device) for name, tensor in rows.items()}
+        return score.prepare(PairBatch(moved, moved)).chosen, weight
 
     def _scorer(self, score: SequenceScore) -> Callable[[PairBatch], tuple[Tensor, Tensor]] | None:
         """Scores under the reference model, where there is one beside the trained model."""

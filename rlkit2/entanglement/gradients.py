@@ -414,6 +414,11 @@ def head_states(score: SequenceScore, params: Mapping[str, Tensor], rows: Rows) 
     return _wide(inputs[0][:, :-1]), _wide(logits[:, :-1])
 
 
+def entering_head(score: SequenceScore, params: Mapping[str, Tensor], rows: Rows) -> Tensor:
+    """Inputs `[B, T-1, d]` of the output layer at the positions that predict tokens 1..T-1, without logits where the model allows it."""
+    return head_states(score, params, rows)[0] if score.hidden is None else score.hidden_states(params, rows)
+
+
 def head_gradients(score: SequenceScore, params: Mapping[str, Tensor], rows: Rows) -> Gradients:
     """Gradients of the output matrix as an output map only, from one forward pass: `sum_t (e_y - p)_t h_t^T`.
 

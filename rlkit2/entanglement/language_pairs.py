@@ -111,17 +111,21 @@ def _checked(example: Example, name: str, index: int) -> Any:
 def pairs_by_prompt(rows: Iterable[Example], count: int) -> list[dict[str, Any]]:
     """Pairs made of unpaired rows `prompt, completion, label`: a wanted and an unwanted completion of one prompt.
 
+    Prepared rows (`prompt_ids, completion_ids, label`) become prepared pairs.
+
     Raises:
         DatasetError: no prompt has both; entanglement is between two completions of one prompt.
     """
     waiting: dict[str, dict[bool, Any]] = {}
     pairs: list[dict[str, Any]] = []
     for row in rows:
-        seen = waiting.setdefault(json.dumps(row["prompt"]), {})
-        seen.setdefault(bool(row["label"]), row["completion"])
+        end = "_ids" if "completion_ids" in row else ""
+        prompt = row[f"prompt{end}"]
+        seen = waiting.setdefault(json.dumps(prompt), {})
+        seen.setdefault(bool(row["label"]), row[f"completion{end}"])
         if len(seen) == 2:
-            del waiting[json.dumps(row["prompt"])]
-            pairs.append({"prompt": row["prompt"], "chosen": seen[True], "rejected": seen[False]})
+            del waiting[json.dumps(prompt)]
+            pairs.append({f"prompt{end}": prompt, f"chosen{end}": seen[True], f"rejected{end}": seen[False]})
             if len(pairs) == count:
                 break
     if not pairs:
@@ -222,6 +226,25 @@ def trained_pairs(
         )
     batch = PairBatch(padded(sides[0]), padded(sides[1]))
     return (whole_rows(batch) if reward else batch), used
+
+
+def gold_rows(examples: Sequence[Any], form: RowForm, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Rows of the third completion that TPO trains beside every pair (`reference_ids`, or the text `reference`).
+
+    Raises:
+        ConfigError: there is none, or nothing is left of one after cutting.
+    """
+    rows = []
+    for index, example in enumerate(examples):
+        if "reference_ids" not in example and "reference" not in example:
+            raise ConfigError("TPO trains a third completion beside each pair: give the pairs a field reference")
+        row = cut(_any_row(example, "reference", index, form, tokenizer, reward=False), form)
+        if row is None:
+            raise ConfigError(
+                f"the reference completion of pair {index} is cut away: raise max_length={form.max_length}"
+            )
+        rows.append(row)
+    return padded(rows)
 
 
 def _any_row(example: Example, side: str, index: int, form: RowForm, tokenizer: Any, reward: bool) -> Row:

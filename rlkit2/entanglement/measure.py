@@ -28,10 +28,10 @@ from rlkit2.entanglement.gradients import (
     Gradients,
     Score,
     cross_inner,
+    entering_head,
     ghost_gradients,
     gradient_bytes,
     head_gradients,
-    head_states,
     inner_with,
     loop_gradients,
     paired_inner,
@@ -273,9 +273,9 @@ def ches_scores(logp: SequenceScore, params: Mapping[str, Tensor] | None, batch:
     """
     meter = _Meter(logp, params, batch, method="head")
     sums = []
-    with meter.ready():
+    with meter.ready(), torch.no_grad():
         for side in (meter.batch.chosen, meter.batch.rejected):
-            hidden, _ = head_states(logp, meter.params, side)
+            hidden = entering_head(logp, meter.params, side).to(meter.wide)
             sums.append((hidden * logp.mask(side)[..., None]).sum(1))
     return (sums[0] * sums[1]).sum(-1) - sums[0].square().sum(-1)
 

@@ -8,7 +8,7 @@ trains, and `entanglement_report(geometry, (c_w, c_l))` says beforehand what it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -123,12 +123,12 @@ def group_coefficients(gram: Any, d_w: Any, d_l: Any) -> tuple[Any, Any]:
     pairs = len(first)
     sum_w = torch.cat([first, torch.zeros_like(first)]) / pairs
     sum_l = torch.cat([torch.zeros_like(second), second]) / pairs
-    factor_w, factor_l = _group_factors(sum_w @ matrix @ sum_w, sum_l @ matrix @ sum_l, sum_w @ matrix @ sum_l)
+    factor_w, factor_l = group_factors(sum_w @ matrix @ sum_w, sum_l @ matrix @ sum_l, sum_w @ matrix @ sum_l)
     found = first * factor_w, second * factor_l
     return (np.asarray(found[0]), np.asarray(found[1])) if numpy else found
 
 
-def _group_factors(w2: Tensor, l2: Tensor, ip: Tensor) -> tuple[Tensor, Tensor]:
+def group_factors(w2: Tensor, l2: Tensor, ip: Tensor) -> tuple[Tensor, Tensor]:
     """What the two sums are multiplied with so that they are equally long and the step has its own length."""
     if bool(w2 <= SMALLEST_NORM**2) or bool(l2 <= SMALLEST_NORM**2):
         return torch.ones_like(w2), torch.ones_like(l2)
@@ -183,10 +183,16 @@ def group_normalised_loss(
     g_w = torch.autograd.grad(sums[0], trained, retain_graph=True, materialize_grads=True, allow_unused=True)
     g_l = torch.autograd.grad(sums[1], trained, materialize_grads=True, allow_unused=True)
     products = [sum((x * y).sum() for x, y in zip(a, b, strict=True)) for a, b in ((g_w, g_w), (g_l, g_l), (g_w, g_l))]
-    factor_w, factor_l = _group_factors(*(torch.as_tensor(product) for product in products))
-    loss = logp_w.new_zeros(()) if value is None else value.detach().mean()
-    for p, x, y in zip(trained, g_w, g_l, strict=True):
-        loss = loss + ((p - p.detach()) * (factor_l * y - factor_w * x)).sum()
+    factor_w, factor_l = group_factors(*(torch.as_tensor(product) for product in products))
+    shown = logp_w.new_zeros(()) if value is None else value.mean()
+    return gradient_loss(shown, trained, [factor_l * y - factor_w * x for x, y in zip(g_w, g_l, strict=True)])
+
+
+def gradient_loss(value: Tensor, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar that shows `value` and whose `backward()` hands each parameter the given gradient."""
+    loss = value.detach()
+    for p, gradient in zip(params, gradients, strict=True):
+        loss = loss + ((p - p.detach()) * gradient).sum()
     return loss
 
 

@@ -14,6 +14,7 @@ from rlkit2.entanglement.mitigation import MITIGATIONS, group_coefficients, mask
 from rlkit2.entanglement.scores import (
     PairBatch,
     PairLike,
+    Rows,
     SequenceScore,
     as_pair_batch,
     evaluation_mode,
@@ -46,6 +47,7 @@ class EntanglementProbe:
         sketch_dim: for the sketch.
         dry_run: remedies of `REMEDIES` whose effect is predicted each time.
         group_by: also report parts, see `pair_geometry`.
+        gold: rows of further completions whose likelihood per token the loss trains beside the pairs, and its weight (TPO).
 
     Raises:
         ConfigError: reference scores are missing, an unknown method or remedy, an empty completion.
@@ -64,6 +66,7 @@ class EntanglementProbe:
         sketch_dim: int = 1024,
         dry_run: Sequence[str] = ("normalised", "band", "likelihood"),
         group_by: str | None = None,
+        gold: tuple[Rows, float] | None = None,
     ) -> None:
         self.check_choices(method, dry_run)
         self.logp = logp
@@ -71,7 +74,7 @@ class EntanglementProbe:
         self.loss = get_margin_loss(loss).bind(**(hyperparameters or {}))
         self.method = method
         self._sizes: Sizes = {"microbatch": microbatch, "sketch_dim": sketch_dim}
-        self.dry_run, self.group_by = tuple(dry_run), group_by
+        self.dry_run, self.group_by, self._gold = tuple(dry_run), group_by, gold
         if reference == "initial":
             reference = self.scores()
         if isinstance(reference, str):
@@ -84,7 +87,7 @@ class EntanglementProbe:
         self.reference = reference
         self._held: PairGradients | None = None
         self._start: dict[str, Tensor] = {}
-        self._context_step: dict[str, Tensor] = {}
+        self._outside_step: dict[str, Tensor] = {}
         self._scores: tuple[Tensor, Tensor] | None = None
         self._inputs: MarginInputs | None = None
 
@@ -115,7 +118,7 @@ class EntanglementProbe:
         self._scores = self.scores()
         self._inputs = self.inputs(self._scores)
         self._held = self._gradients(self.batch)
-        self._context_step = self._context(self._inputs)
+        self._outside_step = self._outside(self._inputs)
         self._start = {name: p.detach().clone() for name, p in self.logp.params.items()}
 
     def after(self, *, step: int | None = None, lr: float | None = None) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class EntanglementProbe:
         predicted = held.along(delta)
         d_w, d_l = self.loss.coefficients(self._inputs)
         geometry, gram = held.geometry(self.group_by), held.gram()
-        outside = held.along(self._context_step) if self._context_step else None
+        outside = held.along(self._outside_step) if self._outside_step else None
         report = entanglement_report(
             geometry,
             (d_w, d_l),
@@ -162,17 +165,24 @@ class EntanglementProbe:
         self._held, self._scores, self._inputs, self._start = None, None, None, {}
         return record
 
-    def _context(self, inputs: MarginInputs) -> dict[str, Tensor]:
-        """The direction in which a loss that counts the prompts' likelihood moves the parameters for their sake, per unit of learning rate."""
-        if not self.loss.needs_context:
+    def _outside(self, inputs: MarginInputs) -> dict[str, Tensor]:
+        """The direction in which a loss that trains more than the completions of the pairs (prompts, gold completions) moves the parameters for
+        the sake of that, per unit of learning rate.
+        """
+        if self.loss.needs_context:
+            rows = self.batch.chosen
+            first = rows["completion_mask"].long().argmax(1, keepdim=True)
+            prompt = torch.arange(rows["input_ids"].shape[1], device=first.device)[None] < first
+            rows, weight = {**rows, "completion_mask": prompt.long()}, 1.0
+            tokens = (inputs.len_chosen + inputs.context_chosen).sum()
+        elif self._gold is not None:
+            rows, weight = self._gold
+            tokens = self.logp.mask(rows).sum()
+        else:
             return {}
-        rows = self.batch.chosen
-        first = rows["completion_mask"].long().argmax(1, keepdim=True)
-        prompt = torch.arange(rows["input_ids"].shape[1], device=first.device)[None] < first
         leaves = {name: p.detach().requires_grad_() for name, p in self.logp.params.items()}
         with evaluation_mode(self.logp.module), torch.enable_grad():
-            terms = self.logp.terms(leaves, {**rows, "completion_mask": prompt.long()})
-            mean = terms.sum() / (inputs.len_chosen + inputs.context_chosen).sum()
+            mean = weight * self.logp.terms(leaves, rows).sum() / tokens
             found = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, found, strict=True))
 

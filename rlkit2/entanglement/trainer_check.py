@@ -6,7 +6,7 @@ completion is `-d_w / P` for a chosen and `d_l / P` for a rejected one. Listenin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ class CoefficientCheck:
 
     Args:
         model: the module that is trained; one forward hook is put on it until the first pass with gradients.
+        sides: equal parts that its batches consist of: 2 for chosen and rejected, 3 with a gold completion of each pair behind them (which is
+            not compared), 1 for single rows that are wanted or unwanted (KTO).
+        mismatched: the trainer scores mismatched completions of the batch just before, for KTO's reference point.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, sides: int = 2, *, mismatched: bool = False) -> None:
+        self._model, self._sides, self._mismatched = model, sides, mismatched
         self._handle: Any = model.register_forward_hook(self._listen, with_kwargs=True)
         self._kept: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the last pass without gradients: the mismatched completions
         self._half = False
         self.error: Exception | None = None
 
@@ -55,6 +59,9 @@ class CoefficientCheck:
         ids = kwargs.get("input_ids", args[0] if args else None)
         watched = getattr(output, "log_probs", None)
         watched = getattr(output, "logits", None) if watched is None else watched
+        if self._mismatched and not torch.is_grad_enabled() and isinstance(watched, Tensor):
+            self._before = {"logps": watched.detach(), **{name: kwargs[name] for name in ("attention_mask", "labels")}}
+            self._before["ids"] = kwargs["input_ids"]
         if not (
             torch.is_grad_enabled()
             and isinstance(watched, Tensor)
@@ -111,13 +118,16 @@ class CoefficientCheck:
         """
         if self.error is not None:
             raise self.error
-        if "gradient" not in self._kept or len(self._kept["ids"]) % 2:
+        if "gradient" not in self._kept or len(self._kept["ids"]) % self._sides:
             return None
+        if self._sides == 1:
+            return self._compare_rows(loss, reference, scale)
         logps, gradient, ids = (self._kept[name] for name in ("logps", "gradient", "ids"))
         mask = self._completions()
         if mask is None:
             return None
-        pairs = len(ids) // 2
+        pairs = len(ids) // self._sides
+        logps, gradient, mask = (x[: 2 * pairs] for x in (logps, gradient, mask))
         trained = (gradient * mask).sum(1) / mask.sum(1) * pairs / scale
         sums, lengths = (logps * mask).sum(1), mask.sum(1)
         more: dict[str, Any] = {}
@@ -135,17 +145,42 @@ class CoefficientCheck:
             return None
         if loss.name == "bradley_terry" and "margin" in self._kept:
             loss = loss.bind(margin=self._kept["margin"])
-        d_w, d_l = loss.coefficients(MarginInputs(*sides, *(given or (None, None)), *lengths.chunk(2), **more))
-        real_w, real_l = -trained[:pairs], trained[pairs:]
-        apart = torch.cat([d_w - real_w, d_l - real_l]).abs().max()
-        size = torch.cat([d_w, d_l, real_w, real_l]).abs().max()
+        claimed = loss.coefficients(MarginInputs(*sides, *(given or (None, None)), *lengths.chunk(2), **more))
         mean = (gradient * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         spread = ((gradient - mean) * mask).abs().max() * pairs / scale
-        allowed = (HALF_TOLERANCE if self._half else TOLERANCE) * size
+        return self._verdict(claimed, (-trained[:pairs], trained[pairs:]), spread)
+
+    def _compare_rows(
+        self, loss: MarginLoss, reference: Callable[[PairBatch], tuple[Tensor, Tensor] | None], scale: float
+    ) -> dict[str, Any] | None:
+        """The same for rows that are each wanted or unwanted; which they are shows in the sign of what arrives."""
+        logps, gradient = self._kept["logps"], self._kept["gradient"]
+        mask = (self._kept["labels"][:, 1:] != IGNORED).to(gradient.dtype)
+        rows = _whole(self._kept, mask)
+        other = _whole(self._before, (self._before["labels"][:, 1:] != IGNORED)) if self._before else rows
+        given = reference(PairBatch(rows, other))
+        if given is None:
+            return None
+        if self._before:
+            count = other["input_ids"].shape[1] - 1
+            ratios = self._before["logps"][:, -count:].float().sum(1) - given[1]
+            loss = loss.bind(z_ref=loss.hyperparameters["beta"] * max(0.0, float(ratios.mean())))
+        sums = (logps * mask).sum(1)
+        d_w, d_l = loss.coefficients(MarginInputs(sums, sums, given[0], given[0]))
+        trained = (gradient * mask).sum(1) / mask.sum(1) * len(sums) / 2 / scale  # a pair has two rows
+        wanted = trained < 0
+        mean = (gradient * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        spread = ((gradient - mean) * mask).abs().max() * len(sums) / 2 / scale
+        return self._verdict((d_w[wanted], d_l[~wanted]), (-trained[wanted], trained[~wanted]), spread)
+
+    def _verdict(self, claimed: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], spread: Tensor) -> dict[str, Any]:
+        """`spread`: the largest difference between the tokens of one completion, in units of the coefficients."""
+        one, other = torch.cat(claimed), torch.cat(real)
+        allowed = (HALF_TOLERANCE if self._half else TOLERANCE) * torch.cat([one, other]).abs().max()
         return {
-            "claimed": [d_w.tolist(), d_l.tolist()],
-            "trained": [real_w.tolist(), real_l.tolist()],
-            "agree": bool(apart <= allowed) and bool(spread <= allowed),
+            "claimed": [side.tolist() for side in claimed],
+            "trained": [side.tolist() for side in real],
+            "agree": bool((one - other).abs().max() <= allowed) and bool(spread <= allowed),
         }
 
     def _completions(self) -> Tensor | None:
@@ -157,20 +192,25 @@ class CoefficientCheck:
             return (self._kept["labels"][:, 1:] != IGNORED).to(gradient.dtype)
         # trainers that keep the labels to themselves: a rejected completion is where gradients arrive, and its prompt is the chosen's
         arrives = gradient != 0
-        chosen, rejected = arrives.chunk(2)
+        chosen, rejected, *others = arrives.chunk(self._sides)
         if not bool(arrives.any(1).all()):
             return None
         place = torch.arange(ids.shape[1] - 1, device=ids.device)
         start = rejected.long().argmax(1, keepdim=True)
-        return torch.cat([chosen & (place >= start), rejected]).to(gradient.dtype)
+        return torch.cat([chosen & (place >= start), rejected, *others]).to(gradient.dtype)
 
     def _pairs(self, mask: Tensor) -> PairBatch:
         """The microbatch as pairs."""
-        ids = self._kept["ids"]
-        if ids.shape[1] - 1 != mask.shape[1]:
-            mask = torch.ones_like(ids[:, 1:])
-        whole = torch.cat([torch.zeros_like(ids[:, :1]), mask.long()], 1)
-        rows = {"input_ids": ids, "completion_mask": whole}
-        if "attention_mask" in self._kept:
-            rows["attention_mask"] = self._kept["attention_mask"]
-        return as_pair_batch(rows)
+        rows = _whole(self._kept, mask)
+        return as_pair_batch({name: tensor[: 2 * (len(tensor) // self._sides)] for name, tensor in rows.items()})
+
+
+def _whole(heard: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Rows as a score takes them, from what a forward pass was called with; `mask` is of all tokens but the first."""
+    ids = heard["ids"]
+    if ids.shape[1] - 1 != mask.shape[1]:
+        mask = torch.ones_like(ids[:, 1:])
+    rows = {"input_ids": ids, "completion_mask": torch.cat([torch.zeros_like(ids[:, :1]), mask.long()], 1)}
+    if "attention_mask" in heard:
+        rows["attention_mask"] = heard["attention_mask"]
+    return rows

@@ -42,6 +42,7 @@ _MODELLED = {
     "ORPO": "beta max_length",
     "KTO": """loss_type beta desirable_weight undesirable_weight max_length precompute_ref_log_probs sync_ref_model ref_model_mixup_alpha
         ref_model_sync_steps router_aux_loss_coef""",
+    "TPO": "loss_type beta label_smoothing tpo_alpha tpo_l_gamma max_length truncation_mode",
     "Reward": "center_rewards_coefficient max_length",
 }
 _ON_SCORES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
@@ -51,7 +52,7 @@ _OUT_OF_ORDER = ("lomo", "layerwise")
 
 
 def trainer_kind(args: Any) -> str:
-    """ "DPO", "CPO", "ORPO", "KTO" or "Reward": whose configuration these arguments are.
+    """ "DPO", "CPO", "ORPO", "KTO", "TPO" or "Reward": whose configuration these arguments are.
 
     Raises:
         ConfigError: none of them.
@@ -92,7 +93,9 @@ def loss_from_arguments(args: Any) -> MarginLoss:
 
     DPO: `loss_type` (also a weighted list), `beta`, `label_smoothing` (not for sigmoid, which ignores it), `discopop_tau`, f-divergences,
     `use_weighting` (WPO); CPO: `loss_type`, AlphaPO's `alpha`, and `cpo_alpha` times the token-mean likelihood; ORPO with its likelihood per
-    token of prompts and completions; KTO as pairs, its reference point taken as 0; reward models with their centering.
+    token of prompts and completions; KTO as pairs of a wanted and an unwanted completion, half of both losses (its reference point, the
+    hyper-parameter `z_ref`, is 0 here: see `has_reference_point`); TPO without its gold completions (see `gold_weight`); reward models with
+    their centering.
 
     Raises:
         ConfigError: not the arguments of such a trainer, or an option that may change the loss in another way; it is named.
@@ -155,12 +158,39 @@ def _cpo(args: Any) -> MarginLoss:
     return mixture([(loss, 1.0), ("sft", args.cpo_alpha)]) if args.cpo_alpha else loss
 
 
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+"""TRL's `loss_type`s of KTO; the second is the first with its reference point at 0."""
+
+TPO_LOSSES = {"sigmoid": "tpo", "hinge": "hinge_free", "ipo": "ipo_free", "tpo-l": "tpo_l"}
+"""TRL's `loss_type`s of TPO and the losses they are, but for the gold completion's likelihood."""
+
+
 def _kto(args: Any) -> MarginLoss:
     loss_type = getattr(args, "loss_type", "kto")
-    if loss_type != "kto":
+    if loss_type not in KTO_LOSSES:
         raise ConfigError(f"loss_type {loss_type!r} of KTO is not known here: {GIVE_LOSS}")
-    sides = {"weight_chosen": args.desirable_weight, "weight_rejected": args.undesirable_weight}
+    # the trainer's mean is over rows, of which a pair has two
+    sides = {"weight_chosen": args.desirable_weight / 2, "weight_rejected": args.undesirable_weight / 2}
     return get_margin_loss("kto").bind(beta=args.beta, **sides)
+
+
+def has_reference_point(args: Any) -> bool:
+    """Whether the trainer measures KTO's reference point on every batch."""
+    return trainer_kind(args) == "KTO" and getattr(args, "loss_type", "kto") == "kto"
+
+
+def _tpo(args: Any) -> MarginLoss:
+    name = TPO_LOSSES.get(args.loss_type)
+    if name is None:
+        raise ConfigError(f"loss_type {args.loss_type!r} of TPO is not known here: {GIVE_LOSS}")
+    loss = get_margin_loss(name)
+    given = {"beta": args.beta, "gamma": args.tpo_l_gamma, "label_smoothing": args.label_smoothing}
+    return loss.bind(**{k: v for k, v in given.items() if k in loss.hyperparameters})
+
+
+def gold_weight(args: Any) -> float:
+    """Weight of the likelihood per token that TPO gives to a third, gold completion of every pair; 0 for other trainers."""
+    return float(args.tpo_alpha) if trainer_kind(args) == "TPO" else 0.0
 
 
 def _reward(args: Any) -> MarginLoss:
@@ -172,6 +202,7 @@ _LOSSES: Mapping[str, Callable[[Any], MarginLoss]] = {
     "CPO": _cpo,
     "ORPO": lambda args: get_margin_loss("orpo_batch").bind(lam=args.beta),
     "KTO": _kto,
+    "TPO": _tpo,
     "Reward": _reward,
 }
 
@@ -211,6 +242,8 @@ def refuse_partial_weights(model: Any) -> None:
     Raises:
         ConfigError: ZeRO-3 or FSDP shards, or k-bit weights.
     """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ConfigError("the model is sharded by FSDP: measure entanglement on one process with the whole model")
     if getattr(model, "is_quantized", False):
         raise ConfigError("the model is quantised to k bits: load it in bfloat16 or float32 to measure entanglement")
     for name, p in model.named_parameters():
@@ -222,6 +255,18 @@ def refuse_partial_weights(model: Any) -> None:
             raise ConfigError(
                 f"parameter {name} is quantised to k bits: load the model in bfloat16 or float32 to measure entanglement"
             )
+
+
+def refuse_deepspeed(args: Any, trainer: Any) -> None:
+    """Refuse DeepSpeed, whose engine takes the optimiser's step inside the backward pass, before it can be measured.
+
+    Raises:
+        ConfigError: it trains with DeepSpeed.
+    """
+    if getattr(args, "deepspeed", None) or getattr(trainer, "is_deepspeed_enabled", False):
+        raise ConfigError(
+            "DeepSpeed (ZeRO) steps inside the backward pass, before the step can be measured: use plain data parallelism"
+        )
 
 
 def refuse_router_loss(args: Any, model: Any) -> None:

@@ -362,6 +362,16 @@ def _dpo_norm(x: MarginInputs, beta: Any) -> Terms:
     gamma=0.5,
     label_smoothing=0.0,
 )
+@_loss(
+    "tpo_l",
+    "tpo-l",
+    needs="lengths",
+    ratio="n_l / n_w; a third completion's likelihood acts beside",
+    source="Saeidi et al. 2024 (TPO), length-normalised, without the gold completion's likelihood",
+    beta=0.01,
+    gamma=0.5,
+    label_smoothing=0.0,
+)
 def _simpo(x: MarginInputs, beta: Any, gamma: Any, label_smoothing: Any) -> Terms:
     z = beta * (x.a / x.len_chosen - x.b / x.len_rejected) - gamma
     value, k = _smoothed(z, beta, label_smoothing)
@@ -465,6 +475,14 @@ def _slic(x: MarginInputs, delta: Any, lam: Any) -> Terms:
     source="Xu et al. 2024; lam weighs the summed log-prob",
     beta=0.1,
     lam=1.0,
+    label_smoothing=0.0,
+)
+@_loss(
+    "tpo",
+    ratio="1 (with lam 0); a third completion's likelihood acts beside",
+    source="Saeidi et al. 2024 (TPO), without the gold completion's likelihood; lam where the chosen is the gold one, summed",
+    beta=0.01,
+    lam=0.0,
     label_smoothing=0.0,
 )
 def _cpo(x: MarginInputs, beta: Any, lam: Any, label_smoothing: Any) -> Terms:

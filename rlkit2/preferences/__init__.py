@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rlkit2.preferences.relabelling import weigh_by_agreement as weigh_by_agreement
     from rlkit2.preferences.reward_ensemble import RewardEnsemble as RewardEnsemble
     from rlkit2.preferences.samplers import sample_pairs as sample_pairs
+    from rlkit2.preferences.segment_arrays import SegmentArrays as SegmentArrays
     from rlkit2.preferences.teachers import ScriptedTeacher as ScriptedTeacher
 
 _LAZY = {
@@ -44,6 +45,7 @@ _LAZY = {
     "rlkit2.preferences.fitting": ("fit_reward_model",),
     "rlkit2.preferences.relabelling": ("relabel", "weigh_by_agreement"),
     "rlkit2.preferences.samplers": ("sample_pairs",),
+    "rlkit2.preferences.segment_arrays": ("SegmentArrays",),
     "rlkit2.preferences.teachers": ("ScriptedTeacher",),
     "rlkit2.preferences.reward_ensemble": ("RewardEnsemble",),
 }

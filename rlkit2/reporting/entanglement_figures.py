@@ -162,6 +162,29 @@ def predicted_realised(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def ranking_figure(lines: Sequence[Record], by: str = "head_gap") -> Figure:
+    """Lines of `rank_pairs`: the distribution of the cheap score, and against it what the measured pairs' gradients say."""
+    scored = [line for line in lines if by in line]
+    measured = [line for line in scored if "c_w" in line]
+    if not scored:
+        raise ConfigError(f"no line of the ranking has the score {by!r}")
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _, edges, _ = left.hist([line[by] for line in scored], bins=40, color="0.7", label="all pairs")
+    left.set(xlabel=by, ylabel="pairs", title="cheap score of all pairs")
+    right.set(xlabel=by, ylabel=r"$c_w = \langle g_w, g_l\rangle / |g_w|^2$", title="gradients of the worst pairs")
+    if measured:
+        left.hist([line[by] for line in measured], bins=edges, color="C3", alpha=0.7, label="gradients measured")
+        sizes = [line["tokens_chosen"] for line in measured]
+        points = right.scatter([line[by] for line in measured], [line["c_w"] for line in measured], c=sizes, s=14)
+        figure.colorbar(points, ax=right, label="tokens of the chosen")
+        right.axhline(1, color="0.3", linewidth=1, linestyle="--")  # above it a DPO step on the pair lowers its chosen
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    return figure
+
+
 def _need(records: Sequence[Record]) -> None:
     if not records:
         raise ConfigError("no records to draw: the file has no lines yet (is `every` larger than the number of steps?)")

@@ -27,8 +27,10 @@ from rlkit2.entanglement.mitigation import (
     coefficient_loss,
     group_normalised_loss,
     mask_shared_tokens,
+    normalised_coefficients,
 )
 from rlkit2.entanglement.probe import EntanglementProbe
+from rlkit2.entanglement.token_mask import TokenMask, masked_loss
 from rlkit2.errors import ConfigError
 from rlkit2.losses.margin import MarginInputs, margin_coefficients, margin_loss
 from rlkit2.preferences.entanglement import PairBatch, SequenceScore, causal_lm_logp, pair_geometry
@@ -38,11 +40,18 @@ from rlkit2.training.run_files import read_json, write_atomically, write_json
 REMEDIES = {
     "none": "DPO alone",
     "normalised": "normalised descent (whole batch)",
+    "normalised_pairs": "normalised descent (per pair)",
     "band": "coefficients clipped into the ideal band",
     "likelihood": "DPO + 0.05 x likelihood of the chosen",
     "dpop": "DPOP, lam 5",
     "token_mask": "shared tokens masked",
+    "learned_mask": "learned sparse token mask",
 }
+
+SPARSITY = 0.01
+"""Weight of the learned mask's mean."""
+MASK_RATE = 100
+"""Learning rate of the mask over that of the model."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +119,38 @@ def fit(config: ToyConfig, suffix: int, seed: int) -> SmallGPT:
     return model
 
 
-def objective(remedy: str, score: SequenceScore, pairs: PairBatch, reference: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of a batch of pairs under one remedy (shared tokens are masked in the pairs themselves)."""
-    logp_w, logp_l = score.sums(score.params, pairs.rows).chunk(2)
-    inputs = MarginInputs(logp_w, logp_l, *reference)
+def objective(
+    remedy: str, score: SequenceScore, pairs: PairBatch, reference: Tensor, mask: TokenMask | None = None
+) -> Tensor:
+    """The loss of a batch of pairs under one remedy (shared tokens are masked in the pairs themselves).
+
+    Args:
+        reference: log-probabilities of tokens under the reference, `[2P, T]`, zero outside completions.
+        mask: for "learned_mask".
+    """
+    rows = pairs.rows
+    tokens = score.terms(score.params, rows)
+    logp_w, logp_l = tokens.sum(-1).chunk(2)
+    inputs = MarginInputs(logp_w, logp_l, *reference.sum(-1).chunk(2))
     if remedy == "dpop":
         return margin_loss("dpop", inputs, lam=5.0).mean()  # type: ignore[no-any-return]
     value: Tensor = margin_loss("dpo", inputs)
     if remedy == "likelihood":
         return (value - 0.05 * logp_w).mean()
-    if remedy in ("normalised", "band"):
+    if remedy == "learned_mask":
+        assert mask is not None
+        completions = score.mask(rows).to(tokens.dtype)
+        with torch.no_grad():
+            states = score.hidden_states(score.params, rows)
+        sides = [x.chunk(2) for x in (tokens, reference, mask(states), completions)]
+        return masked_loss("dpo", *sides, sparsity=SPARSITY).mean()  # type: ignore[arg-type]
+    if remedy in ("normalised", "normalised_pairs", "band"):
         d_w, d_l = margin_coefficients("dpo", inputs)
         if remedy == "normalised":
             return group_normalised_loss(logp_w, logp_l, d_w, d_l, score.params.values(), value=value)
         geometry = pair_geometry(score, None, pairs, method="ghost")
-        return coefficient_loss(logp_w, logp_l, *band_coefficients(geometry, d_w, d_l), value=value).mean()
+        changed = (band_coefficients if remedy == "band" else normalised_coefficients)(geometry, d_w, d_l)
+        return coefficient_loss(logp_w, logp_l, *changed, value=value).mean()
     return value.mean()
 
 
@@ -141,6 +167,9 @@ def train(config: ToyConfig, model: SmallGPT, suffix: int, remedy: str, seed: in
     probe = EntanglementProbe(score, held_out.select(slice(0, config.probes)), "dpo", reference="initial", dry_run=())
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
     optimizer = kind(model.parameters(), config.learning_rate)
+    mask = TokenMask(config.width) if remedy == "learned_mask" else None
+    if mask is not None:
+        optimizer.add_param_group({"params": list(mask.parameters()), "lr": MASK_RATE * config.learning_rate})
     records: list[dict[str, Any]] = []
     for step in range(config.steps + 1):
         if measured := step % config.every == 0 or step == config.steps:
@@ -150,8 +179,8 @@ def train(config: ToyConfig, model: SmallGPT, suffix: int, remedy: str, seed: in
         if remedy == "token_mask":
             pairs = mask_shared_tokens(pairs)
         with torch.no_grad():
-            reference = frozen.sums(frozen.params, pairs.rows).chunk(2)
-        loss = objective(remedy, score, pairs, (reference[0], reference[1]))
+            reference = frozen.terms(frozen.params, pairs.rows)
+        loss = objective(remedy, score, pairs, reference, mask)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -244,12 +244,16 @@ def test_kto_and_unknown_trainers(tmp_path):
         for p, c, w in (("a", "x", True), ("b", "y", True), ("a", "z", False))
     ]
     assert pairs_by_prompt(rows, 5) == [{"prompt": "a", "chosen": "x", "rejected": "z"}]
+    prepared = [
+        {"prompt_ids": [1], "completion_ids": [n], "label": n > 4, "prompt": "a", "completion": str(n)} for n in (4, 5)
+    ]
+    assert pairs_by_prompt(prepared, 5) == [{"prompt_ids": [1], "chosen_ids": [5], "rejected_ids": [4]}]
     kto = trl.KTOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.2, desirable_weight=1.5)
     assert dict(loss_from_arguments(kto).hyperparameters) == {
         "beta": 0.2,
         "z_ref": 0.0,
-        "weight_chosen": 1.5,
-        "weight_rejected": 1.0,
+        "weight_chosen": 0.75,  # the trainer's mean is over rows, of which a pair has two
+        "weight_rejected": 0.5,
     }
     with pytest.raises(ConfigError, match="cannot tell the loss from SFTConfig"):
         loss_from_arguments(trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
@@ -404,9 +408,15 @@ def test_a_reference_that_moves_is_followed_or_refused(tmp_path):
         _trainer("DPO", tmp_path / "c", [refused], **options).train()
 
 
-def test_orpo_batch_meter_is_the_step_on_the_trainers_loss(tmp_path):
-    """A plain gradient step on ORPO's loss of the measured pairs changes them as the batch meter says."""
+@pytest.mark.parametrize(("kind", "batch"), [("ORPO", 4), ("TPO", 4), ("KTO", 8)])
+def test_batch_meter_is_the_step_on_the_trainers_loss(tmp_path, kind, batch):
+    """A plain gradient step on the loss of the measured pairs changes them as the batch meter says, also where the loss trains more than the pairs
+    (prompts, gold completions) or single completions."""
     pairs = text_pairs(4, suffix=4)
+    if kind == "TPO":
+        pairs = [
+            {**pair, "reference": gold["chosen"]} for pair, gold in zip(pairs, text_pairs(4, suffix=2), strict=True)
+        ]
     callback = EntanglementCallback(every=1, pairs=4, dataset=pairs)
     options = {
         "optim": "sgd",
@@ -415,11 +425,45 @@ def test_orpo_batch_meter_is_the_step_on_the_trainers_loss(tmp_path):
         "max_steps": 1,
         "lr_scheduler_type": "constant",
         "disable_dropout": True,
+        "per_device_train_batch_size": batch,
     }
-    _trainer("ORPO", tmp_path, [callback], train=pairs, **options).train()
+    _trainer(kind, tmp_path, [callback], train=pairs, **options).train()
     (line,) = _lines(tmp_path)
     for side in ("chosen", "rejected"):
         assert 1e-3 * line["meters"]["batch"][side] == pytest.approx(line["meters"]["optimizer"][side], rel=1e-3)
+
+
+def test_ktos_reference_point_is_the_trainers_own_on_the_same_rows(tmp_path):
+    """The trainer logs its estimate for every batch; here the pairs are its batch, and the reference is another model."""
+    pairs, frozen = text_pairs(4, suffix=4), gpt2(dropout=0.0)
+    with torch.no_grad():
+        for i, p in enumerate(frozen.parameters()):
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    options = {"max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.5}
+    callback = EntanglementCallback(every=1, pairs=4)
+    trainer = _trainer("KTO", tmp_path, [callback], train=pairs, reference=frozen, **options)
+    trainer.train()
+    assert callback.off is None
+    lines = _lines(tmp_path)
+    logged = [0.5 * line["kl"] for line in trainer.state.log_history if "kl" in line]
+    found = [line["reference_point"] for line in lines]
+    assert max(found) > 0.01
+    # both rotate completions by one row: the trainer through all chosen, then all rejected, the callback within each side
+    assert found == pytest.approx(logged, rel=0.35, abs=0.02)
+    assert lines[0]["trainer_check"]["agree"]
+    alone = EntanglementCallback(every=1, pairs=1)
+    with pytest.warns(EntanglementWarning, match="measure at least two pairs"):
+        _trainer("KTO", tmp_path / "one", [alone], max_steps=1).train()
+    columns = [{**pair, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for pair in pairs]
+    blind = EntanglementCallback(every=1, pairs=2, dataset=columns, reference="initial")
+    with pytest.warns(EntanglementWarning, match="needs more than the pairs' ref_chosen_logps"):
+        _trainer("KTO", tmp_path / "blind", [blind], max_steps=1).train()
+
+
+def test_tpo_needs_its_gold_completions(tmp_path):
+    callback = EntanglementCallback(every=1, pairs=2, dataset=text_pairs(3))
+    with pytest.warns(EntanglementWarning, match="give the pairs a field reference"):
+        _trainer("TPO", tmp_path, [callback], max_steps=1).train()
 
 
 def test_labels_that_are_ignored_in_the_middle_do_not_count():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlkit2.entanglement.token_mask import TokenMask
 from rlkit2.errors import ConfigError
 from rlkit2.preferences.entanglement import causal_lm_logp
 from rlkit2.studies.entanglement_toy import REMEDIES, ToyConfig, figure, fit, objective, run_toy, train
@@ -38,9 +39,9 @@ def test_every_objective_moves_the_parameters_its_own_way(remedy):
     torch.manual_seed(0)
     score = causal_lm_logp(SmallGPT(width=16))
     pairs = SentimentGrammar(2, 0).pairs(4)
-    reference = tuple(x.detach() + 0.2 for x in score.sums(score.params, pairs.rows).chunk(2))
+    reference = score.terms(score.params, pairs.rows).detach() + 0.2 * score.mask(pairs.rows)
     found = {
-        name: torch.autograd.grad(objective(name, score, pairs, reference), list(score.params.values()))
+        name: torch.autograd.grad(objective(name, score, pairs, reference, TokenMask(16)), list(score.params.values()))
         for name in dict.fromkeys(("none", remedy))
     }
     sizes = {name: torch.stack([g.norm() for g in gradients]).norm() for name, gradients in found.items()}
@@ -55,8 +56,8 @@ def test_every_objective_moves_the_parameters_its_own_way(remedy):
 def test_an_interrupted_study_goes_on_and_mixes_nothing(tmp_path):
     seen = []
     summary = run_toy(SMALL, tmp_path, workers=1, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (18, 18)  # 4 fits, 4 plain runs, 5 remedies x 2 seeds
-    assert len(summary["cases"]) == 7
+    assert seen[-1] == (22, 22)  # 4 fits, 4 plain runs, 7 remedies x 2 seeds
+    assert len(summary["cases"]) == 9
     assert json.loads((tmp_path / "toy.json").read_text()) == summary
     lost = tmp_path / "runs" / "suffix2-band-seed1.json"
     kept = (tmp_path / "runs" / "suffix0-none-seed0.json").stat().st_mtime_ns
@@ -64,7 +65,7 @@ def test_an_interrupted_study_goes_on_and_mixes_nothing(tmp_path):
     lost.unlink()
     seen.clear()
     again = run_toy(SMALL, tmp_path, workers=1, progress=lambda done, total: seen.append(done))
-    assert seen == [18]
+    assert seen == [22]
     assert lost.read_text() == before
     assert again == summary
     assert (tmp_path / "runs" / "suffix0-none-seed0.json").stat().st_mtime_ns == kept
@@ -74,7 +75,7 @@ def test_an_interrupted_study_goes_on_and_mixes_nothing(tmp_path):
         assert np.shape(case["chosen"]) == (2, 3)
         assert np.isfinite(case["chosen"]).all()
     drawn = figure(summary)
-    assert [len(axes.lines) for axes in drawn.axes] == [2 * 3 + 1, 2 * 3, 6 * 3 + 1, 6 * 3 + 1]
+    assert [len(axes.lines) for axes in drawn.axes] == [2 * 3 + 1, 2 * 3, 8 * 3 + 1, 8 * 3 + 1]
 
 
 def test_bad_settings_are_named():

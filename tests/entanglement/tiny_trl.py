@@ -82,17 +82,22 @@ def make_trainer(
 ) -> Any:
     """A trainer of TRL (or its configuration); classes move between releases."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    module = pytest.importorskip(f"trl.experimental.{kind.lower()}") if kind in ("CPO", "ORPO") else trl
+    module = pytest.importorskip(f"trl.experimental.{kind.lower()}") if kind in ("CPO", "ORPO", "TPO") else trl
     config = getattr(module, f"{kind}Config")(output_dir=str(folder), **{**COMMON, **options})
     if only_config:
         return config
-    extra = {"ref_model": gpt2() if reference is None else reference} if kind == "DPO" else {}
+    extra = {"ref_model": gpt2() if reference is None else reference} if kind in ("DPO", "KTO") else {}
+    if train is None:
+        train = text_pairs(32)
+        if kind == "TPO":
+            gold = text_pairs(32, suffix=2)
+            train = [{**pair, "reference": other["chosen"]} for pair, other in zip(train, gold, strict=True)]
     if evaluation is not None:
         extra["eval_dataset"] = datasets.Dataset.from_list(evaluation)
     return (trainer_class or getattr(module, f"{kind}Trainer"))(
         model=gpt2(labels=1 if kind == "Reward" else None),
         args=config,
-        train_dataset=datasets.Dataset.from_list(text_pairs(32) if train is None else train),
+        train_dataset=datasets.Dataset.from_list(train),
         processing_class=tokenizer(),
         callbacks=list(callbacks),
         **extra,
