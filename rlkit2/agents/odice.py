@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, PolicyOptions
+from rlkit2.agents.base import Agent, EncoderOptions, PolicyOptions
 from rlkit2.agents.metrics import Metrics
 from rlkit2.agents.odice_diagnostics import (
     batch_statistics,
@@ -53,7 +53,7 @@ from rlkit2.nn.mlp import Pullback
 
 
 @dataclass(frozen=True)
-class ODICEConfig(PolicyOptions):
+class ODICEConfig(EncoderOptions, PolicyOptions):
     """O-DICE; the defaults are those of the released code for offline RL."""
 
     # which parts of the conjugate term's gradient V follows, see the module
@@ -176,6 +176,7 @@ class ODICE(Agent):
     """O-DICE for S seeds; arguments as for `Agent`."""
 
     config_class = ODICEConfig
+    sees_images = True
     config: ODICEConfig
 
     def _build(self) -> None:

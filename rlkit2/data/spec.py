@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import Error as GymnasiumError
@@ -50,6 +51,15 @@ class DatasetSpec:
     def observation_size(self) -> int:
         """Columns of a flattened observation."""
         return self.flattener.size
+
+    @property
+    def images(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """First column and shape of every image in a flattened observation: boxes of bytes with two or more dimensions."""
+        return tuple(
+            (leaf.start, tuple(leaf.space.shape))
+            for leaf in self.flattener.leaves
+            if isinstance(leaf.space, spaces.Box) and leaf.space.dtype == np.uint8 and len(leaf.space.shape) > 1
+        )
 
     @property
     def discrete(self) -> bool:

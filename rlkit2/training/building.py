@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
+from rlkit2.nn import Image, choose_encoder
+from rlkit2.nn.encoders import encoded_size, plans_of
 from rlkit2.training.groups import BLOCK
 from rlkit2.training.memory import total_memory
 from rlkit2.training.options import DataOptions, TrainingOptions
@@ -116,6 +119,9 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
     if run_config["data"]["normalize_observations"]:
         size = spec.observation_size
         mean, std = (torch.zeros(size), torch.ones(size)) if dataset is None else observation_statistics(dataset)
+        for start, shape in spec.images:  # the network scales bytes itself
+            columns = slice(start, start + math.prod(shape))
+            mean[columns], std[columns] = 0.0, 1.0
 
     def build(seeds: Sequence[int], device: torch.device | str) -> Agent:
         normalizer = make_normalizer(spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
@@ -150,6 +156,24 @@ def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     return f"the actions of {dataset.spec.id} have no bounds and go up to {largest:.3g}, but the policy's stay within 1: {mend}"
 
 
+def check_weights(config: Any, spec: DatasetSpec, seeds: int, device: torch.device) -> None:
+    """Refuse networks whose first layer cannot fit, before one is built.
+
+    Raises:
+        ConfigError: weights, gradient and Adam's two moments of that layer alone are more than the device has.
+    """
+    widths = [w[0] for f in dataclasses.fields(config) if f.name.endswith("hidden_sizes") and (w := getattr(config, f.name))]
+    encoder = choose_encoder(getattr(config, "encoder", "auto"), [Image(*image) for image in spec.images])
+    inputs = encoded_size(spec.observation_size, encoder)
+    needed, there = 16 * seeds * inputs * max(widths, default=1), total_memory(device)
+    if needed > there:
+        mend = "; encoder = 'nature' or 'impala' makes them fewer" if spec.images else ""
+        raise ConfigError(
+            f"a layer of {max(widths)} units on {inputs} inputs takes at least {needed / 2**30:.3g} GiB with {seeds} seed{'s' * (seeds != 1)}, and "
+            f"{device} has {there / 2**30:.3g} GiB; choose smaller hidden sizes{mend}"
+        )
+
+
 def update_memory(agent: Agent, seeds: int, batch_size: int) -> int:
     """Bytes that an update takes at the very least: its rows, their block of indices, and what the layers of the widest network put out.
 
@@ -163,7 +187,8 @@ def update_memory(agent: Agent, seeds: int, batch_size: int) -> int:
             outputs[network] = outputs.get(network, 0) + tensor[0].numel() // tensor.shape[-2]
     actions = 1 if agent.discrete else agent.action_size
     row = 2 * agent.observation_size + actions + max(outputs.values(), default=0)  # a pair of segments holds more
-    return seeds * batch_size * (4 * row + 8 * BLOCK)
+    pixels = sum(plan.outputs for plan in plans_of(agent.encoder))
+    return seeds * batch_size * (4 * (row + pixels) + 8 * BLOCK)
 
 
 def check_memory(agent: Agent, seeds: int, batch_size: int, device: torch.device) -> None:

@@ -1,0 +1,121 @@
+"""Agents on images: the contract that all agents keep on vectors, and what is said where images cannot be learnt from."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rlkit2 import load_policy
+from rlkit2.agents import agent_class, list_agents, make_agent, make_config
+from rlkit2.agents.base import Agent
+from rlkit2.data import Batch, DatasetSpec
+from rlkit2.errors import ConfigError
+from rlkit2.nn import Image
+from rlkit2.testing import (
+    CHECKS,
+    Problem,
+    check_seeds_start_and_stay_different,
+    check_three_hundred_updates_stay_finite,
+    random_batch,
+    small_config,
+)
+
+SHAPE, ACTIONS, ROWS = (8, 7, 2), 3, 6
+SIZE = 8 * 7 * 2
+CASES = [
+    ("bc", "continuous", {}),
+    ("bc", "discrete", {"random_shift": 2}),
+    ("iql", "continuous", {"random_shift": 1}),
+    ("iql", "discrete", {"encoder": "impala"}),
+    ("odice", "continuous", {"encoder": "none"}),
+    ("odice", "discrete", {}),
+    ("odice", "discrete", {"gradient_rule": "true"}),
+    ("dqn", "discrete", {"critic": "ggd"}),
+    ("cql", "discrete", {}),
+]
+
+
+class Seen(Problem):
+    """An agent on small images."""
+
+    def build(self, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
+        images = [Image(0, SHAPE)]
+        discrete = self.kind == "discrete"
+        return self.agent(self.config, SIZE, ACTIONS, seeds=seeds, dtype=dtype, discrete=discrete, images=images)
+
+    def batches(self, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0) -> list[Batch]:
+        return [images(seeds, self.kind == "discrete", dtype, start + t) for t in range(count)]
+
+
+def images(seeds: int, discrete: bool, dtype: torch.dtype = torch.float32, generator: int = 0) -> Batch:
+    """Transitions between images without structure."""
+    batch = random_batch(seeds, ROWS, 1, ACTIONS, discrete=discrete, dtype=dtype, generator=generator)
+    draw = torch.Generator().manual_seed(generator)
+    seen = [torch.randint(0, 256, (seeds, ROWS, *SHAPE), generator=draw, dtype=torch.uint8) for _ in range(2)]
+    return dataclasses.replace(batch, observations=seen[0], next_observations=seen[1])
+
+
+def problem(name: str, kind: str, options: dict[str, Any]) -> Seen:
+    cls = agent_class(name)
+    return Seen(cls, kind, small_config(partial(make_config, name), cls.config_class, **options))
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+@pytest.mark.parametrize(
+    "check",
+    [c for c in CHECKS if c not in (check_three_hundred_updates_stay_finite, check_seeds_start_and_stay_different)],
+)
+def test_contract_on_images(check: Any, name: str, kind: str, options: dict[str, Any]) -> None:
+    check(problem(name, kind, options))
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+def test_a_saved_policy_acts_as_before(name: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    agent = problem(name, kind, options).build([4, 2], torch.float32)
+    batch = images(2, kind == "discrete")
+    agent.update(batch)
+    agent.policy.save(tmp_path)
+    seen = batch.observations
+    assert torch.equal(load_policy(tmp_path)(seen), agent.policy(seen))
+    torch.testing.assert_close(load_policy(tmp_path, 1)(seen[1]), agent.policy(seen)[1])
+    assert torch.equal(agent.policy(seen), agent.policy(seen.flatten(2).float()))  # rows of numbers are as good
+    sample = agent.policy(seen, deterministic=False, generator=torch.Generator().manual_seed(0))
+    assert sample.shape == agent.policy(seen).shape
+
+
+def test_learning_tells_a_bright_side_from_a_dark_one() -> None:
+    """A task with one pixel-sized cause: the action is the side of the image that is bright."""
+    agent = problem("bc", "discrete", {"learning_rate": 3e-3}).build(2, torch.float32)
+    draw = torch.Generator().manual_seed(0)
+
+    def bright(rows: int) -> tuple[Tensor, Tensor]:
+        actions = torch.randint(0, 2, (2, rows), generator=draw)
+        seen = torch.randint(0, 100, (2, rows, *SHAPE), generator=draw, dtype=torch.uint8)
+        for action, half in ((0, slice(0, 4)), (1, slice(4, 8))):
+            seen[:, :, half] += 100 * (actions == action)[..., None, None, None].to(torch.uint8)
+        return seen, actions
+
+    for _ in range(60):
+        seen, actions = bright(ROWS)
+        agent.update(dataclasses.replace(images(2, True), observations=seen, actions=actions))
+    seen, actions = bright(50)
+    assert (agent.policy(seen) == actions).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", [n for n in list_agents() if not agent_class(n).sees_images])
+def test_other_agents_refuse_images_in_one_line(name: str) -> None:
+    cls = agent_class(name)
+    kind = spaces.Box(-1, 1, (2,), np.float32) if "continuous" in cls.action_kinds else spaces.Discrete(3)
+    for space in (spaces.Box(0, 255, SHAPE, np.uint8), spaces.Dict(a=spaces.Box(0, 255, SHAPE, np.uint8))):
+        spec = DatasetSpec(observation_space=space, action_space=kind)
+        with pytest.raises(ConfigError, match=r"does not learn from images; choose bc, iql, odice, dqn or cql") as info:
+            make_agent(make_config(name), spec)
+        assert "\n" not in str(info.value)
