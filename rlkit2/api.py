@@ -141,6 +141,7 @@ def train(
         agent_factory,
         check_memory,
         check_weights,
+        describe_images,
         place_dataset,
         prepare_dataset,
         run_class,
@@ -193,6 +194,8 @@ def train(
         shown.message(
             f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
         )
+        if seen := describe_images(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"]):
+            shown.message(seen)
         Trainer(
             run,
             place_dataset(prepared, target),

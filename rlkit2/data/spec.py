@@ -14,7 +14,7 @@ from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
 from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
-from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
+from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,15 @@ class DatasetSpec:
             for leaf in self.flattener.leaves
             if isinstance(leaf.space, spaces.Box) and leaf.space.dtype == np.uint8 and len(leaf.space.shape) > 1
         )
+
+    def refuse_images(self, what: str) -> None:
+        """Raise `UnsupportedSpaceError` where observations hold images, which `what` does not take."""
+        if self.images:
+            shapes = ", ".join(" x ".join(map(str, shape)) for _, shape in self.images)
+            raise UnsupportedSpaceError(
+                f"the observations of {self.id} hold images ({shapes}), which {what} does not take; a dictionary's other entries can be chosen "
+                "with observation_keys"
+            )
 
     @property
     def discrete(self) -> bool:

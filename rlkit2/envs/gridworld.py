@@ -152,9 +152,7 @@ class GridRoomsEnv(gymnasium.Env[Any, np.int64]):
             for s in range(tables.transitions.shape[0])
         }
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.state = int(self.np_random.choice(len(self.initial_state_distrib), p=self.initial_state_distrib))
         return self._seen()

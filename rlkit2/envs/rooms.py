@@ -197,11 +197,9 @@ def camera(positions: Array, goal: Array | None = None) -> Array:
     axis = (np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1
     nowhere = np.full(2, 9.0)
     world = picture(np.zeros((0, 2)), nowhere if goal is None else goal, PIXELS).astype(np.float32)
-    across, up = (
-        np.exp(-((line - positions[:, [i]]) ** 2) / (2 * BLUR**2)) for i, line in enumerate((axis, -axis))
-    )
+    across, up = (np.exp(-((line - positions[:, [i]]) ** 2) / (2 * BLUR**2)) for i, line in enumerate((axis, -axis)))
     share = (up[:, :, None] * across[:, None, :]).astype(np.float32)[..., None]
-    image: Array = np.rint(world + share * (np.float32([210, 40, 40]) - world)).astype(np.uint8)
+    image: Array = np.rint(world + share * (np.array([210, 40, 40], np.float32) - world)).astype(np.uint8)
     return image
 
 

@@ -28,7 +28,7 @@ class Critic(nn.Module):
         encoder: of images among the observations, as for `make_network`; the members share it.
         stream: name of the network, as for `StackedMLP`.
 
-    `network` is a `StackedMLP`, behind an encoder where there are images; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
+    `network` is what `make_network` makes; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
     `[S, B, obs]` to `[S, M, B, n]` if `discrete`.
     """
 

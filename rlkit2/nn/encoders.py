@@ -51,10 +51,10 @@ class Image:
         """The shape as (channels in front, height, width, channels behind)."""
         frames, shape = (self.shape[0], self.shape[1:]) if len(self.shape) == 4 else (1, self.shape)
         if len(shape) == 2:
-            return frames, *shape, 1
+            return frames, shape[0], shape[1], 1
         if shape[0] < shape[2]:
             return frames * shape[0], shape[1], shape[2], 1
-        return frames, *shape
+        return frames, shape[0], shape[1], shape[2]
 
     @property
     def channels(self) -> int:
@@ -63,7 +63,7 @@ class Image:
 
     def of(self, rows: Tensor) -> Tensor:
         """The image in flat `rows [..., obs]`, `[..., channels in front, H, W, channels behind]`, as a view."""
-        return rows[..., self.start : self.stop].unflatten(-1, self.sides)
+        return rows[..., self.start : self.stop].view(*rows.shape[:-1], *self.sides)
 
     def planes(self, rows: Tensor) -> Tensor:
         """The image in `rows [S, B, obs]` as `[S, B, C, H, W]`."""
@@ -80,7 +80,10 @@ def as_rows(observations: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """An encoder before it is built. `shapes`: channels in and out and kernel of every convolution; `outputs`: numbers its layers put out for one image."""
+    """An encoder before it is built.
+
+    `shapes`: channels in and out and kernel of every convolution. `outputs`: numbers its layers put out for one image.
+    """
 
     shapes: tuple[tuple[int, int, int], ...]
     features: int

@@ -19,7 +19,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.nn import Image, choose_encoder
-from rlkit2.nn.encoders import encoded_size, plans_of
+from rlkit2.nn.encoders import encoded_size, images_of, plans_of
 from rlkit2.training.groups import BLOCK
 from rlkit2.training.memory import total_memory
 from rlkit2.training.options import DataOptions, TrainingOptions
@@ -160,12 +160,15 @@ def check_weights(config: Any, spec: DatasetSpec, seeds: int, device: torch.devi
     """Refuse networks whose first layer cannot fit, before one is built.
 
     Raises:
-        ConfigError: weights, gradient and Adam's two moments of that layer alone are more than the device has.
+        ConfigError: weights, gradients and Adam's two moments of that layer alone are more than the device has.
     """
-    widths = [w[0] for f in dataclasses.fields(config) if f.name.endswith("hidden_sizes") and (w := getattr(config, f.name))]
+    widths = [
+        w[0] for f in dataclasses.fields(config) if f.name.endswith("hidden_sizes") and (w := getattr(config, f.name))
+    ]
     encoder = choose_encoder(getattr(config, "encoder", "auto"), [Image(*image) for image in spec.images])
     inputs = encoded_size(spec.observation_size, encoder)
-    needed, there = 16 * seeds * inputs * max(widths, default=1), total_memory(device)
+    weights = inputs * max(widths, default=1)
+    needed, there = max(16 * seeds, 48) * weights, total_memory(device)  # one seed is drawn in double precision first
     if needed > there:
         mend = "; encoder = 'nature' or 'impala' makes them fewer" if spec.images else ""
         raise ConfigError(
@@ -203,6 +206,29 @@ def check_memory(agent: Agent, seeds: int, batch_size: int, device: torch.device
             f"batch_size {batch_size:g} with {seeds} seed{'s' * (seeds != 1)} takes at least {needed / 2**30:.3g} GiB, and {device} has "
             f"{there / 2**30:.3g} GiB; choose at most {max(1, batch_size * there // (2 * needed))}"
         )
+
+
+def describe_images(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int) -> str | None:
+    """One line on how images are read and what they cost, before training; None where there are none.
+
+    Args:
+        agent: for one seed.
+    """
+    if agent.encoder is None:
+        return None
+    seen = ", ".join(
+        f"{height} x {width} pixels with {image.channels} channels"
+        for image in images_of(agent.encoder)
+        for _, height, width, _ in [image.sides]
+    )
+    state = seeds * sum(tensor.nbytes for tensor in agent.state_dict().values())
+    sizes = {
+        "weights and optimisers": state,
+        "an update": update_memory(agent, seeds, batch_size),
+        "the data": dataset.nbytes,
+    }
+    costs = ", ".join(f"{what} {size / 2**20:.3g} MiB" for what, size in sizes.items())
+    return f"images of {seen}, encoder {agent.encoder['name']}; memory at least: {costs}"
 
 
 def run_config(
