@@ -16,7 +16,7 @@ from torch import Tensor
 from rlkit2.data.batch import Batch
 from rlkit2.data.infer import infer_spaces
 from rlkit2.data.notes import say_notes
-from rlkit2.data.records import FIELDS, MemoryWriter, Records, record_dtype
+from rlkit2.data.records import FIELDS, MemoryWriter, Records
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import DatasetError
@@ -45,7 +45,9 @@ class TransitionDataset:
         return f"TransitionDataset({self.spec.id!r}, {len(self)} transitions in {self.num_episodes} episodes, device {self.device})"
 
     def _field(self, name: str) -> Tensor:
-        return self.records.view(name) if self.rows is None else self.records.view(name)[self.rows]
+        if self.rows is None:
+            return self.records.view(name)
+        return self.records.views(self.records.gather(self.rows), (name,))[name]
 
     @cached_property
     def observations(self) -> Tensor:
@@ -85,7 +87,7 @@ class TransitionDataset:
     @property
     def nbytes(self) -> int:
         """Bytes of the dataset's records."""
-        return len(self) * self.records.dtype.itemsize
+        return len(self) * self.records.row_bytes
 
     @property
     def num_episodes(self) -> int:
@@ -110,10 +112,8 @@ class TransitionDataset:
             raise IndexError(f"episode {index} of a dataset with {self.num_episodes} episodes")
         index %= self.num_episodes
         rows = slice(int(self.episode_starts[index]), int(self.episode_starts[index + 1]))
-        if self.rows is None:
-            return {name: (self.rewards if name == "rewards" else self.records.view(name))[rows] for name in FIELDS}
-        chosen = self.rows[rows]
-        return {name: self.rewards[rows] if name == "rewards" else self.records.view(name)[chosen] for name in FIELDS}
+        words = self.records.words[rows] if self.rows is None else self.records.gather(self.rows[rows])
+        return {**self.records.views(words), "rewards": self.rewards[rows]}
 
     def sample_indices(self, batch_size: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows `[S, batch_size]` int64 drawn uniformly with replacement, row k from `generators[k]` alone.
@@ -154,7 +154,7 @@ class TransitionDataset:
         words = self.records.words if self.rows is None else self.records.gather(self.rows)
         return replace(
             self,
-            records=Records(words.to(device), self.records.dtype),
+            records=replace(self.records, words=words).to(device),
             episode_starts=self.episode_starts.to(device),
             rows=None,
             new_rewards=None if self.new_rewards is None else self.new_rewards.to(device),
@@ -330,10 +330,9 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> Transi
     if not (terminations[-1] or truncations[-1]):
         truncations[-1] = True
         notes["episodes_without_end_flag"] = notes.get("episodes_without_end_flag", 0) + 1
-    dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
     ends = (np.flatnonzero(terminations | truncations) + 1).tolist()
 
-    writer = MemoryWriter(dtype)
+    writer = MemoryWriter(spec.record_dtype, spec.layout)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         rows = slice(start, stop)
         writer.add(

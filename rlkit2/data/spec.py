@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
+from rlkit2.data.records import FrameLayout, record_dtype
 from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
 from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError, first_line
 
@@ -60,6 +62,20 @@ class DatasetSpec:
             for leaf in self.flattener.leaves
             if isinstance(leaf.space, spaces.Box) and leaf.space.dtype == np.uint8 and len(leaf.space.shape) > 1
         )
+
+    @property
+    def layout(self) -> FrameLayout | None:
+        """How observations are kept as frames; None for those without images, which the records hold."""
+        flat = self.flattener
+        images = tuple((start, start + math.prod(shape)) for start, shape in self.images)
+        return FrameLayout(flat.shape, flat.dtype, images) if images else None
+
+    @property
+    def record_dtype(self) -> np.dtype[Any]:
+        """The layout of one record."""
+        flat, actions = self.flattener, action_layout(self.action_space)
+        seen = (flat.shape, flat.dtype) if self.layout is None else ((), np.int64)
+        return record_dtype(*seen, actions.shape, actions.dtype)
 
     def refuse_images(self, what: str) -> None:
         """Raise `UnsupportedSpaceError` where observations hold images, which `what` does not take."""
