@@ -174,7 +174,7 @@ def train(
         transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), load_dataset
     )
     factory = agent_factory(plan, prepared)
-    check_weights(agent_config(plan), transitions.spec, len(plan["seeds"]), target)
+    check_weights(agent_config(plan), prepared.spec, len(plan["seeds"]), target)
     with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
         trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
     check_memory(trial, len(plan["seeds"]), plan["training"]["batch_size"], target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
 from rlkit2.data.records import FrameLayout, record_dtype
-from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
+from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener, stacked_space
 from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError, first_line
 
 
@@ -25,7 +25,8 @@ class DatasetSpec:
 
     `observation_space` and `action_space` are those of the stored data. `content_hash` is the SHA-256 of the aligned records, so two machines agree
     on it. `ref_min_score` and `ref_max_score` are the returns of a random and an expert policy in the evaluation environment, None where
-    unknown. `observation_keys` are the Dict keys used, in order. `notes` counts what the loader had to handle.
+    unknown. `observation_keys` are the Dict keys used, in order. `frame_stack`: how many observations of the environment one of
+    `observation_space` holds. `notes` counts what the loader had to handle.
     """
 
     observation_space: spaces.Space[Any]
@@ -37,6 +38,7 @@ class DatasetSpec:
     ref_min_score: float | None = None
     ref_max_score: float | None = None
     observation_keys: tuple[str, ...] | None = None
+    frame_stack: int = 1
     notes: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -77,6 +79,17 @@ class DatasetSpec:
         seen = (flat.shape, flat.dtype) if self.layout is None else ((), np.int64)
         return record_dtype(*seen, actions.shape, actions.dtype)
 
+    def stacked(self, count: int) -> DatasetSpec:
+        """The specification of observations that are the last `count` ones, oldest first.
+
+        Raises `UnsupportedSpaceError` for spaces that cannot be stacked, `DatasetError` for a stack of stacks.
+        """
+        if count == 1:
+            return self
+        if self.frame_stack > 1:
+            raise DatasetError(f"the observations of {self.id} are stacks of {self.frame_stack} already")
+        return replace(self, observation_space=stacked_space(self.observation_space, count), frame_stack=count)
+
     def refuse_images(self, what: str) -> None:
         """Raise `UnsupportedSpaceError` where observations hold images, which `what` does not take."""
         if self.images:
@@ -111,6 +124,7 @@ class DatasetSpec:
                 "ref_min_score": self.ref_min_score,
                 "ref_max_score": self.ref_max_score,
                 "observation_keys": self.observation_keys,
+                **({"frame_stack": self.frame_stack} if self.frame_stack > 1 else {}),
                 "notes": self.notes,
             }
         )
@@ -131,6 +145,7 @@ class DatasetSpec:
                 ref_min_score=_number(values["ref_min_score"]),
                 ref_max_score=_number(values["ref_max_score"]),
                 observation_keys=None if keys is None else tuple(map(_text, keys)),
+                frame_stack=_count(values.get("frame_stack", 1)),
                 notes=dict(values["notes"]),
             )
             spec.flattener  # noqa: B018 - spaces that cannot be flattened are damage here
@@ -145,6 +160,12 @@ class DatasetSpec:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TypeError(f"{value!r} is not a positive whole number")
     return value
 
 

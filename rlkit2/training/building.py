@@ -51,7 +51,8 @@ def prepare_dataset(
 def split_dataset(
     dataset: TransitionDataset, options: DataOptions
 ) -> tuple[TransitionDataset, TransitionDataset | None]:
-    """Training and held-out episodes (None where none are held out), rewards transformed and scaled: the same split every time."""
+    """Training and held-out episodes (None where none are held out), stacked, rewards transformed and scaled: the same split every time."""
+    dataset = dataset.stacked(options.frame_stack)
     if options.reward_transform != "none" or options.reward_scale != 1.0:
         dataset = dataset.with_rewards(reward_transform(options.reward_transform, dataset) * options.reward_scale)
     return dataset.split(options.held_out, seed=0) if options.held_out else (dataset, None)
@@ -269,5 +270,5 @@ def run_config(
         "training": dataclasses.asdict(training),
         "env": env,
         "recipe": recipe,
-        "spec": dataset.spec.to_json(),
+        "spec": dataset.spec.stacked(data.frame_stack).to_json(),
     }
