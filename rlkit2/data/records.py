@@ -107,6 +107,8 @@ class FrameLayout:
     def encode(self, observations: NDArray[Any]) -> NDArray[np.uint8]:
         """Frames `[n, nbytes]` of flattened observations `[n, *shape]`; raises `DatasetError` where a pixel is no byte."""
         rows = observations.reshape(len(observations), -1)
+        if rows.dtype == self.dtype == np.uint8 and rows.shape[1] == self.nbytes:
+            return rows
         frames = np.zeros((len(rows), self.nbytes), np.uint8)
         for start, stop, byte, whole in self.parts:
             if not whole:
