@@ -76,8 +76,9 @@ class DatasetSpec:
     def record_dtype(self) -> np.dtype[Any]:
         """The layout of one record."""
         flat, actions = self.flattener, action_layout(self.action_space)
-        seen = (flat.shape, flat.dtype) if self.layout is None else ((), np.int64)
-        return record_dtype(*seen, actions.shape, actions.dtype)
+        if self.layout is not None:  # numbers of frames in place of observations
+            return record_dtype((), np.int64, actions.shape, actions.dtype)
+        return record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
 
     def stacked(self, count: int) -> DatasetSpec:
         """The specification of observations that are the last `count` ones, oldest first.

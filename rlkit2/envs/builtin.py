@@ -38,6 +38,7 @@ DEFAULTS = {
     "gridworld-images": "mixed-v0",
     "pendulum": "mixed-v0",
     "cartpole": "mixed-v0",
+    "cartpole-images": "medium-v0",
     "pointmaze": "umaze-v0",
 }
 

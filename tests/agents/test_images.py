@@ -119,3 +119,30 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
         with pytest.raises(ConfigError, match=r"does not learn from images; choose bc, iql, odice, dqn or cql") as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)
+
+
+def test_networks_that_cannot_fit_are_refused_before_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlkit2.training import building
+
+    spec = DatasetSpec(observation_space=spaces.Box(0, 255, (512, 512, 3), np.uint8), action_space=spaces.Discrete(3))
+    monkeypatch.setattr(building, "total_memory", lambda device: 8 << 30)
+    device = torch.device("cpu")
+    with pytest.raises(
+        ConfigError, match=r"a layer of 256 units on 786432 inputs takes at least 9 GiB with 1 seed, .* encoder"
+    ):
+        building.check_weights(make_config("bc", encoder="none"), spec, 1, device)
+    building.check_weights(make_config("bc"), spec, 1, device)
+    with pytest.raises(ConfigError, match="with 20 seeds"):
+        building.check_weights(make_config("bc"), spec, 20, device)
+
+
+def test_what_images_cost_is_said() -> None:
+    from rlkit2.training.building import describe_images, update_memory
+
+    agent = problem("iql", "discrete", {"encoder": "impala"}).build(1, torch.float32)
+    plain = problem("iql", "discrete", {"encoder": "none"}).build(1, torch.float32)
+    assert update_memory(agent, 1, 10) > update_memory(plain, 1, 10)
+    data = type("Data", (), {"nbytes": 3 << 20})()
+    assert str(describe_images(agent, data, 2, 10)).startswith(  # type: ignore[arg-type]
+        "images of 8 x 7 pixels with 2 channels, encoder impala; memory at least: weights and optimisers "
+    )

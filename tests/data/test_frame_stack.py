@@ -82,9 +82,7 @@ def test_a_stack_is_what_the_wrapper_shows(kind: str, lengths: list[int], count:
     assert torch.equal(batch.rewards[0].flip(0), dataset.rewards)
     order = torch.arange(len(lengths)).flip(0)
     assert torch.equal(stacked.select(order).observations, dataset.select(order).stacked(count).observations)
-    assert torch.equal(
-        stacked.select(order).episode(0)["next_observations"], stacked.episode(-1)["next_observations"]
-    )
+    assert torch.equal(stacked.select(order).episode(0)["next_observations"], stacked.episode(-1)["next_observations"])
 
 
 def test_a_stack_has_a_specification_of_its_own() -> None:
