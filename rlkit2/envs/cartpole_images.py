@@ -21,7 +21,7 @@ GROUND = 0.25  # height of the cart above the lower edge of the view
 
 
 def camera(state: Array) -> Array:
-    """What the camera sees of `state` (position, velocity, angle, angular velocity), uint8 [32, 32, 1]: a bright pole on a track that ends in the dark."""
+    """What the camera sees of `state` (position, velocity, angle, angular velocity), uint8 [32, 32, 1]: a bright pole on a track with dark ends."""
     position, _, angle, _ = state
     across = (np.arange(PIXELS) + 0.5) / PIXELS * WIDTH - WIDTH / 2
     up = (PIXELS - 0.5 - np.arange(PIXELS)) / PIXELS * WIDTH - GROUND
