@@ -265,7 +265,7 @@ class Agent:
 
     def inputs(self, observations: Tensor) -> Tensor:
         """Raw observations `[S, B, *shape]` as networks take them: rows `[S, B, obs]`, standardised, bytes of images as they are."""
-        rows = as_rows(observations.to(self.device), self.observation_size)
+        rows = as_rows(observations.to(self.device), self.encoder)
         if rows.dtype == torch.uint8 and self.encoder is not None:
             return rows
         return self.normalizer.observations(rows.to(self.dtype))

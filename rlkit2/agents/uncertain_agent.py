@@ -126,7 +126,7 @@ class UncertainAgent(Agent):
     @torch.no_grad()
     def heads_at(self, observations: Any, actions: Any = None) -> Heads:
         """Heads of every member at raw observations and actions, `[S, M, B]`; see `uncertainty`."""
-        observed = self._seeded(as_rows(torch.as_tensor(observations), self.observation_size), 2)
+        observed = self._seeded(as_rows(torch.as_tensor(observations), self.encoder), 2)
         inputs = self.inputs(observed)
         if actions is None and self.discrete:
             return self.errors.heads(self.critic.every_output(inputs))

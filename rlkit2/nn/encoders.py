@@ -70,12 +70,12 @@ class Image:
         return self.of(rows).movedim(-1, 3).flatten(2, 3)
 
 
-def as_rows(observations: Tensor, size: int) -> Tensor:
-    """Observations `[..., *shape]` as rows `[..., size]`; unchanged where their last axes do not make up `size`."""
-    for axes in range(1, observations.ndim):
-        if math.prod(observations.shape[-axes:]) == size:
-            return observations.flatten(-axes)
-    return observations
+def as_rows(observations: Tensor, encoder: Mapping[str, Any] | None) -> Tensor:
+    """Observations `[..., *shape]` of one image, of which `choose_encoder` says `encoder`, as rows `[..., obs]`; rows and all else unchanged."""
+    if encoder is None or len(encoder["images"]) != 1:
+        return observations
+    shape = tuple(encoder["images"][0][1])
+    return observations.flatten(-len(shape)) if observations.shape[-len(shape) :] == shape else observations
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,20 @@ class Policy(nn.Module):
             ConfigError: the shape does not fit the policy.
         """
         size, num_seeds = self.actor.settings["observation_size"], len(self.seeds)
-        given, observations = observations.shape, as_rows(observations, size)
+        encoder = self.actor.settings.get("encoder")
+        given, observations = observations.shape, as_rows(observations, encoder)
         add_axis = observations.ndim == 2 and num_seeds == 1
         if add_axis:
             observations = observations.unsqueeze(0)
         if observations.ndim != 3 or observations.shape[0] != num_seeds or observations.shape[-1] != size:
             wanted = f"[B, {size}]" if num_seeds == 1 else f"[{num_seeds}, B, {size}]"
+            if encoder is not None:
+                shapes = " and ".join(str(shape) for _, shape in encoder["images"])
+                wanted += f", with images {shapes} in bytes"
             raise ConfigError(f"this policy takes observations {wanted}, not {list(given)}")
         parameter = next(self.actor.parameters())
         inputs = observations.to(parameter.device)
-        if inputs.dtype != torch.uint8 or "encoder" not in self.actor.settings:  # an encoder takes the bytes
+        if inputs.dtype != torch.uint8 or encoder is None:  # an encoder takes the bytes
             inputs = self.normalizer.observations(inputs.to(parameter.dtype))
         rows = inputs[..., :0].to(parameter.dtype)
         noise = None if deterministic else self.actor.draw_noise(rows, generator)

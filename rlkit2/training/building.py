@@ -163,9 +163,8 @@ def check_weights(config: Any, spec: DatasetSpec, seeds: int, device: torch.devi
     Raises:
         ConfigError: weights, gradients and Adam's two moments of that layer alone are more than the device has.
     """
-    widths = [
-        w[0] for f in dataclasses.fields(config) if f.name.endswith("hidden_sizes") and (w := getattr(config, f.name))
-    ]
+    given = [getattr(config, name) for name in dir(config) if name.endswith(("hidden_sizes", "_widths"))]
+    widths = [sizes[0] for sizes in given if sizes]
     encoder = choose_encoder(getattr(config, "encoder", "auto"), [Image(*image) for image in spec.images])
     inputs = encoded_size(spec.observation_size, encoder)
     weights = inputs * max(widths, default=1)

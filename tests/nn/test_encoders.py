@@ -105,9 +105,11 @@ def test_channels_are_found_on_either_side_and_frames_of_a_stack_are_channels() 
 
 
 def test_rows_are_found_in_any_shape() -> None:
-    assert as_rows(torch.zeros(2, 3, 4, 5, 1), 20).shape == (2, 3, 20)
-    assert as_rows(torch.zeros(3, 20), 20).shape == (3, 20)
-    assert as_rows(torch.zeros(3, 21), 20).shape == (3, 21)
+    seen = choose_encoder("none", [Image(0, (4, 5, 1))])
+    assert as_rows(torch.zeros(2, 3, 4, 5, 1), seen).shape == (2, 3, 20)
+    assert as_rows(torch.zeros(3, 20), seen).shape == (3, 20)
+    assert as_rows(torch.zeros(3, 5, 4, 1), seen).shape == (3, 5, 4, 1)
+    assert as_rows(torch.zeros(2, 3, 4, 5, 1), None).shape == (2, 3, 4, 5, 1)
 
 
 def test_auto_takes_what_fits_and_a_small_image_is_refused_by_name() -> None:
