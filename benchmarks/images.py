@@ -37,8 +37,8 @@ ROWS: tuple[tuple[str, str, str, int, dict[str, Any], dict[str, Any]], ...] = (
     ("bc", *ROOMS, 500, {**SMALL, "learning_rate": 1e-3}, {}),
     ("iql", *ROOMS, 500, {**SMALL, **FAST, "policy_cosine_steps": None}, {}),
     ("odice", *ROOMS, 500, ODICE, {}),
-    ("iql", ROOMS[0], "builtin/rooms-images/expert-goal-v0", 500, {**SMALL, **FAST, "policy_cosine_steps": None}, {}),
-    ("dqn", *GRID, 1000, VALUES, {}),
+    ("iql", ROOMS[0], "builtin/rooms-images/expert-goal-v0", 1500, {**SMALL, **FAST, "policy_cosine_steps": None}, {}),
+    ("dqn", *GRID, 3000, VALUES, {}),
     ("cql", *GRID, 1000, VALUES, {}),
     (
         "bc",

@@ -73,7 +73,7 @@ def dtype_from_json(values: dict[str, Any]) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """How a flattened observation with images is kept as bytes: columns that are no bytes first, as float32, then the images.
+    """How a flattened observation with images is kept as bytes: columns that are not bytes first, as float32, then the images.
 
     `shape` and `dtype` are those of the observation, uint8 or float32; `images` the columns `(start, stop)` of the images.
     """
@@ -105,7 +105,7 @@ class FrameLayout:
         return end + -end % WORD
 
     def encode(self, observations: NDArray[Any]) -> NDArray[np.uint8]:
-        """Frames `[n, nbytes]` of flattened observations `[n, *shape]`; raises `DatasetError` where a pixel is no byte."""
+        """Frames `[n, nbytes]` of flattened observations `[n, *shape]`; raises `DatasetError` where a pixel is not a byte."""
         rows = observations.reshape(len(observations), -1)
         if rows.dtype == self.dtype == np.uint8 and rows.shape[1] == self.nbytes:
             return rows
@@ -314,7 +314,7 @@ class RecordWriter:
     def _add_frames(
         self, layout: FrameLayout, observations: NDArray[Any], next_observations: NDArray[Any]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Write the frames of T steps; their numbers `[T]`, before and after each step, the same where a step goes on from the one before it."""
+        """Write the frames of T steps; their numbers `[T]`, before and after each step, shared with the step before where one follows the other."""
         here, after = layout.encode(observations), layout.encode(next_observations[-1:])
         follows = np.zeros(len(here), bool)
         same = observations[1:] == next_observations[:-1]

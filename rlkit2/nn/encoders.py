@@ -1,7 +1,7 @@
 """Convolutional encoders for all seeds at once, in front of a `StackedMLP`.
 
-Observations stay flat rows `[S, B, obs]` everywhere but here: an `Image` says which columns of a row are one, in bytes 0 to 255. What is no image
-(the vectors of a Dict, the actions beside an observation) passes the encoder by.
+Observations stay flat rows `[S, B, obs]` everywhere but here: an `Image` says which columns of a row are one, in bytes 0 to 255. The other
+columns (vectors of a Dict, actions beside an observation) pass the encoder by.
 """
 
 from __future__ import annotations

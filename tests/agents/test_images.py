@@ -117,7 +117,9 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
     kind = spaces.Box(-1, 1, (2,), np.float32) if "continuous" in cls.action_kinds else spaces.Discrete(3)
     for space in (spaces.Box(0, 255, SHAPE, np.uint8), spaces.Dict(a=spaces.Box(0, 255, SHAPE, np.uint8))):
         spec = DatasetSpec(observation_space=space, action_space=kind)
-        with pytest.raises(ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, odice, dqn or cql") as info:
+        with pytest.raises(
+            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, odice, dqn or cql"
+        ) as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)
 
