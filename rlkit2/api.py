@@ -301,12 +301,13 @@ def offline_evaluate(
         RunError: a folder holds neither a run nor a policy.
     """
     from rlkit2.evaluation.offline import judge
-    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount
+    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount, common_stack
 
     given = [policy_or_run] if isinstance(policy_or_run, Run | Policy | str | os.PathLike) else policy_or_run
     sources = [as_run(source) for source in given]
     source = common_dataset(sources) if dataset is None else dataset
     transitions = source if isinstance(source, TransitionDataset) else load_dataset(source)
+    transitions = transitions if transitions.stack > 1 else transitions.stacked(common_stack(sources))
     notes = []
     if discount is None:
         discount, origin = common_discount(sources)

@@ -15,6 +15,7 @@ from gymnasium import spaces
 import rlkit2
 from rlkit2.data import DatasetSpec, TransitionDataset, dataset_from_arrays
 from rlkit2.errors import ConfigError, UnsupportedSpaceError
+from rlkit2.evaluation.offline import OfflineOptions
 
 IMAGE = spaces.Box(0, 255, (8, 8, 1), np.uint8)
 SMALL = {"hidden_sizes": (8,), "random_shift": 1}
@@ -99,6 +100,23 @@ def test_a_stack_is_learnt_from_and_played_with(mixed: bool, tmp_path: Path) -> 
     assert json.loads(run.policy.metadata["spec"])["frame_stack"] == 2
     again = rlkit2.evaluate(run.path / "policy", env=lambda: Lights(mixed), episodes=10)
     assert again.returns.mean() == 4.0
+
+
+def test_stacks_of_numbers_are_judged_without_an_environment(tmp_path: Path) -> None:
+    data = lights(6, mixed=True)
+    spec = DatasetSpec(observation_space=spaces.Box(-9, 999, (1,), np.float32), action_space=data.spec.action_space)
+    fields = {name: getattr(data, name) for name in ("actions", "rewards", "terminations", "truncations")}
+    seen = {name: getattr(data, name)[:, :1] for name in ("observations", "next_observations")}
+    clocks = dataset_from_arrays(**seen, **fields, spec=spec)
+    runs = [
+        rlkit2.train("bc", clocks, steps=1, out=tmp_path, overrides=SMALL, **OPTIONS, frame_stack=stack)
+        for stack in (1, 3)
+    ]
+    options = OfflineOptions(hidden_sizes=(), features=0, steps=2, members=3, resamples=20)
+    judged = rlkit2.offline_evaluate(runs[1], clocks, methods=["dice"], discount=0.5, options=options)
+    assert np.isfinite(judged["dice"].value)
+    with pytest.raises(ConfigError, match="the policies see stacks of 1, 3 observations"):
+        rlkit2.offline_evaluate(runs, clocks, methods=["dice"], options=options)
 
 
 def test_what_takes_no_images_says_so(tmp_path: Path) -> None:
