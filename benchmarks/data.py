@@ -55,6 +55,52 @@ def make(dataset_id: str, episodes: int, info_keys: int) -> None:
         )
 
 
+def make_images(dataset_id: str, episodes: int) -> None:
+    """Episodes of 84 x 84 grey images, stored as they are."""
+    rng = np.random.default_rng(0)
+    last = np.arange(STEPS) == STEPS - 1
+    buffers = [
+        EpisodeBuffer(
+            id=e,
+            observations=rng.integers(0, 256, (STEPS + 1, 84, 84, 1), dtype=np.uint8),
+            actions=rng.integers(0, 4, STEPS),
+            rewards=rng.normal(size=STEPS),
+            terminations=last,
+            truncations=last & False,
+        )
+        for e in range(episodes)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            dataset_id,
+            buffers,
+            observation_space=spaces.Box(0, 255, (84, 84, 1), np.uint8),
+            action_space=spaces.Discrete(4),
+            jpeg_encoding=False,
+        )
+
+
+def image_rows(rounds: int, episodes: int = 10) -> list[dict[str, object]]:
+    """Time of the first open of images, and their size in the cache as a share of the file's."""
+    dataset_id = "bench/images-v0"
+    make_images(dataset_id, episodes)
+    times = interleaved({"minari": lambda: iterate(dataset_id), "rlkit2": lambda: first_open(dataset_id)}, rounds)
+    first_open(dataset_id)
+    sizes = {
+        "minari": sum(
+            file.stat().st_size for file in Path(os.environ["MINARI_DATASETS_PATH"], dataset_id).rglob("*.hdf5")
+        ),
+        "rlkit2": sum(file.stat().st_size for file in cache_folder().rglob("*.bin")),
+    }
+    speedup, share = ratio(times["minari"], times["rlkit2"]), sizes["rlkit2"] / sizes["minari"]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        {"what": "first open, images", "ratio": speedup, "gate": 0.8, **medians},
+        {"what": "bytes of images (ratio at most)", "ratio": share, "gate": 1.05, **sizes},
+    ]
+
+
 def iterate(dataset_id: str) -> list[dict[str, np.ndarray]]:
     """What everybody does: Minari's episodes into arrays."""
     return [{key: np.asarray(getattr(episode, key)) for key in KEYS} for episode in minari.load_dataset(dataset_id)]
@@ -139,6 +185,7 @@ def main() -> None:
         share = memory["rlkit2"] / memory["minari"]
         rows.append({"what": "peak memory growth, MiB (ratio at most)", "ratio": share, "gate": 0.8, **memory})
         rows += sampling(plain, options.rounds)
+        rows += image_rows(options.rounds)
     report("data", rows, episodes=options.episodes, rounds=options.rounds)
 
 

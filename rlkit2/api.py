@@ -140,6 +140,8 @@ def train(
         agent_config,
         agent_factory,
         check_memory,
+        check_weights,
+        describe_images,
         place_dataset,
         prepare_dataset,
         run_class,
@@ -172,6 +174,7 @@ def train(
         transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), load_dataset
     )
     factory = agent_factory(plan, prepared)
+    check_weights(agent_config(plan), prepared.spec, len(plan["seeds"]), target)
     with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
         trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
     check_memory(trial, len(plan["seeds"]), plan["training"]["batch_size"], target)
@@ -191,6 +194,8 @@ def train(
         shown.message(
             f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
         )
+        if seen := describe_images(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"]):
+            shown.message(seen)
         Trainer(
             run,
             place_dataset(prepared, target),
@@ -296,12 +301,13 @@ def offline_evaluate(
         RunError: a folder holds neither a run nor a policy.
     """
     from rlkit2.evaluation.offline import judge
-    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount
+    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount, common_stack
 
     given = [policy_or_run] if isinstance(policy_or_run, Run | Policy | str | os.PathLike) else policy_or_run
     sources = [as_run(source) for source in given]
     source = common_dataset(sources) if dataset is None else dataset
     transitions = source if isinstance(source, TransitionDataset) else load_dataset(source)
+    transitions = transitions if transitions.stack > 1 else transitions.stacked(common_stack(sources))
     notes = []
     if discount is None:
         discount, origin = common_discount(sources)

@@ -107,7 +107,13 @@ def test_normalisation_and_reward_options_reach_the_agent(tmp_path):
     torch.testing.assert_close(
         normalizer.observation_mean.squeeze().double(), DATASET.observations.double().mean(0), rtol=1e-4, atol=1e-5
     )
-    expected = {"normalize_observations": True, "reward_transform": "none", "reward_scale": 3.0, "held_out": 0.0}
+    expected = {
+        "normalize_observations": True,
+        "frame_stack": 1,
+        "reward_transform": "none",
+        "reward_scale": 3.0,
+        "held_out": 0.0,
+    }
     assert run.config["data"] == expected
 
 

@@ -23,7 +23,7 @@ from rlkit2.agents.base import Agent, as_seeds
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line
 from rlkit2.fields import closest
-from rlkit2.nn import Normalizer
+from rlkit2.nn import Image, Normalizer
 
 __all__ = [
     "Agent",
@@ -318,6 +318,7 @@ def make_agent(
         device=device,
         discrete=spec.discrete,
         normalizer=make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer,
+        **({"images": [Image(*image) for image in spec.images]} if spec.images else {}),
     )
 
 

@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
-from rlkit2.fields import Bounds, Checked, Finite
-from rlkit2.nn import Adam, Critic, Normalizer, Policy, StackedMLP, make_actor, named_tensors, target_copy
+from rlkit2.fields import Bounds, Checked, Finite, Natural
+from rlkit2.nn import (
+    Adam,
+    Critic,
+    EncodedMLP,
+    Image,
+    Normalizer,
+    Policy,
+    StackedMLP,
+    as_rows,
+    choose_encoder,
+    make_actor,
+    make_network,
+    named_tensors,
+    random_shift,
+    target_copy,
+)
 from rlkit2.nn.actors import Actor, PolicyHead
+from rlkit2.nn.encoders import images_of
+from rlkit2.nn.random import uniform
 
 ActorT = TypeVar("ActorT", bound=Actor)
 
@@ -33,6 +50,16 @@ class PolicyOptions(Checked):
     log_std_bounds: Bounds = (-5.0, 2.0)
 
 
+@dataclass(frozen=True)
+class EncoderOptions(Checked):
+    """How an agent sees images; nothing where there are none."""
+
+    # what turns images into features, in every network: "nature" or "impala" convolutions, "none": the pixels as they are; "auto": nature
+    encoder: Literal["auto", "none", "nature", "impala"] = "auto"
+    # move the images of a minibatch at random by up to so many pixels, edges repeated (for 84 x 84: 4); 0: not at all
+    random_shift: Natural = 0
+
+
 class Agent:
     """Base of every agent: trains S independent seeds on batches `[S, B, ...]`.
 
@@ -46,9 +73,10 @@ class Agent:
         dtype, device: of all floating tensors.
         discrete: actions are int64 choices; None: whether the agent is for nothing else.
         normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1].
+        images: which columns of an observation are images, in bytes; the config's `EncoderOptions` say what becomes of them.
 
     Raises:
-        ConfigError: the agent is not for this kind of actions (class attribute `action_kinds`).
+        ConfigError: the agent is not for this kind of actions or observations (class attributes `action_kinds`, `sees_images`).
 
     Attributes:
         config, seeds, policy.
@@ -58,10 +86,11 @@ class Agent:
 
     config_class: ClassVar[type]
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
+    sees_images: ClassVar[bool] = False
     seeds: tuple[int, ...]
     policy: Policy
     policy_optimizer: Adam
-    value_network: StackedMLP
+    value_network: StackedMLP | EncodedMLP
     value_optimizer: Adam
     critic: Critic
     critic_target: Critic
@@ -80,6 +109,7 @@ class Agent:
         device: torch.device | str = "cpu",
         discrete: bool | None = None,
         normalizer: Normalizer | None = None,
+        images: Sequence[Image] = (),
     ) -> None:
         discrete = self.action_kinds == ("discrete",) if discrete is None else discrete
         kind = "discrete" if discrete else "continuous"
@@ -87,7 +117,10 @@ class Agent:
             raise ConfigError(
                 f"{type(self).__name__} is for {' or '.join(self.action_kinds)} actions; these are {kind}, choose another agent"
             )
+        if images and not self.sees_images:
+            raise ConfigError(no_images(type(self).__name__))
         self.config = config
+        self.encoder = choose_encoder(getattr(config, "encoder", "auto"), images)
         self.seeds = as_seeds(seeds)
         self.dtype, self.device = dtype, torch.device(device)
         self.observation_size, self.action_size, self.discrete = observation_size, action_size, discrete
@@ -113,8 +146,8 @@ class Agent:
 
     def _build_value(self, hidden_sizes: Sequence[int], learning_rate: float, **options: Any) -> None:
         """`value_network` and `value_optimizer`; `options` as for `StackedMLP` (members, layer_norm)."""
-        self.value_network = StackedMLP(
-            self.observation_size, hidden_sizes, stream="value", **self._placement, **options
+        self.value_network = make_network(
+            self.observation_size, hidden_sizes, encoder=self.encoder, stream="value", **self._placement, **options
         )
         self.value_optimizer = Adam(self.value_network, learning_rate)
         self._register({"value": self.value_network}, {"value": self.value_optimizer})
@@ -127,6 +160,7 @@ class Agent:
             self.config.hidden_sizes,
             members=self.config.num_critics,
             discrete=self.discrete,
+            encoder=self.encoder,
             **self._placement,
             **options,
         )
@@ -136,7 +170,8 @@ class Agent:
 
     def _make_actor(self, head: str, hidden_sizes: Sequence[int], **options: Any) -> Actor:
         """A policy's network and head; `options` as for `make_actor`."""
-        return make_actor(head, self.observation_size, self.action_size, hidden_sizes, **self._placement, **options)
+        placed = {**self._placement, "encoder": self.encoder}
+        return make_actor(head, self.observation_size, self.action_size, hidden_sizes, **placed, **options)
 
     def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
         """The head that the config's `PolicyOptions` describe; categorical for discrete actions, and for no others."""
@@ -226,23 +261,38 @@ class Agent:
         actions = batch.actions if self.discrete else batch.actions.to(self.dtype)
         return replace(
             batch,
-            observations=self.normalizer.observations(batch.observations.to(self.dtype)),
+            observations=self._shifted(self.inputs(batch.observations), "observations"),
             actions=self.normalizer.actions(actions),
             rewards=batch.rewards.to(self.dtype),
-            next_observations=self.normalizer.observations(batch.next_observations.to(self.dtype)),
+            next_observations=self._shifted(self.inputs(batch.next_observations), "next_observations"),
             terminations=batch.terminations.to(self.dtype),
         )
 
+    def inputs(self, observations: Tensor) -> Tensor:
+        """Raw observations `[S, B, *shape]` as networks take them: rows `[S, B, obs]`, standardised, bytes of images as they are."""
+        rows = as_rows(observations.to(self.device), self.encoder)
+        if rows.dtype == torch.uint8 and self.encoder is not None:
+            return rows
+        return self.normalizer.observations(rows.to(self.dtype))
+
+    def _shifted(self, rows: Tensor, stream: str) -> Tensor:
+        """Rows with their images moved at random, where the config wants it."""
+        pixels = getattr(self.config, "random_shift", 0)
+        if self.encoder is None or not pixels:
+            return rows
+        draws = uniform((*rows.shape[:2], 2), self.seed_keys, self.step, stream=f"random_shift.{stream}")
+        return random_shift(rows, images_of(self.encoder), pixels, draws)
+
     def raw_q(self, critic: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
         """Every member of `critic`, `[S, M, B]`, at raw observations `[S, B, obs]` and actions (for an agent's public `q`)."""
-        observations = self.normalizer.observations(observations.to(self.device, self.dtype))
+        observations = self.inputs(observations)
         actions = actions.to(self.device) if self.discrete else actions.to(self.device, self.dtype)
         values: Tensor = critic(observations, self.normalizer.actions(actions))
         return values
 
     def raw_value(self, observations: Tensor) -> Tensor:
         """`value_network` at raw observations `[S, B, obs]` (for an agent's public `value`): `[S, B]`, `[S, M, B]` with members."""
-        values: Tensor = self.value_network(self.normalizer.observations(observations.to(self.device, self.dtype)))
+        values: Tensor = self.value_network(self.inputs(observations))
         return values
 
     # State
@@ -289,6 +339,11 @@ class Agent:
                     f"{name} has shape {list(source.shape)} in the state but {list(target.shape)} here; was it written by another configuration?"
                 ) from error
         self.phase = int(self.step[0]) % self.phases
+
+
+def no_images(name: str) -> str:
+    """Why an agent refuses observations that hold images."""
+    return f"{name} does not learn from images; choose bc, td3bc, iql, odice, dqn or cql, or leave the images out with observation_keys"
 
 
 def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, PolicyOptions
+from rlkit2.agents.base import Agent, EncoderOptions, PolicyOptions
 from rlkit2.data.batch import Batch
 from rlkit2.fields import NonNegative, Rate, Widths
 
 
 @dataclass(frozen=True)
-class BCConfig(PolicyOptions):
+class BCConfig(EncoderOptions, PolicyOptions):
     """Behaviour cloning."""
 
     # widths of the policy's hidden layers
@@ -39,6 +39,7 @@ class BC(Agent):
     """Behaviour cloning for S seeds; arguments as for `Agent`."""
 
     config_class = BCConfig
+    sees_images = True
     config: BCConfig
 
     def _build(self) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlkit2.agents.base import EncoderOptions
 from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
@@ -34,7 +35,7 @@ from rlkit2.nn.critics import taken
 
 
 @dataclass(frozen=True)
-class DQNConfig(ErrorOptions):
+class DQNConfig(EncoderOptions, ErrorOptions):
     """DQN, for discrete actions."""
 
     # members of the ensemble; 1 is plain DQN, without epistemic uncertainty
@@ -67,6 +68,7 @@ class DQN(UncertainAgent):
 
     config_class = DQNConfig
     action_kinds = ("discrete",)
+    sees_images = True
     config: DQNConfig
 
     def _build(self) -> None:
@@ -131,5 +133,4 @@ class DQN(UncertainAgent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """The greedy action's score at raw `observations [S, B, obs]`, as `[S, B]`."""
-        inputs = self.normalizer.observations(observations.to(self.device, self.dtype))
-        return self.actor.scores(inputs).amax(-1)
+        return self.actor.scores(self.inputs(observations)).amax(-1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import PolicyOptions, batch_means
+from rlkit2.agents.base import EncoderOptions, PolicyOptions, batch_means
 from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
@@ -31,7 +31,7 @@ from rlkit2.nn import lerp_, vjp
 
 
 @dataclass(frozen=True)
-class IQLConfig(PolicyOptions, ErrorOptions):
+class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
     """Implicit Q-learning."""
 
     # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
@@ -62,6 +62,7 @@ class IQL(UncertainAgent):
     """Implicit Q-learning for S seeds; arguments as for `Agent`."""
 
     config_class = IQLConfig
+    sees_images = True
     config: IQLConfig
 
     def _build(self) -> None:

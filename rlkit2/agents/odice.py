@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, PolicyOptions
+from rlkit2.agents.base import Agent, EncoderOptions, PolicyOptions
 from rlkit2.agents.metrics import Metrics
 from rlkit2.agents.odice_diagnostics import (
     batch_statistics,
@@ -60,7 +60,7 @@ from rlkit2.nn.mlp import Pullback
 
 
 @dataclass(frozen=True)
-class ODICEConfig(PolicyOptions):
+class ODICEConfig(EncoderOptions, PolicyOptions):
     """O-DICE; one setting for every dataset. The preset `odice_released` has the values of the released code."""
 
     # which parts of the conjugate term's gradient V follows, see the module
@@ -206,6 +206,7 @@ class ODICE(Agent):
     """O-DICE for S seeds; arguments as for `Agent`."""
 
     config_class = ODICEConfig
+    sees_images = True
     config: ODICEConfig
 
     def _build(self) -> None:
@@ -230,7 +231,8 @@ class ODICE(Agent):
     def _build_expected_residual(self) -> None:
         """e(s, a), which R regresses on."""
         sizes = self.observation_size, self.action_size, self.config.value_widths
-        self.expected_residual = Critic(*sizes, members=1, discrete=self.discrete, stream="residual", **self._placement)
+        kinds: dict[str, Any] = {"discrete": self.discrete, "encoder": self.encoder, "stream": "residual"}
+        self.expected_residual = Critic(*sizes, members=1, **kinds, **self._placement)
         self.expected_optimizer = Adam(self.expected_residual, self.config.value_learning_rate)
         self._register({"residual": self.expected_residual}, {"residual": self.expected_optimizer})
 

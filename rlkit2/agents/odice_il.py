@@ -125,6 +125,7 @@ class ODICEIL(ODICE):
     """O-DICE on `imitation_dataset(...)`; arguments as for `Agent`."""
 
     config_class = ODICEILConfig
+    sees_images = False  # its discriminator reads plain rows
     config: ODICEILConfig
 
     @classmethod

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlkit2.agents.base import EncoderOptions
 from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
@@ -28,7 +29,7 @@ from rlkit2.nn.random import normal
 
 
 @dataclass(frozen=True)
-class TD3BCConfig(ErrorOptions):
+class TD3BCConfig(EncoderOptions, ErrorOptions):
     """TD3+BC, for continuous actions."""
 
     # weight of Q against the cloning term; 0 clones the data
@@ -58,6 +59,7 @@ class TD3BC(UncertainAgent):
 
     config_class = TD3BCConfig
     action_kinds = ("continuous",)
+    sees_images = True
     config: TD3BCConfig
 
     def _build(self) -> None:

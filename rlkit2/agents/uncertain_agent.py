@@ -18,7 +18,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
-from rlkit2.nn import vjp
+from rlkit2.nn import as_rows, vjp
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
 
 Array = NDArray[np.float32]
@@ -126,8 +126,8 @@ class UncertainAgent(Agent):
     @torch.no_grad()
     def heads_at(self, observations: Any, actions: Any = None) -> Heads:
         """Heads of every member at raw observations and actions, `[S, M, B]`; see `uncertainty`."""
-        observed = self._seeded(observations, 2)
-        inputs = self.normalizer.observations(observed.to(self.dtype))
+        observed = self._seeded(as_rows(torch.as_tensor(observations), self.encoder), 2)
+        inputs = self.inputs(observed)
         if actions is None and self.discrete:
             return self.errors.heads(self.critic.every_output(inputs))
         if actions is None:

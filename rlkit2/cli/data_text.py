@@ -122,7 +122,7 @@ def describe(dataset: TransitionDataset, source: str) -> dict[str, Any]:
             "maximum": float(returns.max()),
         },
         "observation_space": short(spec.observation_space),
-        "observations": {"shape": list(dataset.observations.shape[1:]), "dtype": str(dataset.observations.dtype)[6:]},
+        "observations": {"shape": list(spec.flattener.shape), "dtype": str(spec.flattener.dtype)},
         "observation_ranges": {key: list(span) for key, span in spec.observation_ranges.items()},
         "action_space": short(spec.action_space),
         "env": spec.env_spec.id if spec.env_spec else None,

@@ -33,9 +33,8 @@ from rlkit2.data.records import (
     content_hash,
     dtype_from_json,
     dtype_to_json,
-    record_dtype,
 )
-from rlkit2.data.spaces import DatasetWarning, action_layout
+from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import CorruptDatasetError
 
@@ -70,8 +69,7 @@ class Unpacked:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The record layout."""
-        flat, actions = self.spec.flattener, action_layout(self.spec.action_space)
-        return record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
+        return self.spec.record_dtype
 
     def write(self, writer: RecordWriter) -> tuple[DatasetSpec, Packed]:
         """Write all episodes; the specification with what was counted, and what describes the records."""
@@ -178,7 +176,7 @@ class _CacheWriteError(Exception):
 
 def pack_in_memory(unpacked: Unpacked) -> TransitionDataset:
     """Pack without a cache."""
-    writer = MemoryWriter(unpacked.dtype)
+    writer = MemoryWriter(unpacked.dtype, unpacked.spec.layout)
     spec, packed = unpacked.write(writer)
     return TransitionDataset(writer.records(), torch.from_numpy(packed.episode_starts), spec)
 
@@ -254,22 +252,27 @@ def _in_memory(unpacked: Unpacked, error: Exception) -> TransitionDataset:
 
 
 def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
-    try:
-        file = open(folder / "records.bin", "wb", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise _CacheWriteError(error) from error
-    dtype = unpacked.dtype
-    with file:
+    dtype, layout = unpacked.dtype, unpacked.spec.layout
+    with contextlib.ExitStack() as open_files:
 
-        def sink(block: NDArray[np.uint8]) -> None:
-            view = block.data
+        def sink(name: str) -> Callable[[NDArray[np.uint8]], None]:
             try:
-                while view:
-                    view = view[file.write(view) or 0 :]
+                file = open_files.enter_context(open(folder / name, "wb", buffering=0))
             except OSError as error:
                 raise _CacheWriteError(error) from error
 
-        spec, packed = unpacked.write(RecordWriter(dtype, sink))
+            def write(block: NDArray[np.uint8]) -> None:
+                view = block.data.cast("B")
+                try:
+                    while view:
+                        view = view[file.write(view) or 0 :]
+                except OSError as error:
+                    raise _CacheWriteError(error) from error
+
+            return write
+
+        sinks = (sink("records.bin"), layout, sink("frames.bin")) if layout else (sink("records.bin"),)
+        spec, packed = unpacked.write(RecordWriter(dtype, *sinks))
     try:
         np.save(folder / "episode_starts.npy", packed.episode_starts)
         described = {
@@ -301,7 +304,21 @@ def _read(folder: Path) -> TransitionDataset:
     ):
         raise CorruptDatasetError("episode_starts.npy does not fit records.bin")
     spec = DatasetSpec.from_json(described["spec"])
-    return TransitionDataset(Records.map_file(folder / "records.bin", dtype, length), torch.from_numpy(starts), spec)
+    records = Records.map_file(folder / "records.bin", dtype, length)
+    if spec.layout is not None:
+        records = records.with_frames(_map_frames(folder, spec.layout.nbytes, records), spec.layout)
+    return TransitionDataset(records, torch.from_numpy(starts), spec)
+
+
+def _map_frames(folder: Path, nbytes: int, records: Records) -> NDArray[np.uint8]:
+    """The frames of records, which must all be there."""
+    if records.dtype["observations"] != np.int64:
+        raise CorruptDatasetError("an older version kept every image twice")
+    path = folder / "frames.bin"
+    last = int(records.view("next_observations").max()) + 1
+    if path.stat().st_size != last * nbytes:
+        raise CorruptDatasetError(f"frames.bin has {path.stat().st_size} bytes, {last * nbytes} expected")
+    return np.memmap(path, dtype=np.uint8, mode="c", shape=(last, nbytes))
 
 
 def _remove(folder: Path) -> None:

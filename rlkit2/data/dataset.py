@@ -16,7 +16,7 @@ from torch import Tensor
 from rlkit2.data.batch import Batch
 from rlkit2.data.infer import infer_spaces
 from rlkit2.data.notes import say_notes
-from rlkit2.data.records import FIELDS, MemoryWriter, Records, record_dtype
+from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import DatasetError
@@ -29,7 +29,7 @@ class TransitionDataset:
     Tensors (views where possible): `observations`, `next_observations` `[N, obs]` float32 (uint8 images keep dtype and shape), `actions` `[N, act]`
     float32 or int64 `[N]` (`[N, act]` for several discrete choices), `rewards` `[N]` float32, `terminations`, `truncations` `[N]` bool, and
     `episode_starts` `[E + 1]` int64, the row of each episode's first step and N. Records may be memory-mapped; a dataset is never changed
-    in place: `select`, `split` and `with_rewards` give new ones that share the records.
+    in place: `select`, `split`, `stacked` and `with_rewards` give new ones that share the records.
     """
 
     records: Records
@@ -37,6 +37,7 @@ class TransitionDataset:
     spec: DatasetSpec
     rows: Tensor | None = None
     new_rewards: Tensor | None = None
+    stack: int = 1
 
     def __len__(self) -> int:
         return len(self.records) if self.rows is None else len(self.rows)
@@ -45,7 +46,12 @@ class TransitionDataset:
         return f"TransitionDataset({self.spec.id!r}, {len(self)} transitions in {self.num_episodes} episodes, device {self.device})"
 
     def _field(self, name: str) -> Tensor:
-        return self.records.view(name) if self.rows is None else self.records.view(name)[self.rows]
+        if self.stack > 1 and name in OBSERVATIONS:
+            stacked: Tensor = getattr(self.gather(torch.arange(len(self))), name)
+            return stacked
+        if self.rows is None:
+            return self.records.view(name)
+        return self.records.views(self.records.gather(self.rows), (name,))[name]
 
     @cached_property
     def observations(self) -> Tensor:
@@ -85,7 +91,7 @@ class TransitionDataset:
     @property
     def nbytes(self) -> int:
         """Bytes of the dataset's records."""
-        return len(self) * self.records.dtype.itemsize
+        return len(self) * self.records.row_bytes
 
     @property
     def num_episodes(self) -> int:
@@ -110,10 +116,10 @@ class TransitionDataset:
             raise IndexError(f"episode {index} of a dataset with {self.num_episodes} episodes")
         index %= self.num_episodes
         rows = slice(int(self.episode_starts[index]), int(self.episode_starts[index + 1]))
-        if self.rows is None:
-            return {name: (self.rewards if name == "rewards" else self.records.view(name))[rows] for name in FIELDS}
-        chosen = self.rows[rows]
-        return {name: self.rewards[rows] if name == "rewards" else self.records.view(name)[chosen] for name in FIELDS}
+        if self.stack > 1:
+            return dict(vars(self.gather(torch.arange(rows.start, rows.stop))))
+        words = self.records.words[rows] if self.rows is None else self.records.gather(self.rows[rows])
+        return {**self.records.views(words), "rewards": self.rewards[rows]}
 
     def sample_indices(self, batch_size: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows `[S, batch_size]` int64 drawn uniformly with replacement, row k from `generators[k]` alone.
@@ -127,11 +133,37 @@ class TransitionDataset:
         """The transitions at `indices` (any shape `[...]`, normally `[S, B]`) as a `Batch` of fields `[..., *field]`, copied in one gather."""
         if indices.device != self.device:
             indices = indices.to(self.device, non_blocking=True)
-        words = self.records.gather(indices if self.rows is None else self.rows[indices])
-        fields = self.records.views(words)
+        fields = self.records.views(self._words(indices))
+        if self.stack > 1:
+            fields |= self._stacks(indices, fields)
         if self.new_rewards is not None:
             fields["rewards"] = self.new_rewards[indices]
         return Batch(**fields)
+
+    def _words(self, indices: Tensor) -> Tensor:
+        return self.records.gather(indices if self.rows is None else self.rows[indices])
+
+    @cached_property
+    def _first_rows(self) -> Tensor:
+        """The row at which every row's episode starts, `[N]`."""
+        return torch.repeat_interleave(self.episode_starts[:-1], self.episode_lengths)
+
+    def _stacks(self, indices: Tensor, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The last observations up to those of `fields`, as one each; those before an episode's first are its first."""
+        first, seen = self._first_rows[indices], []
+        for lag in range(self.stack - 1, 0, -1):
+            words = self._words(torch.maximum(indices - lag, first))
+            seen.append(self.records.views(words, ("observations",))["observations"])
+        now, after = fields["observations"], fields["next_observations"]
+        flat = self.spec.flattener
+
+        def joined(steps: list[Tensor]) -> Tensor:
+            rows = torch.stack([step.reshape(*indices.shape, -1) for step in steps], -2)
+            n = self.stack
+            parts = [rows[..., leaf.start // n : leaf.stop // n].flatten(-2) for leaf in flat.leaves]
+            return torch.cat(parts, -1).view(*indices.shape, *flat.shape)
+
+        return {"observations": joined([*seen, now]), "next_observations": joined([*seen[1:], now, after])}
 
     def sample(
         self, batch_size: int, *, seeds: int = 1, generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -154,7 +186,7 @@ class TransitionDataset:
         words = self.records.words if self.rows is None else self.records.gather(self.rows)
         return replace(
             self,
-            records=Records(words.to(device), self.records.dtype),
+            records=replace(self.records, words=words).to(device),
             episode_starts=self.episode_starts.to(device),
             rows=None,
             new_rewards=None if self.new_rewards is None else self.new_rewards.to(device),
@@ -211,6 +243,20 @@ class TransitionDataset:
         order = torch.randperm(self.num_episodes, generator=torch.Generator().manual_seed(seed))
         return self.select(order[count:].sort().values), self.select(order[:count].sort().values)
 
+    def stacked(self, count: int) -> TransitionDataset:
+        """The same transitions with the last `count` observations as one, oldest first; the first of an episode stands for what came before it.
+
+        They are put together as batches are drawn, so nothing is stored twice, and are what `gymnasium.wrappers.FrameStackObservation` shows.
+        Raises `DatasetError` for a stack of stacks or observations that cannot be stacked.
+        """
+        if count == 1:
+            return self
+        return replace(
+            self,
+            spec=replace(self.spec.stacked(count), content_hash=self._derived(b"stack", bytes([count])).content_hash),
+            stack=count,
+        )
+
     def with_rewards(self, rewards: ArrayLike | Tensor) -> TransitionDataset:
         """The same transitions with other rewards `[N]` (finite; stored as float32); records are shared."""
         values = (
@@ -256,6 +302,10 @@ class TransitionDataset:
         """Write the dataset as a Minari dataset `dataset_id` and return the `minari.MinariDataset`; see `rlkit2.data.export.to_minari`."""
         from rlkit2.data.export import to_minari
 
+        if self.stack > 1:
+            raise DatasetError(
+                f"{self.spec.id} is seen in stacks of {self.stack}; write the dataset that they were made from"
+            )
         return to_minari(self, dataset_id, **metadata)
 
 
@@ -330,10 +380,9 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> Transi
     if not (terminations[-1] or truncations[-1]):
         truncations[-1] = True
         notes["episodes_without_end_flag"] = notes.get("episodes_without_end_flag", 0) + 1
-    dtype = record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
     ends = (np.flatnonzero(terminations | truncations) + 1).tolist()
 
-    writer = MemoryWriter(dtype)
+    writer = MemoryWriter(spec.record_dtype, spec.layout)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         rows = slice(start, stop)
         writer.add(

@@ -20,7 +20,9 @@ def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) ->
     """
     observations = dataset.observations
     if observations.dtype == torch.uint8:
-        raise ConfigError(f"{dataset.spec.id} has image observations; normalise them in the network, not by statistics")
+        raise ConfigError(
+            f"the observations of {dataset.spec.id} are bytes, which networks scale themselves; leave normalize_observations off"
+        )
     total = torch.zeros(observations.shape[1], dtype=torch.float64)
     square = total.clone()
     shift = observations[0].double().cpu()  # keeps the squares small where a column is far from zero

@@ -1,13 +1,15 @@
 """Packed transitions: one aligned record `(s, s', a, r, terminated, truncated)` per row, so that a minibatch is a single gather.
 
 A record array is either in memory or a private (copy-on-write) map of a cache file: nothing written to a tensor can reach the file.
+
+Observations that hold images are kept once, as frames beside the records, which then hold two numbers of frames in place of two observations.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.errors import DatasetError
+
 WORD = 8  # bytes; rows are whole words so that a gather copies int64
+OBSERVATIONS = ("observations", "next_observations")
 FIELDS = ("observations", "next_observations", "actions", "rewards", "terminations", "truncations")
 
 
@@ -66,12 +71,86 @@ def dtype_from_json(values: dict[str, Any]) -> np.dtype[Any]:
     )
 
 
+@dataclass(frozen=True)
+class FrameLayout:
+    """How a flattened observation with images is kept as bytes: columns that are not bytes first, as float32, then the images.
+
+    `shape` and `dtype` are those of the observation, uint8 or float32; `images` the columns `(start, stop)` of the images.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    images: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def parts(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """First and last column, first byte, and whether it is bytes, of every part of a row."""
+        size = int(np.prod(self.shape))
+        if self.dtype == np.uint8:
+            return ((0, size, 0, True),)
+        edges = [0, *(edge for image in self.images for edge in image), size]
+        plain = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        found, byte = [], 0
+        for whole, columns in ((False, plain), (True, self.images)):
+            for start, stop in columns:
+                found.append((start, stop, byte, whole))
+                byte += (stop - start) * (1 if whole else 4)
+        return tuple(found)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a frame, a whole number of words."""
+        start, stop, byte, whole = self.parts[-1]
+        end = byte + (stop - start) * (1 if whole else 4)
+        return end + -end % WORD
+
+    def encode(self, observations: NDArray[Any]) -> NDArray[np.uint8]:
+        """Frames `[n, nbytes]` of flattened observations `[n, *shape]`; raises `DatasetError` where a pixel is not a byte."""
+        rows = observations.reshape(len(observations), -1)
+        if rows.dtype == self.dtype == np.uint8 and rows.shape[1] == self.nbytes:
+            return rows
+        frames = np.zeros((len(rows), self.nbytes), np.uint8)
+        for start, stop, byte, whole in self.parts:
+            if not whole:
+                frames[:, byte : byte + 4 * (stop - start)] = np.ascontiguousarray(rows[:, start:stop], "<f4").view(
+                    np.uint8
+                )
+                continue
+            target = frames[:, byte : byte + stop - start]
+            with np.errstate(invalid="ignore"):
+                target[:] = rows[:, start:stop]
+            if rows.dtype != np.uint8 and not (target == rows[:, start:stop]).all():
+                raise DatasetError(
+                    "images hold other values than whole numbers from 0 to 255, but their space is one of bytes"
+                )
+        return frames
+
+    def decode(self, words: Tensor) -> Tensor:
+        """Observations `[..., *shape]` of the words `[..., nbytes / 8]` of frames."""
+        bits = words.view(torch.uint8)
+        if self.dtype == np.uint8:
+            return bits[..., : int(np.prod(self.shape))].view(*words.shape[:-1], *self.shape)
+        numbers = words.view(torch.float32)
+        rows = torch.empty((*words.shape[:-1], *self.shape), device=words.device)
+        for start, stop, byte, whole in self.parts:
+            width = stop - start
+            rows[..., start:stop] = (
+                bits[..., byte : byte + width] if whole else numbers[..., byte // 4 : byte // 4 + width]
+            )
+        return rows
+
+
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Rows of packed transitions as one `[N, words]` int64 tensor with typed views of its columns."""
+    """Rows of packed transitions as one `[N, words]` int64 tensor with typed views of its columns.
+
+    `frames`: the observations, `[F, words]`, where `dtype` has numbers of frames in their place; `layout` says how to read them.
+    """
 
     words: Tensor
     dtype: np.dtype[Any]
+    frames: Tensor | None = None
+    layout: FrameLayout | None = None
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> Records:
@@ -83,6 +162,16 @@ class Records:
     def map_file(cls, path: Path, dtype: np.dtype[Any], length: int) -> Records:
         """Map the file of `length` records; pages are shared between processes and never written back."""
         return cls.from_numpy(np.memmap(path, dtype=dtype, mode="c", shape=(length,)))
+
+    def with_frames(self, frames: NDArray[np.uint8], layout: FrameLayout) -> Records:
+        """The same records with the bytes of their frames."""
+        words = torch.from_numpy(frames.view(np.int64).reshape(-1, layout.nbytes // WORD))
+        return replace(self, frames=words, layout=layout)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a transition; a frame counts once."""
+        return int(self.dtype.itemsize) + (0 if self.layout is None else self.layout.nbytes)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -104,8 +193,31 @@ class Records:
             sizes.extend([rest] if rest else [])
         return [(dtype, *cut) for dtype, cut in cuts.items()]
 
-    def views(self, words: Tensor) -> dict[str, Tensor]:
-        """Every field of gathered `words [..., W]` as a strided view `[..., *field shape]`."""
+    def views(self, words: Tensor, names: Collection[str] = FIELDS) -> dict[str, Tensor]:
+        """Fields of gathered `words [..., W]` as strided views `[..., *field shape]`; observations are copied out of the frames."""
+        found = self._stored(words)
+        for name in OBSERVATIONS if self.layout is not None else ():
+            if name in names:
+                found[name] = self._seen(found[name])
+        return found if names is FIELDS else {name: found[name] for name in names}
+
+    def _seen(self, index: Tensor) -> Tensor:
+        """The observations of frames `index [...]`."""
+        assert self.frames is not None and self.layout is not None  # noqa: PT018
+        words = torch.index_select(self.frames, 0, index.flatten()).view(*index.shape, -1)
+        return self.layout.decode(words)
+
+    def contents(self, words: Tensor) -> Tensor:
+        """What the rows `words [n, W]` say as words, frames in place of their numbers."""
+        if self.frames is None:
+            return words
+        stored = self._stored(words)
+        plain = words.clone()
+        for name in OBSERVATIONS:
+            self._stored(plain)[name].zero_()
+        return torch.cat([plain, *(self.frames[stored[name]] for name in OBSERVATIONS)], -1)
+
+    def _stored(self, words: Tensor) -> dict[str, Tensor]:
         out = {}
         for dtype, sizes, fields in self._plan:
             parts = words.view(dtype).split_with_sizes(sizes, -1)
@@ -115,8 +227,8 @@ class Records:
         return out
 
     def view(self, name: str) -> Tensor:
-        """Field `name` of all rows as a strided view `[N, *field shape]`."""
-        return self.views(self.words)[name]
+        """Field `name` of all rows as a strided view `[N, *field shape]`; a copy for observations that are frames."""
+        return self.views(self.words, (name,))[name]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The words of `rows` (any shape): `[*rows.shape, W]`."""
@@ -124,7 +236,8 @@ class Records:
 
     def to(self, device: torch.device | str) -> Records:
         """The records on `device`."""
-        return Records(self.words.to(device), self.dtype)
+        frames = None if self.frames is None else self.frames.to(device)
+        return replace(self, words=self.words.to(device), frames=frames)
 
 
 _TORCH = {
@@ -146,13 +259,25 @@ class Packed:
 
 
 class RecordWriter:
-    """Collects aligned episodes in blocks, hands the bytes of each full block to `sink` (which must not keep them) and hashes what passes."""
+    """Collects aligned episodes in blocks, hands the bytes of each full block to `sink` (which must not keep them) and hashes what passes.
+
+    With a `layout` observations go to `frame_sink`, each once.
+    """
 
     BLOCK_BYTES = 1 << 23
 
-    def __init__(self, dtype: np.dtype[Any], sink: Callable[[NDArray[np.uint8]], object]) -> None:
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        sink: Callable[[NDArray[np.uint8]], object],
+        layout: FrameLayout | None = None,
+        frame_sink: Callable[[NDArray[np.uint8]], object] = lambda frames: None,
+    ) -> None:
         self.dtype = dtype
         self.sink = sink
+        self.layout, self.frame_sink = layout, frame_sink
+        self.frames = 0
+        self.frame_digest = hashlib.sha256()
         self.block = np.zeros(max(1, self.BLOCK_BYTES // dtype.itemsize), dtype)
         self.used = 0
         self.length = 0
@@ -171,6 +296,8 @@ class RecordWriter:
     ) -> None:
         """Append one episode of T aligned transitions; arrays have T rows each."""
         done, total = 0, len(rewards)
+        if self.layout is not None:
+            observations, next_observations = self._add_frames(self.layout, observations, next_observations)
         values = (observations, next_observations, actions, rewards, terminations, truncations)
         while done < total:
             count = min(total - done, len(self.block) - self.used)
@@ -183,6 +310,26 @@ class RecordWriter:
                 self._flush()
         self.length += total
         self.starts.append(self.length)
+
+    def _add_frames(
+        self, layout: FrameLayout, observations: NDArray[Any], next_observations: NDArray[Any]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Write the frames of T steps; their numbers `[T]`, before and after each step, shared with the step before where one follows the other."""
+        here, after = layout.encode(observations), layout.encode(next_observations[-1:])
+        follows = np.zeros(len(here), bool)
+        same = observations[1:] == next_observations[:-1]
+        follows[:-1] = same.all(axis=tuple(range(1, same.ndim)))
+        own = np.flatnonzero(~follows)  # steps whose next frame nothing else shows
+        if len(own) > 1:
+            after = layout.encode(next_observations[own])
+        frames = np.insert(here, own + 1, after, axis=0) if len(own) > 1 else np.concatenate([here, after])
+        before = self.frames + np.arange(len(here)) + np.searchsorted(own, np.arange(len(here)))
+        self.frames += len(frames)
+        floats = [here[:, byte : byte + 4 * (stop - start)] for start, stop, byte, whole in layout.parts if not whole]
+        self.non_finite += sum(int((~np.isfinite(np.ascontiguousarray(part).view("<f4"))).sum()) for part in floats)
+        self.frame_digest.update(frames.data)
+        self.frame_sink(frames)
+        return before, before + 1
 
     def _flush(self) -> None:
         block = self.block[: self.used]
@@ -200,19 +347,23 @@ class RecordWriter:
             self._flush()
         starts = np.asarray(self.starts, np.int64)
         self.digest.update(starts.tobytes())
+        if self.layout is not None:
+            self.digest.update(self.frame_digest.digest())
         return Packed(self.length, starts, self.digest.hexdigest(), self.non_finite)
 
 
 class MemoryWriter(RecordWriter):
     """A writer whose records stay in memory."""
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
+    def __init__(self, dtype: np.dtype[Any], layout: FrameLayout | None = None) -> None:
         self.blocks: list[NDArray[np.uint8]] = []
-        super().__init__(dtype, lambda block: self.blocks.append(block.copy()))
+        self.frame_blocks: list[NDArray[np.uint8]] = []
+        super().__init__(dtype, lambda block: self.blocks.append(block.copy()), layout, self.frame_blocks.append)
 
     def records(self) -> Records:
         """The records, after `finish`."""
-        return Records.from_numpy(np.concatenate(self.blocks).view(self.block.dtype))
+        found = Records.from_numpy(np.concatenate(self.blocks).view(self.block.dtype))
+        return found if self.layout is None else found.with_frames(np.concatenate(self.frame_blocks), self.layout)
 
 
 def content_hash(records: Records, starts: NDArray[np.int64], block_rows: int = 1 << 16) -> str:
@@ -221,4 +372,9 @@ def content_hash(records: Records, starts: NDArray[np.int64], block_rows: int = 
     for start in range(0, len(records), block_rows):
         digest.update(records.words[start : start + block_rows].numpy().data)
     digest.update(starts.tobytes())
+    if records.frames is not None:
+        frames = hashlib.sha256()
+        for start in range(0, len(records.frames), block_rows):
+            frames.update(records.frames[start : start + block_rows].numpy().data)
+        digest.update(frames.digest())
     return digest.hexdigest()

@@ -74,7 +74,7 @@ class ReplayBuffer:
 
     def extend(self, dataset: TransitionDataset) -> None:
         """Append all transitions of a dataset with the same record layout."""
-        if dataset.records.dtype != self.records.dtype:
+        if any(getattr(dataset.spec, name) != getattr(self.spec, name) for name in ("record_dtype", "layout")):
             raise DatasetError(f"{dataset.spec.id} has other spaces than the buffer")
         fields = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
         self.add(*(getattr(dataset, name) for name in fields))

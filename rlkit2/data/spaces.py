@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rlkit2.errors import ConfigError, UnsupportedSpaceError
@@ -241,6 +242,19 @@ def flattener(space: spaces.Space[Any], observation_keys: Sequence[str] | None =
     Raises `UnsupportedSpaceError` naming a space without fixed-size rows, `ConfigError` for unknown `observation_keys`.
     """
     return SpaceFlattener(space, observation_keys)
+
+
+def stacked_space(space: spaces.Space[Any], count: int) -> spaces.Space[Any]:
+    """The space of the last `count` observations, oldest first, as `gymnasium.wrappers.FrameStackObservation` has it.
+
+    Raises `UnsupportedSpaceError` for a space whose stack has other columns than the observations have.
+    """
+    stacked = batch_space(space, count)
+    if flattener(stacked).size != count * flattener(space).size:
+        raise UnsupportedSpaceError(
+            f"observations in {space} cannot be stacked: MultiDiscrete entries lose their choices"
+        )
+    return stacked
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import Error as GymnasiumError
 from minari.serialization import deserialize_space, serialize_space
 
-from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener
-from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
+from rlkit2.data.records import FrameLayout, record_dtype
+from rlkit2.data.spaces import SpaceFlattener, action_layout, flattener, stacked_space
+from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class DatasetSpec:
 
     `observation_space` and `action_space` are those of the stored data. `content_hash` is the SHA-256 of the aligned records, so two machines agree
     on it. `ref_min_score` and `ref_max_score` are the returns of a random and an expert policy in the evaluation environment, None where
-    unknown. `observation_keys` are the Dict keys used, in order. `notes` counts what the loader had to handle.
+    unknown. `observation_keys` are the Dict keys used, in order. `frame_stack`: how many observations of the environment one of
+    `observation_space` holds. `notes` counts what the loader had to handle.
     """
 
     observation_space: spaces.Space[Any]
@@ -34,6 +38,7 @@ class DatasetSpec:
     ref_min_score: float | None = None
     ref_max_score: float | None = None
     observation_keys: tuple[str, ...] | None = None
+    frame_stack: int = 1
     notes: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -50,6 +55,50 @@ class DatasetSpec:
     def observation_size(self) -> int:
         """Columns of a flattened observation."""
         return self.flattener.size
+
+    @property
+    def images(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """First column and shape of every image in a flattened observation: boxes of bytes with two or more dimensions."""
+        return tuple(
+            (leaf.start, tuple(leaf.space.shape))
+            for leaf in self.flattener.leaves
+            if isinstance(leaf.space, spaces.Box) and leaf.space.dtype == np.uint8 and len(leaf.space.shape) > 1
+        )
+
+    @property
+    def layout(self) -> FrameLayout | None:
+        """How observations are kept as frames; None for those without images, which the records hold."""
+        flat = self.flattener
+        images = tuple((start, start + math.prod(shape)) for start, shape in self.images)
+        return FrameLayout(flat.shape, flat.dtype, images) if images else None
+
+    @property
+    def record_dtype(self) -> np.dtype[Any]:
+        """The layout of one record."""
+        flat, actions = self.flattener, action_layout(self.action_space)
+        if self.layout is not None:  # numbers of frames in place of observations
+            return record_dtype((), np.int64, actions.shape, actions.dtype)
+        return record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
+
+    def stacked(self, count: int) -> DatasetSpec:
+        """The specification of observations that are the last `count` ones, oldest first.
+
+        Raises `UnsupportedSpaceError` for spaces that cannot be stacked, `DatasetError` for a stack of stacks.
+        """
+        if count == 1:
+            return self
+        if self.frame_stack > 1:
+            raise DatasetError(f"the observations of {self.id} are stacks of {self.frame_stack} already")
+        return replace(self, observation_space=stacked_space(self.observation_space, count), frame_stack=count)
+
+    def refuse_images(self, what: str) -> None:
+        """Raise `UnsupportedSpaceError` where observations hold images, which `what` does not take."""
+        if self.images:
+            shapes = ", ".join(" x ".join(map(str, shape)) for _, shape in self.images)
+            raise UnsupportedSpaceError(
+                f"the observations of {self.id} hold images ({shapes}), which {what} does not take; a dictionary's other entries can be chosen "
+                "with observation_keys"
+            )
 
     @property
     def discrete(self) -> bool:
@@ -76,6 +125,7 @@ class DatasetSpec:
                 "ref_min_score": self.ref_min_score,
                 "ref_max_score": self.ref_max_score,
                 "observation_keys": self.observation_keys,
+                **({"frame_stack": self.frame_stack} if self.frame_stack > 1 else {}),
                 "notes": self.notes,
             }
         )
@@ -96,6 +146,7 @@ class DatasetSpec:
                 ref_min_score=_number(values["ref_min_score"]),
                 ref_max_score=_number(values["ref_max_score"]),
                 observation_keys=None if keys is None else tuple(map(_text, keys)),
+                frame_stack=_count(values.get("frame_stack", 1)),
                 notes=dict(values["notes"]),
             )
             spec.flattener  # noqa: B018 - spaces that cannot be flattened are damage here
@@ -110,6 +161,12 @@ class DatasetSpec:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TypeError(f"{value!r} is not a positive whole number")
     return value
 
 

@@ -13,6 +13,7 @@ _ENVIRONMENTS: dict[str, tuple[str, str | None, int, dict[str, str]]] = {
     "rlkit2/Rooms-v0": ("rooms:RoomsEnv", "rooms:RoomsVectorEnv", 100, {}),
     "rlkit2/RoomsDense-v0": ("rooms:RoomsEnv", "rooms:RoomsVectorEnv", 100, {"reward": "dense"}),
     "rlkit2/NoisyRooms-v0": ("noisy_rooms:NoisyRoomsEnv", "noisy_rooms:NoisyRoomsVectorEnv", 100, {}),
+    "rlkit2/CartPoleImages-v0": ("cartpole_images:CartPoleImagesEnv", None, 500, {}),
     "rlkit2/GridRooms-v0": ("gridworld:GridRoomsEnv", None, 200, {}),
 }
 

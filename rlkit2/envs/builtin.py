@@ -32,10 +32,13 @@ Progress = Callable[[int, int], None]
 # What the name of a family alone stands for: `builtin/rooms` is `builtin/rooms/stitch-sparse-v0`.
 DEFAULTS = {
     "rooms": "stitch-sparse-v0",
+    "rooms-images": "stitch-sparse-v0",
     "noisy-rooms": "explore-v0",
     "gridworld": "mixed-v0",
+    "gridworld-images": "mixed-v0",
     "pendulum": "mixed-v0",
     "cartpole": "mixed-v0",
+    "cartpole-images": "medium-v0",
     "pointmaze": "umaze-v0",
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete, Space
 from numpy.typing import NDArray
 
 from rlkit2.errors import ConfigError
@@ -99,11 +99,12 @@ def four_rooms_tables(slip: float = 0.1, goal: tuple[int, int] = (3, 9)) -> Grid
     return GridTables(transitions, rewards, initial / initial.sum(), goal_state, cells)
 
 
-class GridRoomsEnv(gymnasium.Env[np.int64, np.int64]):
+class GridRoomsEnv(gymnasium.Env[Any, np.int64]):
     """The tabular four rooms as an environment.
 
     Args:
         slip, goal: see `four_rooms_tables`.
+        observation: "cell", the number of the cell, or "image", the world from above, uint8 [26, 26, 3].
         start: "room" draws starts from the tables' initial distribution, "anywhere" from all cells but the goal.
 
     `P[state][action]` lists `(probability, next_state, reward, terminated)`, as Gymnasium's toy-text environments do.
@@ -112,19 +113,30 @@ class GridRoomsEnv(gymnasium.Env[np.int64, np.int64]):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8}  # type: ignore[misc]
 
     def __init__(
-        self, slip: float = 0.1, goal: tuple[int, int] = (3, 9), start: str = "room", render_mode: str | None = None
+        self,
+        slip: float = 0.1,
+        goal: tuple[int, int] = (3, 9),
+        start: str = "room",
+        render_mode: str | None = None,
+        observation: str = "cell",
     ) -> None:
+        if observation not in ("cell", "image"):
+            raise ConfigError(f"gridworld: observation must be 'cell' or 'image', not {observation!r}")
         if start not in ("room", "anywhere"):
             raise ConfigError(f"gridworld: start must be 'room' or 'anywhere', not {start!r}")
         self.tables = four_rooms_tables(slip, (goal[0], goal[1]))
         self.render_mode = render_mode
+        self.state = 0
         states, actions = self.tables.transitions.shape[:2]
-        self.observation_space, self.action_space = Discrete(states), Discrete(actions)
+        self.observation = observation
+        self.observation_space: Space[Any] = Discrete(states)
+        if observation == "image":
+            self.observation_space = Box(0, 255, self._picture(2).shape, np.uint8)
+        self.action_space = Discrete(actions)
         anywhere = np.arange(states) != self.tables.goal
         self.initial_state_distrib = self.tables.initial_distribution if start == "room" else anywhere / anywhere.sum()
         self._cumulative = self.tables.transitions.cumsum(axis=-1)
         self._cumulative[..., -1] = 1.0
-        self.state = 0
 
     @cached_property
     def P(self) -> dict[int, dict[int, list[tuple[float, int, float, bool]]]]:
@@ -140,25 +152,32 @@ class GridRoomsEnv(gymnasium.Env[np.int64, np.int64]):
             for s in range(tables.transitions.shape[0])
         }
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.int64, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.state = int(self.np_random.choice(len(self.initial_state_distrib), p=self.initial_state_distrib))
-        return np.int64(self.state), {}
+        return self._seen()
 
-    def step(self, action: np.int64) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         before = self.state
         self.state = int(np.searchsorted(self._cumulative[before, action], self.np_random.random(), side="right"))
         reward = float(self.tables.rewards[before, action, self.state])
-        return np.int64(self.state), reward, self.state == self.tables.goal, False, {}
+        seen, info = self._seen()
+        return seen, reward, self.state == self.tables.goal, False, info
+
+    def _seen(self) -> tuple[Any, dict[str, Any]]:
+        """The observation, and the state in `info` where it does not tell."""
+        if self.observation == "image":
+            return self._picture(2), {"state": self.state}
+        return np.int64(self.state), {}
 
     def render(self) -> Array | None:
-        if self.render_mode != "rgb_array":
-            return None
+        return self._picture(12) if self.render_mode == "rgb_array" else None
+
+    def _picture(self, pixels: int) -> Array:
+        """The world from above, `pixels` wide and high a cell."""
         rows = LAYOUT.splitlines()
         image = np.full((len(rows), len(rows[0]), 3), 60, np.uint8)
         image[tuple(self.tables.cells.T)] = 255
         image[tuple(self.tables.cells[self.tables.goal])] = (120, 200, 120)
         image[tuple(self.tables.cells[self.state])] = (210, 40, 40)
-        return image.repeat(12, axis=0).repeat(12, axis=1)
+        return image.repeat(pixels, axis=0).repeat(pixels, axis=1)

@@ -80,14 +80,14 @@ def _batch(
     limit: int,
 ) -> Iterator[EpisodeBuffer]:
     """One episode of each sub-environment; what they do after their first end is left out."""
-    observation, _ = environments.reset(seed=seeds)  # type: ignore[arg-type]
+    observation, info = environments.reset(seed=seeds)  # type: ignore[arg-type]
     observations: list[Any] = [_rows(observation, slice(None))]
     steps: list[tuple[Array, Array, Array]] = []
     lengths = np.full(len(seeds), limit)
     alive = np.ones(len(seeds), bool)
     while alive.any() and len(steps) < limit:
-        actions = behavior(observation, generator)
-        observation, rewards, terminations, truncations, _ = environments.step(actions)
+        actions = behavior(info.get("state", observation), generator)  # what observations hide, behaviours still know
+        observation, rewards, terminations, truncations, info = environments.step(actions)
         observations.append(_rows(observation, slice(None)))
         steps.append((actions, rewards.copy(), terminations.copy()))
         ended = alive & (terminations | truncations)

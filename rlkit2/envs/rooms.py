@@ -15,7 +15,7 @@ in a row, north-west, south-west, south-east, north-east: the way from the start
     +-----------+-----------+
 
 A step moves a point by 0.06 per unit of action along x, then along y; each of the two legs ends where a wall begins, so no wall is
-ever crossed. Transitions are deterministic, positions are float32, and the observation is the whole state.
+ever crossed. Transitions are deterministic, positions are float32, and the observation is the whole state: the position, or a picture of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Space
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -45,6 +45,9 @@ VERTICAL_WALL_DOORS = (-0.7,)
 HORIZONTAL_WALL_DOORS = (-0.7, 0.7)
 START = (-0.5, -0.5, -0.15, -0.15)
 GOAL = (0.35, 0.35)
+OBSERVATIONS = ("position", "image", "image_and_goal")
+PIXELS = 32
+BLUR = 0.05  # the point in an image is a Gaussian of this width, so that its place shows between the pixels, too
 
 
 def _in_door(coordinate: Array, doors: Sequence[float]) -> Array:
@@ -103,12 +106,23 @@ class Rooms:
         reward: "sparse" (1 on reaching the goal, else 0) or "dense" (minus the straight distance to the goal after the step).
         start: box (x_low, y_low, x_high, y_high) from which starts are drawn uniformly, walls and goal left out.
         goal: centre of the goal, a disc of radius 0.12.
+        observation: "position"; "image", the world from above, uint8 [32, 32, 3]; or "image_and_goal", a dictionary of an image without the goal and
+            the goal's centre.
 
     Raises:
-        ConfigError: unknown reward, a goal inside a wall, or a start box without free points.
+        ConfigError: unknown reward or observation, a goal inside a wall, or a start box without free points.
     """
 
-    def __init__(self, reward: str = "sparse", start: Sequence[float] = START, goal: Sequence[float] = GOAL) -> None:
+    def __init__(
+        self,
+        reward: str = "sparse",
+        start: Sequence[float] = START,
+        goal: Sequence[float] = GOAL,
+        observation: str = "position",
+    ) -> None:
+        if observation not in OBSERVATIONS:
+            raise ConfigError(f"rooms: observation must be one of {', '.join(OBSERVATIONS)}, not {observation!r}")
+        self.observation = observation
         if reward not in ("sparse", "dense"):
             raise ConfigError(f"rooms: reward must be 'sparse' or 'dense', not {reward!r}")
         if len(goal) != 2 or not is_free(np.asarray(goal, float)):
@@ -121,6 +135,26 @@ class Rooms:
         grid = np.stack(np.meshgrid(*np.linspace(self.start_low, self.start_high, 21).T), axis=-1).reshape(-1, 2)
         if np.any(self.start_low > self.start_high) or not np.any(is_free(grid) & ~self.at_goal(grid)):
             raise ConfigError(f"rooms: the start box {start!r} holds no free point outside the goal")
+
+    @property
+    def observation_space(self) -> Space[Any]:
+        """What one point sees."""
+        if self.observation == "position":
+            return Box(-1.0, 1.0, (2,), np.float32)
+        image = Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+        return image if self.observation == "image" else Dict(image=image, goal=Box(-1.0, 1.0, (2,), np.float32))
+
+    def observe(self, positions: Array) -> Any:
+        """What points at [n, 2] see, [n, ...], in memory of its own."""
+        if self.observation == "position":
+            return positions.copy()
+        if self.observation == "image":
+            return camera(positions, self.goal)
+        return {"image": camera(positions), "goal": np.tile(self.goal, (len(positions), 1))}
+
+    def hidden(self, positions: Array) -> dict[str, Any]:
+        """What `info` holds: the positions, where the observations do not tell them."""
+        return {} if self.observation == "position" else {"state": positions.copy()}
 
     def at_goal(self, positions: Array) -> Array:
         """Which points [n, 2] lie in the goal: bool [n]."""
@@ -158,12 +192,22 @@ def picture(positions: Array, goal: Array, size: int = 200) -> Array:
     return image
 
 
-def _spaces() -> tuple[Box, Box]:
-    return Box(-1.0, 1.0, (2,), np.float32), Box(-1.0, 1.0, (2,), np.float32)
+def camera(positions: Array, goal: Array | None = None) -> Array:
+    """What a camera above sees of each point [n, 2]: uint8 [n, 32, 32, 3], walls dark, goal green, the point a red spot."""
+    axis = (np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1
+    nowhere = np.full(2, 9.0)
+    world = picture(np.zeros((0, 2)), nowhere if goal is None else goal, PIXELS).astype(np.float32)
+    across, up = (np.exp(-((line - positions[:, [i]]) ** 2) / (2 * BLUR**2)) for i, line in enumerate((axis, -axis)))
+    share = (up[:, :, None] * across[:, None, :]).astype(np.float32)[..., None]
+    image: Array = np.rint(world + share * (np.array([210, 40, 40], np.float32) - world)).astype(np.uint8)
+    return image
 
 
-class RoomsEnv(gymnasium.Env[Array, Array]):
-    """One point in the four rooms; keyword arguments are those of `Rooms`. Observation: position. Action: velocity in [-1, 1]^2."""
+ACTION_SPACE = Box(-1.0, 1.0, (2,), np.float32)
+
+
+class RoomsEnv(gymnasium.Env[Any, Array]):
+    """One point in the four rooms; keyword arguments are those of `Rooms`. Action: velocity in [-1, 1]^2."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}  # type: ignore[misc]
     task_class: ClassVar[type[Rooms]] = Rooms
@@ -171,26 +215,30 @@ class RoomsEnv(gymnasium.Env[Array, Array]):
     def __init__(self, render_mode: str | None = None, **task: Any) -> None:
         self.render_mode = render_mode
         self.task = self.task_class(**task)
-        self.observation_space, self.action_space = _spaces()
+        self.observation_space, self.action_space = self.task.observation_space, ACTION_SPACE
         self.position = np.zeros(2, np.float32)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.position = self.task.draw_start(self.np_random)
-        return self.position.copy(), {}
+        return self._seen(), self.task.hidden(self.position)
 
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Array) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         positions, rewards, terminations = self.task.step(
             self.position[None], np.asarray(action)[None], [self.np_random]
         )
         self.position = positions[0]
-        return self.position.copy(), float(rewards[0]), bool(terminations[0]), False, {}
+        return self._seen(), float(rewards[0]), bool(terminations[0]), False, self.task.hidden(self.position)
+
+    def _seen(self) -> Any:
+        seen = self.task.observe(self.position[None])
+        return {name: part[0] for name, part in seen.items()} if isinstance(seen, dict) else seen[0]
 
     def render(self) -> Array | None:
         return picture(self.position[None], self.task.goal) if self.render_mode == "rgb_array" else None
 
 
-class RoomsVectorEnv(VectorEnv[Array, Array, Array]):
+class RoomsVectorEnv(VectorEnv[Any, Array, Array]):
     """`num_envs` points in the four rooms; sub-environment i reset with seed s + i draws what `RoomsEnv` draws with that seed.
 
     An episode that ended is reset by the next step (`AutoresetMode.NEXT_STEP`), whose reward is 0.
@@ -209,7 +257,7 @@ class RoomsVectorEnv(VectorEnv[Array, Array, Array]):
         super().__init__()
         self.num_envs, self.max_episode_steps, self.render_mode = num_envs, max_episode_steps, render_mode
         self.task = self.task_class(**task)
-        self.single_observation_space, self.single_action_space = _spaces()
+        self.single_observation_space, self.single_action_space = self.task.observation_space, ACTION_SPACE
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.generators: list[Generator] = [seeding.np_random()[0] for _ in range(num_envs)]
@@ -219,7 +267,7 @@ class RoomsVectorEnv(VectorEnv[Array, Array, Array]):
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         seeds = (
             [seed + i for i in range(self.num_envs)]
             if isinstance(seed, int | np.integer)
@@ -231,9 +279,9 @@ class RoomsVectorEnv(VectorEnv[Array, Array, Array]):
         ]
         self.elapsed[:], self.ended[:] = 0, False
         self.positions = np.stack([self.task.draw_start(generator) for generator in self.generators])
-        return self.positions.copy(), {}
+        return self.task.observe(self.positions), self.task.hidden(self.positions)
 
-    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+    def step(self, actions: Array) -> tuple[Any, Array, Array, Array, dict[str, Any]]:
         alive, resetting = np.flatnonzero(~self.ended), np.flatnonzero(self.ended)
         rewards, terminations = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         self.positions[alive], rewards[alive], terminations[alive] = self.task.step(
@@ -245,7 +293,8 @@ class RoomsVectorEnv(VectorEnv[Array, Array, Array]):
         limit = np.inf if self.max_episode_steps is None else self.max_episode_steps
         truncations = self.elapsed >= limit
         self.ended = terminations | truncations
-        return self.positions.copy(), rewards, terminations, truncations, {}
+        seen, info = self.task.observe(self.positions), self.task.hidden(self.positions)
+        return seen, rewards, terminations, truncations, info
 
     def render(self) -> tuple[Array, ...] | None:
         if self.render_mode != "rgb_array":

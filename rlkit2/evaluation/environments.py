@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import FrameStackObservation
 
 from rlkit2.data.known_environments import check_named_id, registered_spec
 from rlkit2.data.spaces import action_layout, flattener
@@ -83,6 +84,12 @@ def make_environment(source: EnvSource) -> Env:
         raise
     except Exception as error:
         raise _unavailable(source, error) from error
+
+
+def stacked_environment(source: EnvSource, spec: DatasetSpec) -> Env:
+    """One environment whose observations are stacked as those of `spec`; raises as `make_environment`."""
+    env = make_environment(source)
+    return env if spec.frame_stack == 1 else FrameStackObservation(env, spec.frame_stack)
 
 
 def _registered(name: str) -> str:

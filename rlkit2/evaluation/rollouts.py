@@ -27,8 +27,8 @@ from rlkit2.evaluation.environments import (
     EnvSource,
     check_spaces,
     evaluation_source,
-    make_environment,
     source_name,
+    stacked_environment,
 )
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.evaluation.reference_scores import KNOWN, ReferenceScores, reference_scores
@@ -127,7 +127,7 @@ class Evaluator:
         self.source = evaluation_source(spec, env, trust_env=trust_env)
         self.num_envs = min(num_envs or ROWS, episodes)
         self.flattener = spec.flattener
-        self.pool: list[Env] = [make_environment(self.source)]
+        self.pool: list[Env] = [stacked_environment(self.source, spec)]
         check_spaces(self.pool[0], spec, source_name(self.source))
         self.reference, self.normalization = normalization(spec, self.pool[0], given=env is not None)
 
@@ -135,7 +135,7 @@ class Evaluator:
         """All episodes of every seed of `policy`."""
         seeds, episodes = tuple(policy.seeds), len(self.episode_seeds)
         while len(self.pool) < len(seeds) * self.num_envs:
-            self.pool.append(make_environment(self.source))
+            self.pool.append(stacked_environment(self.source, self.spec))
         record = Record(len(seeds), episodes, progress)
         training = getattr(policy, "training", False)
         try:

@@ -2,6 +2,7 @@
 
 from rlkit2.nn.actors import Actor, GreedyActor, make_actor
 from rlkit2.nn.critics import Critic
+from rlkit2.nn.encoders import EncodedMLP, Image, as_rows, choose_encoder, make_network, random_shift
 from rlkit2.nn.matmul import fast_matmul
 from rlkit2.nn.mlp import StackedMLP, lerp_, named_tensors, target_copy, unflatten, vjp
 from rlkit2.nn.normalizer import Normalizer
@@ -12,15 +13,21 @@ __all__ = [
     "Actor",
     "Adam",
     "Critic",
+    "EncodedMLP",
     "GreedyActor",
+    "Image",
     "Normalizer",
     "Policy",
     "StackedMLP",
+    "as_rows",
+    "choose_encoder",
     "fast_matmul",
     "lerp_",
     "load_policy",
     "make_actor",
+    "make_network",
     "named_tensors",
+    "random_shift",
     "target_copy",
     "unflatten",
     "vjp",

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from rlkit2.errors import ConfigError
 from rlkit2.nn.critics import Critic, mean_less_deviations, noise_shape
-from rlkit2.nn.mlp import StackedMLP, named_tensors
+from rlkit2.nn.encoders import make_network
+from rlkit2.nn.mlp import named_tensors
 
 SQUASHED_ACTION_LIMIT = 1.0 - 1e-6
 """Actions are clipped to this before atanh: in float32, 1 - 1e-7 gives atanh 8.3 and 1 gives infinity."""
@@ -22,7 +23,7 @@ SQUASHED_ACTION_LIMIT = 1.0 - 1e-6
 class Actor(nn.Module):
     """A network and what its outputs mean. Shapes: observations `[S, B, obs]`, actions `[S, B, act]` (categorical: int64 `[S, B]`).
 
-    `network` is a `StackedMLP` without members; any module with the same shapes may take its place (`Policy.save` then refuses).
+    `network` is what `make_network` makes, without members; any module with the same shapes may take its place (`Policy.save` then refuses).
     """
 
     head: ClassVar[str]
@@ -267,10 +268,11 @@ def make_actor(
     tanh_mean: bool = False,
     log_std_init: float = 0.0,
     log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+    encoder: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Actor:
-    """An actor with a `StackedMLP`.
+    """An actor with a `StackedMLP`, behind an encoder where there are images.
 
     Args:
         head: one of `HEADS`.
@@ -278,6 +280,7 @@ def make_actor(
         hidden_sizes, layer_norm, seeds, dtype, device: as for `StackedMLP`.
         tanh_mean, log_std_init: "gaussian" only.
         log_std_bounds: both Gaussian heads.
+        encoder: of images among the observations, as for `make_network`.
 
     Raises:
         ConfigError: unknown head.
@@ -285,12 +288,13 @@ def make_actor(
     if head not in HEADS:
         raise ConfigError(f"unknown policy head {head!r}; choose one of: {', '.join(HEADS)}")
     outputs = 2 * action_size if head == "squashed_gaussian" else action_size
-    network = StackedMLP(
+    network = make_network(
         observation_size,
         hidden_sizes,
         outputs,
         seeds=seeds,
         layer_norm=layer_norm,
+        encoder=encoder,
         stream="policy",
         dtype=dtype,
         device=device,
@@ -321,6 +325,7 @@ def make_actor(
         "layer_norm": layer_norm,
         "tanh_mean": tanh_mean,
         "log_std_bounds": list(log_std_bounds),
+        **({"encoder": encoder} if encoder else {}),
     }
     return actor
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rlkit2.nn.encoders import make_network
 from rlkit2.nn.mlp import Pullback, StackedMLP, named_tensors, vjp, vjp_by_autograd
 
 
@@ -23,9 +25,10 @@ class Critic(nn.Module):
         discrete: actions are int64 choices.
         noise_outputs: further outputs beside each value (`outputs`), for a model of its errors.
         detach_noise: keep those outputs from training the hidden layers, as `StackedMLP`'s `detached_outputs`.
+        encoder: of images among the observations, as for `make_network`; the members share it.
         stream: name of the network, as for `StackedMLP`.
 
-    `network` is a `StackedMLP`; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
+    `network` is what `make_network` makes; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
     `[S, B, obs]` to `[S, M, B, n]` if `discrete`.
     """
 
@@ -43,6 +46,7 @@ class Critic(nn.Module):
         layer_norm: bool = False,
         noise_outputs: int = 0,
         detach_noise: bool = True,
+        encoder: Mapping[str, Any] | None = None,
         stream: str = "critic",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -57,9 +61,10 @@ class Critic(nn.Module):
             "members": members,
             "layer_norm": layer_norm,
             "noise_outputs": noise_outputs,
+            **({"encoder": encoder} if encoder else {}),
         }
         scalar = not discrete and noise_outputs == 0
-        self.network = StackedMLP(
+        self.network = make_network(
             observation_size if discrete else observation_size + action_size,
             hidden_sizes,
             None if scalar else (1 + noise_outputs) * self.num_actions,
@@ -67,6 +72,7 @@ class Critic(nn.Module):
             seeds=seeds,
             members=members,
             layer_norm=layer_norm,
+            encoder=encoder,
             stream=stream,
             dtype=dtype,
             device=device,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
 from rlkit2.errors import ConfigError, RunError, first_line
 from rlkit2.nn.actors import Actor, rebuild_actor
-from rlkit2.nn.mlp import StackedMLP, named_tensors
+from rlkit2.nn.encoders import as_rows, can_be_rebuilt, encoded_size, plans_of
+from rlkit2.nn.mlp import named_tensors
 from rlkit2.nn.normalizer import Normalizer
 
 _FORMAT = 2  # 1 had no checksums
@@ -52,7 +53,8 @@ class Policy(nn.Module):
         """Actions for raw observations.
 
         Args:
-            observations: `[B, obs]` with one seed, `[S, B, obs]` with several (with one, the seed axis may be given and is kept).
+            observations: `[B, obs]` with one seed, `[S, B, obs]` with several (with one, the seed axis may be given and is kept); images as
+                bytes in their own shape, or as rows.
             deterministic: the mode; otherwise a sample.
             generator: source of the sample.
 
@@ -64,15 +66,23 @@ class Policy(nn.Module):
             ConfigError: the shape does not fit the policy.
         """
         size, num_seeds = self.actor.settings["observation_size"], len(self.seeds)
+        encoder = self.actor.settings.get("encoder")
+        given, observations = observations.shape, as_rows(observations, encoder)
         add_axis = observations.ndim == 2 and num_seeds == 1
         if add_axis:
             observations = observations.unsqueeze(0)
         if observations.ndim != 3 or observations.shape[0] != num_seeds or observations.shape[-1] != size:
             wanted = f"[B, {size}]" if num_seeds == 1 else f"[{num_seeds}, B, {size}]"
-            raise ConfigError(f"this policy takes observations {wanted}, not {list(observations.shape)}")
+            if encoder is not None:
+                shapes = " and ".join(str(shape) for _, shape in encoder["images"])
+                wanted += f", with images {shapes} in bytes"
+            raise ConfigError(f"this policy takes observations {wanted}, not {list(given)}")
         parameter = next(self.actor.parameters())
-        inputs = self.normalizer.observations(observations.to(parameter.device, parameter.dtype))
-        noise = None if deterministic else self.actor.draw_noise(inputs, generator)
+        inputs = observations.to(parameter.device)
+        if inputs.dtype != torch.uint8 or encoder is None:  # an encoder takes the bytes
+            inputs = self.normalizer.observations(inputs.to(parameter.dtype))
+        rows = inputs[..., :0].to(parameter.dtype)
+        noise = None if deterministic else self.actor.draw_noise(rows, generator)
         actions = self.normalizer.environment_actions(self.actor(inputs, noise))
         return actions.squeeze(0) if add_axis else actions
 
@@ -84,9 +94,9 @@ class Policy(nn.Module):
             metadata: facts to keep beside the weights; None keeps the policy's own.
 
         Raises:
-            ConfigError: the actor's network is not a `StackedMLP`, so nothing here could rebuild it.
+            ConfigError: the actor's network is one of your own, so nothing here could rebuild it.
         """
-        if not isinstance(self.actor.network, StackedMLP):
+        if not can_be_rebuilt(self.actor.network):
             raise ConfigError(
                 f"a policy on {type(self.actor.network).__name__} cannot be saved; save its state_dict yourself"
             )
@@ -165,8 +175,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _built(description: dict[str, Any], tensors: dict[str, Tensor], seeds: list[int]) -> Policy:
     """The policy that the files describe; anything may be raised where they contradict each other."""
     settings, dtype = description["actor"], getattr(torch, description["dtype"])
-    sizes = [settings["observation_size"], *settings["hidden_sizes"]]
-    if sum(a * b for a, b in itertools.pairwise(sizes)) > sum(tensor.numel() for tensor in tensors.values()):
+    encoder = settings.get("encoder")
+    sizes = [encoded_size(settings["observation_size"], encoder), *settings["hidden_sizes"]]
+    weights = sum(plan.weights for plan in plans_of(encoder))
+    if weights + sum(a * b for a, b in itertools.pairwise(sizes)) > sum(tensor.numel() for tensor in tensors.values()):
         raise Damaged("policy.json describes larger networks than policy.safetensors holds")
     actor = rebuild_actor(settings, seeds, dtype)
     actor.requires_grad_(False)

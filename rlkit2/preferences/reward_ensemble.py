@@ -96,6 +96,7 @@ class RewardEnsemble(nn.Module):
     @classmethod
     def for_spec(cls, spec: DatasetSpec, **settings: Any) -> RewardEnsemble:
         """An ensemble for the spaces of a dataset; `settings` as for the constructor."""
+        spec.refuse_images("a reward model")
         start = int(getattr(spec.action_space, "start", 0))
         return cls(spec.observation_size, spec.action_size, discrete=spec.discrete, action_start=start, **settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from rlkit2.data.returns import return_statistics
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
+from rlkit2.nn import Image, choose_encoder
+from rlkit2.nn.encoders import encoded_size, images_of, plans_of
 from rlkit2.training.groups import BLOCK
 from rlkit2.training.memory import total_memory
 from rlkit2.training.options import DataOptions, TrainingOptions
@@ -49,7 +52,8 @@ def prepare_dataset(
 def split_dataset(
     dataset: TransitionDataset, options: DataOptions
 ) -> tuple[TransitionDataset, TransitionDataset | None]:
-    """Training and held-out episodes (None where none are held out), rewards transformed and scaled: the same split every time."""
+    """Training and held-out episodes (None where none are held out), stacked, rewards transformed and scaled: the same split every time."""
+    dataset = dataset.stacked(options.frame_stack)
     if options.reward_transform != "none" or options.reward_scale != 1.0:
         dataset = dataset.with_rewards(reward_transform(options.reward_transform, dataset) * options.reward_scale)
     return dataset.split(options.held_out, seed=0) if options.held_out else (dataset, None)
@@ -119,6 +123,9 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
     if run_config["data"]["normalize_observations"]:
         size = spec.observation_size
         mean, std = (torch.zeros(size), torch.ones(size)) if dataset is None else observation_statistics(dataset)
+        for start, shape in spec.images:  # the network scales bytes itself
+            columns = slice(start, start + math.prod(shape))
+            mean[columns], std[columns] = 0.0, 1.0
     return_mean = return_std = None
     if (discount := cls.return_discount(config)) is not None:
         unknown = torch.zeros(()), torch.ones(())
@@ -164,6 +171,26 @@ def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     return f"the actions of {dataset.spec.id} have no bounds and go up to {largest:.3g}, but the policy's stay within 1: {mend}"
 
 
+def check_weights(config: Any, spec: DatasetSpec, seeds: int, device: torch.device) -> None:
+    """Refuse networks whose first layer cannot fit, before one is built.
+
+    Raises:
+        ConfigError: weights, gradients and Adam's two moments of that layer alone are more than the device has.
+    """
+    given = [getattr(config, name) for name in dir(config) if name.endswith(("hidden_sizes", "_widths"))]
+    widths = [sizes[0] for sizes in given if sizes]
+    encoder = choose_encoder(getattr(config, "encoder", "auto"), [Image(*image) for image in spec.images])
+    inputs = encoded_size(spec.observation_size, encoder)
+    weights = inputs * max(widths, default=1)
+    needed, there = max(16 * seeds, 48) * weights, total_memory(device)  # one seed is drawn in double precision first
+    if needed > there:
+        mend = "; encoder = 'nature' or 'impala' makes them fewer" if spec.images else ""
+        raise ConfigError(
+            f"a layer of {max(widths)} units on {inputs} inputs takes at least {needed / 2**30:.3g} GiB with {seeds} seed{'s' * (seeds != 1)}, and "
+            f"{device} has {there / 2**30:.3g} GiB; choose smaller hidden sizes{mend}"
+        )
+
+
 def update_memory(agent: Agent, seeds: int, batch_size: int) -> int:
     """Bytes that an update takes at the very least: its rows, their block of indices, and what the layers of the widest network put out.
 
@@ -177,7 +204,8 @@ def update_memory(agent: Agent, seeds: int, batch_size: int) -> int:
             outputs[network] = outputs.get(network, 0) + tensor[0].numel() // tensor.shape[-2]
     actions = 1 if agent.discrete else agent.action_size
     row = 2 * agent.observation_size + actions + max(outputs.values(), default=0)  # a pair of segments holds more
-    return seeds * batch_size * (4 * row + 8 * BLOCK)
+    pixels = sum(plan.outputs for plan in plans_of(agent.encoder))
+    return seeds * batch_size * (4 * (row + pixels) + 8 * BLOCK)
 
 
 def check_memory(agent: Agent, seeds: int, batch_size: int, device: torch.device) -> None:
@@ -192,6 +220,29 @@ def check_memory(agent: Agent, seeds: int, batch_size: int, device: torch.device
             f"batch_size {batch_size:g} with {seeds} seed{'s' * (seeds != 1)} takes at least {needed / 2**30:.3g} GiB, and {device} has "
             f"{there / 2**30:.3g} GiB; choose at most {max(1, batch_size * there // (2 * needed))}"
         )
+
+
+def describe_images(agent: Agent, dataset: TransitionDataset, seeds: int, batch_size: int) -> str | None:
+    """One line on how images are read and what they cost, before training; None where there are none.
+
+    Args:
+        agent: for one seed.
+    """
+    if agent.encoder is None:
+        return None
+    seen = ", ".join(
+        f"{height} x {width} pixels with {image.channels} channels"
+        for image in images_of(agent.encoder)
+        for _, height, width, _ in [image.sides]
+    )
+    state = seeds * sum(tensor.nbytes for tensor in agent.state_dict().values())
+    sizes = {
+        "weights and optimisers": state,
+        "an update": update_memory(agent, seeds, batch_size),
+        "the data": dataset.nbytes,
+    }
+    costs = ", ".join(f"{what} {size / 2**20:.3g} MiB" for what, size in sizes.items())
+    return f"images of {seen}, encoder {agent.encoder['name']}; memory at least: {costs}"
 
 
 def run_config(
@@ -232,5 +283,5 @@ def run_config(
         "training": dataclasses.asdict(training),
         "env": env,
         "recipe": recipe,
-        "spec": dataset.spec.to_json(),
+        "spec": dataset.spec.stacked(data.frame_stack).to_json(),
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlkit2.errors import RunError, first_line
 from rlkit2.nn import fast_matmul
-from rlkit2.nn.mlp import StackedMLP
+from rlkit2.nn.encoders import can_be_rebuilt
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
@@ -399,7 +399,7 @@ class Trainer:
             "step": self.step,
         }
         policy = self._whole_agent(self.seeds).policy
-        if isinstance(policy.actor.network, StackedMLP):
+        if can_be_rebuilt(policy.actor.network):
             with writing(self.run.path / "policy"):
                 policy.save(self.run.path / "policy", facts)
         else:  # nothing could rebuild it without its code

@@ -187,7 +187,7 @@ def test_wrong_arguments_are_refused(name: str, kwargs: dict[str, Any], message:
         gymnasium.make(name, **kwargs)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if "CartPole" not in name])
 def test_pictures(name: str) -> None:
     with gymnasium.make(name, render_mode="rgb_array") as env:
         env.reset(seed=0)

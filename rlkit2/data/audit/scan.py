@@ -20,7 +20,7 @@ MOST_SAMPLES = 1 << 20  # rows behind the action histograms
 
 def chunks(dataset: TransitionDataset) -> Iterator[tuple[int, Array, dict[str, Array]]]:
     """First row, record words `[n, W]` and fields `[n, ...]` of consecutive pieces of the dataset."""
-    count = max(1, CHUNK_BYTES // dataset.records.dtype.itemsize)
+    count = max(1, CHUNK_BYTES // dataset.records.row_bytes)
     for start in range(0, len(dataset), count):
         rows = slice(start, start + count)
         words = dataset.records.words[rows] if dataset.rows is None else dataset.records.gather(dataset.rows[rows])
@@ -28,7 +28,7 @@ def chunks(dataset: TransitionDataset) -> Iterator[tuple[int, Array, dict[str, A
         fields = {name: value.numpy() for name, value in dataset.records.views(words).items()}
         if dataset.new_rewards is not None:
             fields["rewards"] = dataset.new_rewards[rows].cpu().numpy()
-        yield start, words.numpy(), fields
+        yield start, dataset.records.contents(words).numpy(), fields
 
 
 class _Tally:

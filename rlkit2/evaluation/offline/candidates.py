@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import reward_transform
+from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.evaluate import Candidate
 from rlkit2.nn import Policy
@@ -57,6 +58,16 @@ def common_dataset(runs: Sequence[Run | Policy]) -> str:
         )
         raise ConfigError(f"{found}; name the one to judge with: --dataset ID (dataset=... in Python)")
     return str(sources.pop())
+
+
+def common_stack(runs: Sequence[Run | Policy]) -> int:
+    """How many observations every policy sees as one; `ConfigError` where they differ."""
+    texts = [(run.config if isinstance(run, Run) else run.metadata).get("spec") for run in runs]
+    stacks = {DatasetSpec.from_json(text).frame_stack for text in texts if text is not None}
+    if len(stacks) > 1:
+        found = ", ".join(map(str, sorted(stacks)))
+        raise ConfigError(f"the policies see stacks of {found} observations; judge those of one kind together")
+    return stacks.pop() if stacks else 1
 
 
 def common_discount(runs: Sequence[Run | Policy]) -> tuple[float, str]:

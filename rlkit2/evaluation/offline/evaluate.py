@@ -73,6 +73,7 @@ def judge(
     Arguments and errors as for `rlkit2.offline_evaluate`; `notes` go in front of the result's own.
     """
     options = OfflineOptions() if options is None else options
+    dataset.spec.refuse_images("an estimate without an environment")
     for method in methods:
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
