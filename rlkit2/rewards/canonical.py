@@ -8,6 +8,7 @@ the reward and equal for rewards that differ by the first two; dividing by a nor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -72,11 +73,12 @@ class Canonicalizer:
             )
         if self.kind == "minimal_potential":
             return minimal_potential(self.mdp, full, self.p)
-        if self.kind == "epic":
-            return self._epic(full)
-        if self.kind == "srrd":
-            return self._srrd(full)
-        return self._dard(full) if self.kind == "dard" else full
+        return self.of_full(full)
+
+    def of_full(self, full: Tensor) -> Tensor:
+        """The forms `epic`, `dard`, `srrd` and `none` of checked rewards `[..., S, A, S']`."""
+        forms = {"epic": self._epic, "dard": self._dard, "srrd": self._srrd}
+        return forms[self.kind](full) if self.kind in forms else full
 
     def of_expected(self, expected: Tensor) -> Tensor:
         """The form of a reward with means `r[..., s, a]` over next states, which is all that `val` and `minimal` depend on."""
@@ -90,6 +92,7 @@ class Canonicalizer:
         """`R + gamma Phi(s') - Phi(s)`."""
         return reward + self.gamma * potential[..., None, None, :] - potential[..., :, None, None]
 
+    @cached_property
     def _coverage(self) -> tuple[Tensor, Tensor]:
         states, actions = self.mdp.num_states, self.mdp.num_actions
         uniform = self.mdp.uniform_policy.new_full
@@ -100,16 +103,20 @@ class Canonicalizer:
             self.mdp.distribution(action_dist, "action_dist", (actions,)),
         )
 
+    @cached_property
+    def _pairs(self) -> Tensor:
+        states, actions = self._coverage
+        return torch.outer(actions, states).flatten()
+
     def _epic(self, reward: Tensor) -> Tensor:
         """Gleave et al. 2021, arXiv 2006.13900, definition 4.1: S, S' ~ state_dist and A ~ action_dist, whatever the dynamics."""
-        states, actions = self._coverage()
-        mean = torch.einsum("a,z,...saz->...s", actions, states, reward)
-        offset = self.gamma * (mean @ states)
-        return self._shape(reward, mean) - offset[..., None, None, None]
+        mean = reward.flatten(-2) @ self._pairs
+        ahead = self.gamma * (mean - (mean @ self._coverage[0])[..., None])
+        return reward + (ahead[..., None, :] - mean[..., None])[..., None, :]
 
     def _dard(self, reward: Tensor) -> Tensor:
         """Wulfe et al. 2022, arXiv 2201.10081, definition 3: next states from the dynamics, the same action A in all three terms."""
-        _, actions = self._coverage()
+        _, actions = self._coverage
         tau = self.mdp.dense.transpose(0, 1)
         mean = self.mdp.dynamics.expected(reward) @ actions
         paired = tau @ reward.transpose(-3, -2) @ tau.mT
@@ -119,7 +126,7 @@ class Canonicalizer:
     def _srrd(self, reward: Tensor) -> Tensor:
         """Nyanhongo et al. 2025, arXiv 2504.11508, with full coverage: every expectation follows the dynamics under random
         actions, S_3 ~ state_dist; S_1, S_2, S_4 are next states of s', s, S_3 and S_5, S_6 of S_1, S_2."""
-        states, actions = self._coverage()
+        states, actions = self._coverage
         step = torch.einsum("a,saz->sz", actions, self.mdp.dense)
         mean = torch.einsum("a,...saz->...sz", actions, reward)
         here = (step * mean).sum(-1)
