@@ -208,8 +208,7 @@ class _Study:
         blocks, split = _blocks(settings, rows, features, most)
         probes = None
         if isinstance(features, FeatureMap):
-            probes = random_probes(_seen(rows, features), settings.seed)
-            probes = None if probes is None else probes.after(features.encode)
+            probes = random_probes(rows, settings.seed, features.encode)
         discount = settings.discount
         if isinstance(features, Categories):
             gathered = gather_cells(rows, functions, features, discount, blocks, progress)

@@ -26,6 +26,7 @@ _VISITS_OF_WHOLE = 2  # the same where they are whole numbers
 _ROWS_PER_FEATURE = 500  # fewer transitions per fitted coefficient leave more noise than the fit gains
 _PROBES = 32
 _ROWS_PER_PROBE = 100
+_PROJECTIONS = 8  # of encoded observations, at which probes look
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,14 @@ def random_waves(sample: Tensor, count: int, seed: int, bandwidth: float | None 
     return lambda x: math.sqrt(2) * torch.cos(x @ weights + phases)
 
 
-def random_probes(rows: Rows, seed: int) -> FeatureMap | None:
+def random_probes(rows: Rows, seed: int, encode: Callable[[Tensor], Tensor] | None = None) -> FeatureMap | None:
     """Functions that features are tested against: random waves of states, and of states and actions together, half of them of half the
-    usual length; None where the rows are too few to tell anything by them."""
+    usual length; None where the rows are too few to tell anything by them. Where observations go through an encoder first, of what it gives and of
+    what it was given."""
+    if encode is not None:
+        both = beside_raw(encode, rows, seed)
+        found = random_probes(EncodedRows(rows, both), seed)
+        return None if found is None else found.after(both)
     count = min(_PROBES, len(rows) // _ROWS_PER_PROBE)
     if count < 2:
         return None
@@ -206,7 +212,8 @@ class EncodedFeatures(Checked, Features):
 
     `encoder` takes observations as the data hold them (`[n, height, width, channels]` bytes for images) and gives numbers `[n, d]`; a torch module is
     called without gradients and in evaluation mode, on its own device. It must not have learned from the rewards compared. `features` are those of
-    its outputs, as in `SampledStarc`. What the encoder loses of a state no diagnostic sees: values and advantages are those of what it keeps.
+    its outputs, as in `SampledStarc`. What the encoder loses of a state can be seen by `misfit`, whose waves look at random projections of the
+    observations too.
     """
 
     encoder: Callable[[Tensor], Any]
@@ -258,6 +265,16 @@ class Encoding:
                 f"the encoder gave shape {list(found.shape)} for {len(observations)} observations; give [{len(observations)}, d]"
             )
         return found
+
+
+def beside_raw(encode: Callable[[Tensor], Tensor], rows: Rows, seed: int) -> Callable[[Tensor], Tensor]:
+    """What an encoder gives, and beside it the observations themselves, in random projections where they have many numbers."""
+    width = rows.gather(torch.zeros(1, dtype=torch.int64)).observations[0].numel()
+    turn = torch.eye(width, dtype=torch.float64)
+    if width > _PROJECTIONS:
+        generator = torch.Generator().manual_seed(seed + 7_000_007)
+        turn = torch.randn(width, _PROJECTIONS, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    return lambda o: torch.cat([encode(o), o.reshape(len(o), -1).double().cpu() @ turn], 1)
 
 
 @dataclass(frozen=True)
