@@ -3,8 +3,8 @@
 python benchmarks/starc_agreement.py                                     # every zoo dataset and kind of features
 python benchmarks/starc_agreement.py --datasets zoo/hopper/medium-v0 --kinds auto --rows 20000
 
-Four rewards a dataset: its own, progress of the first observation, the cost of actions, a random network of everything. Halves are of episodes; two of
-them agree where they differ by at most `sqrt(a^2 + b^2)`, a and b the arms of their intervals that point at each other. Two seeds (of folds, features
+Four rewards a dataset: its own, progress of the first observation, the cost of actions, a random network of everything. Halves are of episodes; two
+of them agree where they differ by at most `sqrt(a^2 + b^2)`, a and b the arms of their intervals that point at each other. Two seeds (of folds, features
 and resampling) agree where the interval of each holds the other's distance.
 """
 
@@ -128,8 +128,7 @@ def main() -> None:
             rows.append({"dataset": name, "features": kind, "refused": str(error)})
         print(rows[-1], flush=True)
     total = {
-        key: sum(row.get(key, 0) for row in rows)
-        for key in ("half pairs", "halves agree", "seed pairs", "seeds agree")
+        key: sum(row.get(key, 0) for row in rows) for key in ("half pairs", "halves agree", "seed pairs", "seeds agree")
     }
     report("starc_agreement", [*rows, {"dataset": "all", **total}])
 

@@ -307,7 +307,9 @@ def show_fields(*classes: type[Any], unset: bool = False, bare: bool = False) ->
                 )
                 function.__annotations__[name] = annotation  # what tyro and typing.get_type_hints read
                 ending = "" if "default:" in meaning else f" (default {default})"
-                lines.append(f"        {name}: {meaning}.\n" if bare else f"        {name}: {meaning}{ending}; {kind}.\n")
+                lines.append(
+                    f"        {name}: {meaning}.\n" if bare else f"        {name}: {meaning}{ending}; {kind}.\n"
+                )
         doc = function.__doc__ or ""
         start = doc.index("        **options:")
         end = doc.index("\n", start) + 1

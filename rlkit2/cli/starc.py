@@ -201,8 +201,8 @@ def env(
         env: Gymnasium id.
         reward: as of `starc dataset`.
         true: also compare with the environment's own reward.
-        policy: what plays: uniform (the default), or the folder of a run or saved policy (all seeds of it); several make a mixture of which one is drawn for each
-            step, [WEIGHT=]POLICY: --policy 0.3=uniform --policy 0.7=runs/iql-001. Its advantages are compared.
+        policy: what plays: uniform (the default), or the folder of a run or saved policy (all seeds of it); several make a mixture of which one
+            is drawn for each step, [WEIGHT=]POLICY: --policy 0.3=uniform --policy 0.7=runs/iql-001. Its advantages are compared.
         episodes: how many.
         max_steps: cut episodes there.
         **options: those of the estimate.

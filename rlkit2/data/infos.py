@@ -43,7 +43,9 @@ def read_infos(source: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
             steps = len(np.asarray(episode["rewards"]))
             for name, values in _leaves(episode.get("infos") or {}):
                 if len(values) not in (steps, steps + 1):
-                    raise DatasetError(f"{source} episode {count - 1}: infos[{name!r}] has {len(values)} rows for {steps} steps")
+                    raise DatasetError(
+                        f"{source} episode {count - 1}: infos[{name!r}] has {len(values)} rows for {steps} steps"
+                    )
                 parts.setdefault(name, []).append(values[len(values) - steps :])
     except DatasetError:
         raise

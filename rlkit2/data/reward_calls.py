@@ -222,7 +222,10 @@ class RewardCall:
         start = int(getattr(self.spec.action_space, "start", 0))
         rows = nn.functional.one_hot(batch.actions.long() - start, self.spec.action_size).to(batch.observations.device)
         return Batch(
-            **{**vars(batch), "actions": rows.float() if not batch.observations.is_floating_point() else rows.to(batch.observations)}
+            **{
+                **vars(batch),
+                "actions": rows.float() if not batch.observations.is_floating_point() else rows.to(batch.observations),
+            }
         )
 
     def _by_key(self, values: Values, *, numpy: bool) -> Values:
@@ -282,9 +285,7 @@ def _caster(reward: Any) -> Callable[[Batch], Batch]:
         if found is None:
             return batch
         moved = batch.to(found.device)
-        floating = {
-            name: part.to(found.dtype) for name, part in vars(moved).items() if part.is_floating_point()
-        }
+        floating = {name: part.to(found.dtype) for name, part in vars(moved).items() if part.is_floating_point()}
         return Batch(**{**vars(moved), **floating})
 
     return cast

@@ -221,7 +221,10 @@ class TabularMDP:
         return self.distribution(policy, "policy", (self.num_states, self.num_actions))
 
     def reward(self, reward: Any, name: str = "reward", *, finite: bool = True) -> Tensor:
-        """`reward` as a tensor (found to be finite unless told not to look) `[..., S, A, S']`, `[S, A]` or `[S]` of the dtype of the process; raises `RewardError` otherwise."""
+        """`reward` as a tensor `[..., S, A, S']`, `[S, A]` or `[S]` of the dtype of the process, found to be finite unless told not to look.
+
+        Raises `RewardError` otherwise.
+        """
         states, actions = self.num_states, self.num_actions
         matrix = sparse_matrix(reward)
         if matrix is not None:

@@ -24,7 +24,9 @@ NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", 
 NORMS: tuple[NormName, ...] = get_args(NormName)
 TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a form whose reward is not known
 _ROUNDINGS = {torch.float64: 64, torch.float32: 16}
-NEAR = 1 / 16  # of the squared sizes of two rows: a smaller squared distance is not taken from their product, which keeps all but 2 digits of it
+NEAR = (
+    1 / 16
+)  # of the squared sizes of two rows: a smaller squared distance is not taken from their product, which keeps all but 2 digits of it
 _PAIRS = 1024  # rows that are subtracted at once
 
 
@@ -142,7 +144,9 @@ def euclidean_distances(rows: Tensor, levels: int = 3) -> Tensor:
     squares = rows.square().sum(1)
     sizes = squares[:, None] + squares
     gaps = torch.addmm(sizes, rows, rows.mT, alpha=-2)
-    gaps = torch.maximum(gaps, gaps.mT)  # sums of a product may be added up in another order above and below the diagonal
+    gaps = torch.maximum(
+        gaps, gaps.mT
+    )  # sums of a product may be added up in another order above and below the diagonal
     near = gaps < NEAR * sizes
     near.fill_diagonal_(False)
     found = gaps.clamp_(min=0).sqrt_()

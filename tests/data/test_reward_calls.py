@@ -94,7 +94,10 @@ def test_what_cannot_be_told_is_refused() -> None:
         (lambda obs: obs.sum(), r"shape \[\] for 7 transitions"),
         (lambda obs: "high", "gives no numbers"),
         (lambda obs, infos: infos["speed"], "reads infos, and the data have none"),
-        (lambda obs, act: obs @ act, r"observations, actions \(tensors\): .*; observations, actions \(NumPy arrays\): "),
+        (
+            lambda obs, act: obs @ act,
+            r"observations, actions \(tensors\): .*; observations, actions \(NumPy arrays\): ",
+        ),
         (lambda obs: 1 / 0, "division by zero"),
     ):
         with pytest.raises(RewardError, match=message):
@@ -104,7 +107,9 @@ def test_what_cannot_be_told_is_refused() -> None:
 def test_numpy_functions() -> None:
     batch = steps()
     with pytest.warns(DatasetWarning, match=r"r is called with observations, actions \(NumPy arrays\)"):
-        found = RewardCall("r", lambda obs, act: np.abs(obs[:, 0].astype(np.float64)) + act.max(axis=1), CONTINUOUS)(batch)
+        found = RewardCall("r", lambda obs, act: np.abs(obs[:, 0].astype(np.float64)) + act.max(axis=1), CONTINUOUS)(
+            batch
+        )
     torch.testing.assert_close(found, batch.observations[:, 0].double().abs() + batch.actions.amax(1).double())
 
 
@@ -152,7 +157,9 @@ def test_dict_observations() -> None:
         function = lambda obs, act, next_obs: library.abs(next_obs["desired_goal"][:, 1] - obs["achieved_goal"][:, 0])  # noqa: E731, B023
         with pytest.warns(DatasetWarning, match="observations by key: achieved_goal, desired_goal"):
             found = RewardCall("r", function, spec)(batch)
-        torch.testing.assert_close(found, (batch.next_observations[:, 2] - batch.observations[:, 0]).abs(), check_dtype=False)
+        torch.testing.assert_close(
+            found, (batch.next_observations[:, 2] - batch.observations[:, 0]).abs(), check_dtype=False
+        )
     with pytest.raises(RewardError, match=r"by key: observation, desired_goal\): no key .*achieved_goal"):
         RewardCall("r", lambda obs: obs["achieved_goal"][:, 0], GOALS)(batch)
 

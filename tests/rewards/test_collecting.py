@@ -82,7 +82,11 @@ def test_what_cannot_be_played_is_refused() -> None:
         (lambda: collect(lambda: Steps(4), policy=lambda o: "up"), ConfigError, "does not fit Steps"),
         (lambda: collect(lambda: Steps(4), policy=3), ConfigError, "a policy is 'uniform'"),  # type: ignore[arg-type]
         (lambda: collect(lambda: Steps(4), episodes=0), ConfigError, "at least 1"),
-        (lambda: SampledStarc(discount=0.9).fit(analytic_lqr(2, 0)[0], [], episodes=3), ConfigError, "belong to an env"),
+        (
+            lambda: SampledStarc(discount=0.9).fit(analytic_lqr(2, 0)[0], [], episodes=3),
+            ConfigError,
+            "belong to an env",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -346,7 +346,11 @@ def test_bad_input() -> None:
         (lambda: starc.fit(batch, []), RewardError, "no rewards"),
         (lambda: starc.fit([], rewards), RewardError, "no transitions"),
         (lambda: starc.fit(batch, {"short": np.ones(3)}), RewardError, r"short has shape \[3\]; the data has 800"),
-        (lambda: starc.fit(batch, {"f": lambda o, a: o @ a}), RewardError, r"f failed on a batch .* with observations, actions"),
+        (
+            lambda: starc.fit(batch, {"f": lambda o, a: o @ a}),
+            RewardError,
+            r"f failed on a batch .* with observations, actions",
+        ),
         (lambda: starc.fit(batch, {"f": lambda o, a, n, t: o.repeat(1, 2)}), RewardError, "return one number per"),
         (lambda: starc.fit(batch, {"f": lambda o, a, n, t: o[:, 0] / 0}), RewardError, "f is .*inf at row 0"),
         (lambda: starc.fit(one, {"a": np.ones(50)}), DatasetError, "cross-fitting needs two"),

@@ -114,7 +114,9 @@ def _parts(policy: PolicySource, env: Env) -> tuple[list[tuple[float, Actor]], t
         if isinstance(part, Policy) and part.metadata.get("spec"):
             own = DatasetSpec.from_json(part.metadata["spec"]).observation_keys
             if keys not in (None, own):
-                raise ConfigError(f"the policies of a mixture read different keys of the observations: {keys} and {own}")
+                raise ConfigError(
+                    f"the policies of a mixture read different keys of the observations: {keys} and {own}"
+                )
             keys = own
         parts.append((float(weight), _actor(part, env)))
     return parts, keys

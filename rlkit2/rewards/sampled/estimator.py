@@ -52,7 +52,10 @@ from rlkit2.rewards.sampled.rows import BatchRows, RewardFunctions, Rows
 _TRIVIAL = 1e-6  # advantages below this share of the reward's size are rounding and shrinkage
 _TESTS = 50  # refits that judge whether an advantage is more than noise, and whether features miss some of it
 _POOR = 0.5  # how far features may take a form from that in richer ones before its distances are refused
-_CHOOSE_ROWS, _CHOOSE_EPISODES = 50_000, 100  # `auto` chooses features on as many rows, or on those of as many episodes where they are more
+_CHOOSE_ROWS, _CHOOSE_EPISODES = (
+    50_000,
+    100,
+)  # `auto` chooses features on as many rows, or on those of as many episodes where they are more
 _NETWORK_ROWS, _NETWORKS = 20_000, 6  # rows and rewards with which `auto` tries networks too
 _FEW_EPISODES = 30
 _RESIDUAL = 1.0  # Bellman residual, as a share of the reward's size, from which values do not carry over from one part of the data to another
