@@ -4,8 +4,8 @@ python benchmarks/starc_agreement.py                                     # every
 python benchmarks/starc_agreement.py --datasets zoo/hopper/medium-v0 --kinds auto --rows 20000
 
 Four rewards a dataset: its own, progress of the first observation, the cost of actions, a random network of everything. Halves are of episodes; two
-of them agree where they differ by at most `sqrt(a^2 + b^2)`, a and b the arms of their intervals that point at each other. Two seeds (of folds, features
-and resampling) agree where the interval of each holds the other's distance.
+of them agree where they differ by at most `sqrt(a^2 + b^2)`, a and b the arms of their intervals that point at each other. Two seeds (of folds,
+features and resampling) agree where the interval of each holds the other's distance.
 """
 
 from __future__ import annotations
