@@ -77,8 +77,11 @@ class Canonicalizer:
 
     def of_full(self, full: Tensor) -> Tensor:
         """The forms `epic`, `dard`, `srrd` and `none` of checked rewards `[..., S, A, S']`."""
-        forms = {"epic": self._epic, "dard": self._dard, "srrd": self._srrd}
-        return forms[self.kind](full) if self.kind in forms else full
+        if self.kind == "epic":
+            return self._epic(full)
+        if self.kind == "srrd":
+            return self._srrd(full)
+        return self._dard(full) if self.kind == "dard" else full
 
     def of_expected(self, expected: Tensor) -> Tensor:
         """The form of a reward with means `r[..., s, a]` over next states, which is all that `val` and `minimal` depend on."""

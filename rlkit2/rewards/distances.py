@@ -361,18 +361,18 @@ def _compared(
     rewards = torch.stack(tensors if tensors[0].ndim == tensors[1].ndim == 3 else torch.broadcast_tensors(*tensors))
     lengths = torch.linalg.vector_norm(rewards.detach().flatten(-3), dim=-1).flatten().tolist()
     rows = measure.rows(rewards, centred=pearson)
-    tolerances = [default_tolerance(mdp, reward_a), default_tolerance(mdp, reward_b)]
     gap: Tensor | float
     if rows.ndim == 2 and not rows.requires_grad:
         (first, both), (_, second) = (rows @ rows.mT).tolist()
         sizes = [math.sqrt(max(first, 0.0)), math.sqrt(max(second, 0.0))]
     else:
         both, sizes = math.inf, torch.linalg.vector_norm(rows, dim=-1).flatten().tolist()
-    if not measure.plain(lengths, sizes, max(tolerances)):
-        for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
+    if not measure.plain(lengths, sizes):
+        given = (("reward_a", reward_a), ("reward_b", reward_b))
+        for name, reward in given:
             mdp.full_reward(reward, name)
-        gap = measure.with_care(rewards, tolerances, ("reward_a", "reward_b"), pearson)
-        return give_back(gap, reward_a, reward_b)  # type: ignore[no-any-return]
+        tolerances = [default_tolerance(mdp, reward) for _, reward in given]
+        return give_back(measure.with_care(rewards, tolerances, pearson), reward_a, reward_b)  # type: ignore[no-any-return]
     squared = 2 - 2 * both / (sizes[0] * sizes[1])
     if squared > 2 * NEAR:
         gap = math.sqrt(squared)
@@ -389,11 +389,14 @@ def _compared(
 
 @dataclass(frozen=True)
 class _Baseline:
-    """A canonical form over (s, a, s') with the weights of the transitions, whose sum is `total`."""
+    """A canonical form over (s, a, s') with the weights of the transitions.
+
+    A form is trivial by no threshold where its norm is above `least` times the l2 norm of the reward.
+    """
 
     canonical: Canonicalizer
     norm: Norm
-    total: float
+    least: float
     central: bool  # the forms have mean zero as they are
 
     @classmethod
@@ -416,7 +419,8 @@ class _Baseline:
         uniform = isinstance(coverage, str) and coverage == "uniform"
         norm = Norm("l2", mdp) if uniform else Norm("weighted_l2", mdp, _coverage(coverage, mdp))
         total = mdp.num_states**2 * mdp.num_actions if uniform else float(to_float(norm.weights, "coverage").sum())
-        found = cls(canonical, norm, total, uniform and kind == "epic" and key is not None)
+        least = rounding(torch.float32, min(canonical.gamma, mdp.discount)) * max(1.0, math.sqrt(total))
+        found = cls(canonical, norm, least, uniform and kind == "epic" and key is not None)
         if key is not None:
             mdp.baselines[key] = found
         return found
@@ -433,18 +437,19 @@ class _Baseline:
 
     def rows(self, rewards: Tensor, *, centred: bool) -> Tensor:
         """`[..., n]` whose plain norm is the weighted norm of the form."""
+        if self.norm.weights is None:
+            return self.form(rewards, centred=centred).flatten(-3)
         return self.norm.embed(self.form(rewards, centred=centred), 3)
 
-    def plain(self, lengths: list[float], sizes: list[float], tolerance: float) -> bool:
+    def plain(self, lengths: list[float], sizes: list[float]) -> bool:
         """Whether no square of the rewards over- or underflows and no form is near the threshold of triviality: `lengths` are the l2 norms of
         the rewards, at least their largest entry, and `sizes` those of their forms, at most `sqrt(total)` times their largest."""
-        least = tolerance * max(1.0, math.sqrt(self.total))
-        return all(1e-100 < a < 1e100 and b > least * a for a, b in zip(lengths, sizes, strict=True))
+        return all(1e-100 < a < 1e100 and b > self.least * a for a, b in zip(lengths, sizes, strict=True))
 
-    def with_care(self, rewards: Tensor, tolerances: Sequence[float], names: Sequence[str], pearson: bool) -> Tensor:
+    def with_care(self, rewards: Tensor, tolerances: Sequence[float], pearson: bool) -> Tensor:
         """The distance of rewards of any size, of which some may be trivial."""
         found = []
-        for reward, name, tolerance in zip(rewards, names, tolerances, strict=True):
+        for reward, name, tolerance in zip(rewards, ("reward_a", "reward_b"), tolerances, strict=True):
             size = reward.detach().abs().flatten(-3).amax(-1)
             power = power_of_two(size)
             form = self.form(reward / power[..., None, None, None], centred=pearson)

@@ -94,22 +94,27 @@ def test_what_cannot_be_played_is_refused() -> None:
 
 def test_distance_in_a_simulator_is_the_exact_one() -> None:
     """FrozenLake by the uniform policy, against the tabular code at the weights of the visits."""
-    mdp, reward = TabularMDP.from_gym("FrozenLake-v1", 0.95)
+    mdp, _ = TabularMDP.from_gym("FrozenLake-v1", 0.9)
     progress: list[tuple[int, int]] = []
-    rewards = {"own": "recorded", "near": lambda obs, act, next_obs: next_obs[:, 14] + next_obs[:, 15]}
-    found = SampledStarc(discount=0.95, bootstrap=20).fit(
-        "FrozenLake-v1", rewards, episodes=500, progress=lambda *call: progress.append(call)
-    )
-    assert progress[499] == (500, 500)
-    data, _ = collect("FrozenLake-v1", episodes=500)
-    visits = np.zeros((16, 4))
+    rewards = {
+        "far": lambda obs, act, next_obs: next_obs[:, 8:].sum(1),
+        "idle": lambda act: (act == 0) * 1.0,
+        "own": "recorded",
+    }
+    starc = SampledStarc(discount=0.9, bootstrap=20)
+    found = starc.fit("FrozenLake-v1", rewards, episodes=400, progress=lambda *call: progress.append(call))
+    assert progress[399] == (400, 400)
+    data, _ = collect("FrozenLake-v1", episodes=400)
+    visits, far, idle = np.zeros((16, 4)), np.zeros((16, 4, 16)), np.zeros((16, 4))
     np.add.at(visits, (data.observations.argmax(1).numpy(), data.actions.numpy()), 1)
-    other = np.zeros((16, 4, 16))
-    other[..., 14:] = 1
-    other[[5, 7, 11, 12, 15]] = 0
-    exact = starc_distance(reward, other, mdp, weights=visits)
+    far[..., 8:], idle[:, 0] = 1, 1
+    ends = [5, 7, 11, 12, 15]
+    far[ends], idle[ends] = 0, 0
+    exact = starc_distance(far, np.broadcast_to(idle[..., None], far.shape).copy(), mdp, weights=visits)
     assert found.ci is not None
     assert found.ci[0, 1, 0] <= exact <= found.ci[0, 1, 1]
+    same = starc.fit(data, rewards)
+    np.testing.assert_array_equal(same.values, found.values)
 
 
 def test_saved_policies_play(tmp_path: Path) -> None:
