@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+
 from rlkit2.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -153,6 +155,8 @@ def read_value(value: Any, hint: Any) -> Any:
     Raises:
         TypeError: it is of another type, not among the choices, or outside its range.
     """
+    if isinstance(value, np.generic):  # a name or number out of an array
+        value = value.item()
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         read = read_value(value, arguments[0])

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from rlkit2.errors import ConfigError, RewardError
+from rlkit2.errors import RewardError
+from rlkit2.fields import Checked, Fraction
 from rlkit2.rewards.arrays import Array, any_floating, give_back, result_dtype
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P, minimal, minimal_potential
@@ -26,7 +27,7 @@ CANONICALIZATIONS: tuple[Canonicalization, ...] = get_args(Canonicalization)
 
 
 @dataclass(frozen=True)
-class Canonicalizer:
+class Canonicalizer(Checked):
     """One canonicalisation with everything that must be the same for all rewards it is applied to.
 
     `kind`, `policy` (reference policy of the val forms, uniform if None), `p` (norm minimised by the minimal forms), `state_dist [S]`,
@@ -35,17 +36,11 @@ class Canonicalizer:
 
     mdp: TabularMDP
     kind: Canonicalization = "val"
-    policy: Array | None = None
+    policy: Any = None
     p: P = 2
-    state_dist: Array | None = None
-    action_dist: Array | None = None
-    discount: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in CANONICALIZATIONS:
-            raise ConfigError(
-                f"canonicalization {self.kind!r} is unknown; choose one of {', '.join(CANONICALIZATIONS)}"
-            )
+    state_dist: Any = None
+    action_dist: Any = None
+    discount: Fraction | None = None
 
     @property
     def gamma(self) -> float:

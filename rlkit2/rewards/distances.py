@@ -43,9 +43,6 @@ class MetricOptions(Checked):
     restrict_to_reachable: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # a name or number out of an array
-                object.__setattr__(self, name, value.item())
         super().__post_init__()
         if self.scale == "angle" and (self.norm, self.distance) not in _EVEN:
             raise ConfigError("scale 'angle' needs norm and distance both 'l2' or both 'weighted_l2'")
@@ -413,8 +410,6 @@ class _Baseline:
         key = (kind, coverage, discount) if isinstance(coverage, str) and state_dist is action_dist is None else None
         if key is not None and key in mdp.baselines:
             return mdp.baselines[key]
-        if discount is not None and not 0 <= discount <= 1:
-            raise ConfigError(f"discount is {discount}; it must be in [0, 1]")
         canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist, discount=discount)
         uniform = isinstance(coverage, str) and coverage == "uniform"
         norm = Norm("l2", mdp) if uniform else Norm("weighted_l2", mdp, _coverage(coverage, mdp))

@@ -14,6 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.fields import Checked
 from rlkit2.rewards.arrays import Array, Scalar, give_back, power_of_two, to_float
 from rlkit2.rewards.canonical import canonicalize
 from rlkit2.rewards.mdp import RewardWarning, TabularMDP
@@ -37,7 +38,7 @@ def rounding(dtype: torch.dtype, discount: float) -> float:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Checked):
     """A norm on canonical forms, `[..., S, A]` or `[..., S, A, S']`.
 
     `l1, l2, linf` run over all entries (s, a, s'), so that a form constant in s' counts each of its entries S times; `weighted_l1`,
@@ -49,14 +50,14 @@ class Norm:
 
     name: NormName
     mdp: TabularMDP | None = None
-    weights: Array | None = None
+    weights: Any = None
     legacy: bool = False
-    role: str = "norm"
+    role: Literal["norm", "distance"] = "norm"
 
     def __post_init__(self) -> None:
-        if self.name not in NORMS or (self.role == "distance" and self.name == "none"):
-            allowed = [n for n in NORMS if n != "weighted_linf" and (n != "none" or self.role == "norm")]
-            raise ConfigError(f"{self.role} {self.name!r} is unknown; choose one of {', '.join(allowed)}")
+        super().__post_init__()
+        if self.role == "distance" and self.name == "none":
+            raise ConfigError("distance 'none' would be 1 for every pair; only a norm can be 'none'")
         if self.name == "weighted_linf" and not self.legacy:
             raise ConfigError(
                 f"{self.role} 'weighted_linf' is not a limit of the weighted norms; use 'linf', or legacy=True to reproduce"

@@ -93,10 +93,9 @@ def answers(found: Measured, *, resamples: int = RESAMPLES, seed: int = 0) -> di
         again = found.select(np.repeat(np.arange(len(found)), of_cells[cell_of] * of_seeds[seed_of]))
         for name, ask in QUESTIONS.items():
             drawn[name].append(ask(again))
-    found_ends = {
-        name: np.nanquantile(part, [0.025, 0.975]) for name, part in drawn.items() if not np.isnan(part).all()
-    }
-    nothing = np.array([np.nan, np.nan])
-    return {
-        name: Estimate(value, *(float(end) for end in found_ends.get(name, nothing))) for name, value in values.items()
-    }
+    intervals = {}
+    for name, value in values.items():
+        known = np.array(drawn[name])[~np.isnan(drawn[name])]
+        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+        intervals[name] = Estimate(value, float(low), float(high))
+    return intervals
