@@ -60,7 +60,7 @@ class MetricOptions(Checked):
     def metric(self, mdp: TabularMDP) -> Metric:
         """The metric on a process."""
 
-        def part(name: NormName, role: str) -> Norm:
+        def part(name: NormName, role: Literal["norm", "distance"]) -> Norm:
             return Norm(name, mdp, self.weights if name in self._weighted else None, self.legacy, role)
 
         canonical = Canonicalizer(mdp, self.canonicalization, self.policy, self.p)
@@ -355,7 +355,10 @@ def _compared(
     pearson = convention == "pearson"
     # Entries that are not finite show in the lengths, and are looked for then.
     tensors = [mdp.full_reward(reward_a, "reward_a", finite=False), mdp.full_reward(reward_b, "reward_b", finite=False)]
-    rewards = torch.stack(tensors if tensors[0].ndim == tensors[1].ndim == 3 else torch.broadcast_tensors(*tensors))
+    if not tensors[0].ndim == tensors[1].ndim == 3:
+        shape = np.broadcast_shapes(tensors[0].shape, tensors[1].shape)
+        tensors = [tensor.expand(shape) for tensor in tensors]
+    rewards = torch.stack(tensors)
     lengths = torch.linalg.vector_norm(rewards.detach().flatten(-3), dim=-1).flatten().tolist()
     rows = measure.rows(rewards, centred=pearson)
     gap: Tensor | float
@@ -409,7 +412,8 @@ class _Baseline:
         """Checked; kept with the process where no arrays are given."""
         key = (kind, coverage, discount) if isinstance(coverage, str) and state_dist is action_dist is None else None
         if key is not None and key in mdp.baselines:
-            return mdp.baselines[key]
+            kept: _Baseline = mdp.baselines[key]
+            return kept
         canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist, discount=discount)
         uniform = isinstance(coverage, str) and coverage == "uniform"
         norm = Norm("l2", mdp) if uniform else Norm("weighted_l2", mdp, _coverage(coverage, mdp))

@@ -156,7 +156,7 @@ def euclidean_distances(rows: Tensor, levels: int = 3) -> Tensor:
     if not len(first):
         return found
     if not levels:
-        for i, j in zip(first.split(_PAIRS), second.split(_PAIRS), strict=True):
+        for i, j in zip(torch.split(first, _PAIRS), torch.split(second, _PAIRS), strict=True):
             found[i, j] = found[j, i] = torch.linalg.vector_norm(rows[i] - rows[j], dim=1)
         return found
     count, group = connected_components(sp.coo_array(near.cpu().numpy()), directed=False)

@@ -372,10 +372,9 @@ def constructed_reward(name: str, dataset: TransitionDataset, truth: Array, disc
     chosen = one_hot(actions - actions.min()).double() if dataset.spec.discrete else actions.double()
     columns = torch.cat([(here - mean) / std, (chosen - chosen.mean(0)) / chosen.std(0).clamp(min=1e-6)], 1)
     other = _random_function(columns.shape[1], generator)(columns).numpy()
+    other = (other - other.mean()) / (other.std() or 1.0)
     angle = math.radians(size)
-    return math.cos(angle) * (truth - truth.mean()) / spread + math.sin(angle) * (other - other.mean()) / (
-        other.std() or 1.0
-    )
+    return np.asarray(math.cos(angle) * (truth - truth.mean()) / spread + math.sin(angle) * other)
 
 
 def _random_function(columns: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -28,7 +28,7 @@ PolicySource: TypeAlias = PolicyPart | Sequence[tuple[float, PolicyPart]]
 ENDLESS = 100_000  # steps after which an episode without a limit is taken for endless
 
 
-def is_environment(data: Any) -> bool:
+def is_environment(data: Any) -> TypeGuard[EnvSource]:
     """Whether `data` is something that episodes are played in."""
     return isinstance(data, str | EnvSpec | gymnasium.Env) or (callable(data) and not hasattr(data, "__iter__"))
 

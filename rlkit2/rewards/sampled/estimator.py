@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -147,7 +147,9 @@ class SampledStarc(Checked):
             data, infos = collect(data, **kept, seed=self.seed, progress=progress)
         elif (policy, episodes, max_steps) != (None, None, None):
             raise ConfigError("policy, episodes and max_steps belong to an environment; data are compared as they are")
-        rows: Rows = data if isinstance(data, TransitionDataset) else BatchRows.of(data)
+        rows: Rows = (
+            data if isinstance(data, TransitionDataset) else BatchRows.of(cast("Batch | Iterable[Batch]", data))
+        )
         functions = RewardFunctions(rewards, len(rows), spec=getattr(rows, "spec", None), infos=infos)
         if isinstance(self.features, EncodedFeatures):
             functions = functions.evaluated(rows)  # what features read is not what rewards do

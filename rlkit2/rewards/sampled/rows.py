@@ -111,7 +111,7 @@ class RewardFunctions:
 
     def evaluated(self, rows: Rows) -> RewardFunctions:
         """The same rewards as arrays."""
-        parts = [self(rows.gather(chosen), chosen) for chosen in torch.arange(len(rows)).split(CHUNK)]
+        parts = [self(rows.gather(chosen), chosen) for chosen in torch.split(torch.arange(len(rows)), CHUNK)]
         return RewardFunctions(dict(zip(self.names, torch.cat(parts).unbind(1), strict=True)), len(rows))
 
     def _evaluator(
