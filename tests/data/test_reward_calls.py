@@ -198,3 +198,29 @@ def test_reward_networks_of_imitation(discrete: bool) -> None:
         expected = batch.observations[:, 0] + batch.actions.reshape(ROWS, -1)[:, 0] + 2 * batch.terminations
         torch.testing.assert_close(found, expected, check_dtype=False)
     assert network.updated == 0
+
+
+@pytest.mark.parametrize("space", [box(4), spaces.Discrete(6)], ids=["box", "cells"])
+@pytest.mark.parametrize("actions", [box(2), spaces.Discrete(3)], ids=["continuous", "discrete"])
+def test_the_networks_of_the_real_package(space: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
+    nets = pytest.importorskip("imitation.rewards.reward_nets")
+    norms = pytest.importorskip("imitation.util.networks")
+    spec = DatasetSpec(observation_space=space, action_space=actions)
+    state, following = (np.array([space.sample() for _ in range(ROWS)]) for _ in "ab")
+    action, done = np.array([actions.sample() for _ in range(ROWS)]), np.arange(ROWS) % 2 == 0
+    flat = [torch.as_tensor(spec.flattener.flatten(part)) for part in (state, following)]
+    batch = Batch(
+        observations=flat[0],
+        actions=torch.as_tensor(action),
+        rewards=torch.zeros(ROWS),
+        next_observations=flat[1],
+        terminations=torch.as_tensor(done),
+        truncations=torch.zeros(ROWS, dtype=torch.bool),
+    )
+    basic = nets.BasicRewardNet(space, actions, use_next_state=True, use_done=True)
+    shaped = nets.BasicShapedRewardNet(space, actions, discount_factor=0.9)
+    for net in (basic, shaped, nets.NormalizedRewardNet(basic, norms.RunningNorm)):
+        before = [part.clone() for part in net.state_dict().values()]
+        expected = net.predict_processed(state, action, following, done, update_stats=False)
+        np.testing.assert_array_equal(RewardCall("net", net, spec)(batch).numpy(), expected)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
