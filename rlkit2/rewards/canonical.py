@@ -109,8 +109,13 @@ class Canonicalizer(Checked):
     def _epic(self, reward: Tensor) -> Tensor:
         """Gleave et al. 2021, arXiv 2006.13900, definition 4.1: S, S' ~ state_dist and A ~ action_dist, whatever the dynamics."""
         mean = reward.flatten(-2) @ self._pairs
-        ahead = self.gamma * (mean - (mean @ self._coverage[0])[..., None])
-        return reward + (ahead[..., None, :] - mean[..., None])[..., None, :]
+        return reward + ((mean @ self._centred)[..., None, :] - mean[..., None])[..., None, :]
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        """`[S, S]`: potentials `m` to `gamma (m - E m)`."""
+        states = self._coverage[0]
+        return self.gamma * (torch.eye(len(states), dtype=states.dtype, device=states.device) - states[:, None])
 
     def _dard(self, reward: Tensor) -> Tensor:
         """Wulfe et al. 2022, arXiv 2201.10081, definition 3: next states from the dynamics, the same action A in all three terms."""
