@@ -50,7 +50,7 @@ def read_infos(source: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     except DatasetError:
         raise
     except Exception as error:  # Minari's readers raise anything
-        raise CorruptDatasetError(f"the infos of {source} cannot be read ({first_line(error)})") from error
+        raise CorruptDatasetError(f"Minari cannot read the infos of {source} ({first_line(error)})") from error
     return {name: np.concatenate(found) for name, found in parts.items() if len(found) == count}
 
 
