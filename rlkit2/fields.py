@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+
 from rlkit2.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -153,6 +155,8 @@ def read_value(value: Any, hint: Any) -> Any:
     Raises:
         TypeError: it is of another type, not among the choices, or outside its range.
     """
+    if isinstance(value, np.generic):  # a name or number out of an array
+        value = value.item()
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         read = read_value(value, arguments[0])
@@ -286,12 +290,13 @@ def describe_fields(cls: type[Any]) -> list[tuple[str, str, Any, str]]:
     return rows
 
 
-def show_fields(*classes: type[Any], unset: bool = False) -> Callable[[Function], Function]:
+def show_fields(*classes: type[Any], unset: bool = False, bare: bool = False) -> Callable[[Function], Function]:
     """Decorate a function with `**options` by the signature and the docstring of the fields of some dataclasses.
 
     Args:
         classes: dataclasses whose fields it takes; its docstring has a line `**options: ...`, which theirs replace.
         unset: the default of every argument is None, which stands for the field's.
+        bare: say what a field means alone, where its type and default are shown anyway.
     """
 
     def show(function: Function) -> Function:
@@ -304,8 +309,11 @@ def show_fields(*classes: type[Any], unset: bool = False) -> Callable[[Function]
                 shown.append(
                     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
                 )
+                function.__annotations__[name] = annotation  # what tyro and typing.get_type_hints read
                 ending = "" if "default:" in meaning else f" (default {default})"
-                lines.append(f"        {name}: {meaning}{ending}; {kind}.\n")
+                lines.append(
+                    f"        {name}: {meaning}.\n" if bare else f"        {name}: {meaning}{ending}; {kind}.\n"
+                )
         doc = function.__doc__ or ""
         start = doc.index("        **options:")
         end = doc.index("\n", start) + 1

@@ -18,8 +18,10 @@ from rlkit2.cli.reading import Reading
 from rlkit2.data import audit, read_dataset
 from rlkit2.data.cache import cache_folder, clean, entries, verify
 from rlkit2.data.folders import minari_root
+from rlkit2.data.infos import read_infos
 from rlkit2.data.load import local_datasets
 from rlkit2.data.relabel import load_reward, reward_values
+from rlkit2.data.reward_calls import reads_infos
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.envs.builtin import build_recipe, builtin_id, builtin_recipes, data_root, ensure_builtin
 from rlkit2.errors import ConfigError, DatasetError
@@ -224,16 +226,17 @@ def relabel(
     Args:
         source: Minari id, builtin/... id, or a file or folder in a known format.
         dataset_id: id of the new Minari dataset, namespace/name-v0.
-        reward: file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n rows, giving n numbers; or a file
-            (.npy, .npz, .safetensors) of one reward per transition.
+        reward: file.py:OBJECT or package.module:OBJECT, a function or torch module of observations, actions, next_observations, terminations and
+            infos or some of them, n rows each, giving n numbers, or a reward network; or a file (.npy, .npz, .safetensors) of one per transition.
         reading: how to read it.
         description: what the data are.
         format: hdf5 or arrow.
     """
     dataset = load_dataset(source, **reading.options())
     function, origin = load_reward(reward)
+    infos = read_infos(source) if reads_infos(function) else None
     with progress_bar("relabelling") as progress:
-        relabelled = dataset.with_rewards(reward_values(dataset, function, progress=progress))
+        relabelled = dataset.with_rewards(reward_values(dataset, function, infos=infos, progress=progress))
     with progress_bar(f"writing {dataset_id}") as progress:
         written = relabelled.to_minari(
             dataset_id,

@@ -282,6 +282,7 @@ def study(
     out: Path,
     teachers: tuple[str, ...] = ("oracle", "mistake", "noisy"),
     budgets: tuple[int, ...] = (5, 15, 50, 150, 500),
+    constructed: tuple[str, ...] = (),
     seeds: int = 5,
     length: int = 16,
     agent: str = "iql",
@@ -309,6 +310,8 @@ def study(
         out: folder of the study; run the same command again to resume one that was stopped, or with more teachers or budgets.
         teachers: scripted teachers.
         budgets: labels.
+        constructed: rewards made from the true one, at distances and accuracies that teachers do not bring together: "shaped 2" (a potential of
+            twice its deviation), "noise 1", "offset -1", "blend 45" (degrees towards a random reward).
         seeds: seeds of every teacher and budget, trained together.
         length: steps of a segment.
         agent: the offline agent.
@@ -335,6 +338,7 @@ def study(
         dataset=dataset,
         teachers=teachers,
         budgets=budgets,
+        constructed=constructed,
         seeds=seeds,
         length=length,
         discount=discount,
@@ -360,6 +364,15 @@ def study(
     return 0
 
 
+MEASURES = {
+    "starc": "STARC distance",
+    "error": "pair error",
+    "difference": "|STARC| - |error|",
+    "starc given error and budget": "STARC distance, given pair error and labels",
+    "error given starc and budget": "pair error, given STARC distance and labels",
+}
+
+
 def _print_study(result: StudyResult) -> None:
     """The table of a study and its rank correlations."""
     settings = result.settings
@@ -379,10 +392,16 @@ def _print_study(result: StudyResult) -> None:
         )
     console().print(shown)
     say("regret: 0 at the reference policy, 1 at a random one (standard error over seeds)")
-    say(f"rank correlation with regret of {len(result.learned)} learned rewards:")
-    for name, text in (("starc", "STARC distance"), ("error", "pair error"), ("difference", "|STARC| - |error|")):
-        say(f"  {text}: {result.correlations[name]}")
-    say("(95 % intervals from a bootstrap over teachers and budgets, and over seeds within them)")
+    counts = {"learned": len(result.learned), "constructed": len(result.constructed)}
+    for group, found in result.all_correlations.items():
+        say(
+            f"rank correlation with regret of {counts.get(group, sum(counts.values()))} {group.replace('all', 'learned and constructed')} rewards:"
+        )
+        for name, text in MEASURES.items():
+            say(f"  {text}: {found[name]}")
+    say(
+        "(95 % intervals from a bootstrap that draws cells, a teacher with a budget or a construction, and seeds, independently of each other)"
+    )
     regret = {row["teacher"]: row["regret"] for row in result.table() if not row["budget"]}
     if regret["true"] >= regret["zero"]:
         say(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,15 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
-from rlkit2.api import load_dataset
+from rlkit2.api import load_dataset, load_policy
 from rlkit2.cli.output import console, print_json, say
 from rlkit2.cli.parsing import subcommand
+from rlkit2.data import TransitionDataset
+from rlkit2.data.infos import read_infos
 from rlkit2.data.relabel import load_reward
+from rlkit2.data.reward_calls import reads_infos
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.fields import show_fields
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
 from rlkit2.progress import progress_bar
 from rlkit2.rewards import (
@@ -33,6 +37,7 @@ from rlkit2.rewards import (
 from rlkit2.rewards.canonical import Canonicalization
 from rlkit2.rewards.norms import NormName
 from rlkit2.rewards.npz import read_tabular
+from rlkit2.rewards.sampled.collecting import collect
 from rlkit2.rewards.sampled.features import FeatureName
 from rlkit2.rewards.sampled.grams import Estimator
 from rlkit2.studies.starc_study import StudyConfig, run_study
@@ -128,71 +133,134 @@ def variants(mdp: TabularMDP, reward: Any) -> dict[str, Any]:
     }
 
 
-def dataset(
-    dataset: Positional[str],
-    *,
-    reward: tuple[str, ...] = (),
-    true: bool = False,
-    discount: float = 0.99,
-    features: FeatureName = "auto",
-    estimator: Estimator = "crossfit",
-    folds: int = 5,
-    bootstrap: int = 200,
-    ridge: float = 0.0,
-    norm: Literal["l1", "l2"] = "l2",
-    seed: int = 0,
-    out: Path | None = None,
-    json: bool = False,
-) -> int:
+@dataclass(frozen=True)
+class EstimateOptions:
+    """How distances are estimated from transitions, and where they go."""
+
+    # in [0, 1), one for all rewards
+    discount: float = 0.99
+    # what values and advantages are fitted in
+    features: FeatureName = "auto"
+    # crossfit, or another to see what it gives
+    estimator: Estimator = "crossfit"
+    # folds of episodes
+    folds: int = 5
+    # resamplings of episodes for the 95 % intervals; 0: none
+    bootstrap: int = 200
+    # penalty of the fits; above 0 the distance is no longer exactly invariant to shaping
+    ridge: float = 0.0
+    # l2, or l1 (with estimator plugin)
+    norm: Literal["l1", "l2"] = "l2"
+    # of folds, features and resampling (and of episodes and actions in a simulator)
+    seed: int = 0
+    # folder for distances.json, distances.csv and pictures (SVG)
+    out: Path | None = None
+    # print JSON
+    json: bool = False
+
+
+@show_fields(EstimateOptions, bare=True)
+def dataset(dataset: Positional[str], *, reward: tuple[str, ...] = (), true: bool = False, **options: Any) -> int:
     """Distances between rewards on the transitions of a dataset, with intervals.
 
     Example: rlkit2 starc dataset builtin/pendulum --reward rewards.py:upright --reward rewards.py:still --true
 
     Args:
         dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.
-        reward: rewards to compare, each [NAME=]file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n
-            rows, giving n numbers; a file (.npy, .npz, .safetensors) of one number per transition; or the folder of a reward model.
+        reward: rewards to compare, each [NAME=]file.py:OBJECT or package.module:OBJECT, a function or torch module of observations, actions,
+            next_observations, terminations and infos or some of them, n rows each, giving n numbers, or a reward network; a file (.npy, .npz,
+            .safetensors) of one number per transition; or the folder of a reward model (of each of its seeds).
         true: also compare with the dataset's own reward.
-        discount: in [0, 1), one for all rewards.
-        features: auto, linear, quadratic, fourier, onehot, tile or network.
-        estimator: crossfit, or plugin, naive, orthogonal to see what they give.
-        folds: folds of episodes.
-        bootstrap: resamplings of episodes for the 95 % intervals; 0: none.
-        ridge: penalty of the fits; above 0 the distance is no longer exactly invariant to shaping.
-        norm: l2, or l1 (with estimator plugin).
-        seed: of folds, features and resampling.
-        out: folder for distances.json, distances.csv and pictures (SVG).
-        json: print JSON.
+        **options: those of the estimate.
     """
-    starc = SampledStarc(
-        features,
-        discount=discount,
-        folds=folds,
-        estimator=estimator,
-        bootstrap=bootstrap,
-        ridge=ridge,
-        norm=norm,
-        seed=seed,
-    )
-    rewards: dict[str, Any] = {"true": None} if true else {}
-    for text in reward:
-        name, path = _named(text)
-        rewards[_free(name, rewards)] = RewardEnsemble.load(path) if Path(path).is_dir() else load_reward(path)[0]
-    _at_least_two(rewards)
+    given = EstimateOptions(**options)
+    starc, rewards = _estimator(given), _rewards(reward, true)
     data = load_dataset(dataset)
-    if true:
-        rewards["true"] = data.rewards
+    infos = read_infos(dataset) if any(reads_infos(part) for part in rewards.values()) else None
     with progress_bar("transitions") as progress:
-        matrix = starc.fit(data, rewards, progress=progress)
-    saved = _save(matrix, out)
-    if json:
+        matrix = starc.fit(data, rewards, infos=infos, progress=progress)
+    return _report(matrix, data, given)
+
+
+@show_fields(EstimateOptions, bare=True)
+def env(
+    env: Positional[str],
+    *,
+    reward: tuple[str, ...] = (),
+    true: bool = False,
+    policy: tuple[str, ...] = (),
+    episodes: int = 100,
+    max_steps: int | None = None,
+    **options: Any,
+) -> int:
+    """Distances between rewards on episodes that a coverage policy plays in a simulator, with intervals.
+
+    Example: rlkit2 starc env Pendulum-v1 --reward rewards.py:upright --true --policy uniform
+
+    Args:
+        env: Gymnasium id.
+        reward: as of `starc dataset`.
+        true: also compare with the environment's own reward.
+        policy: what plays: uniform (the default), or the folder of a run or saved policy (all seeds of it); several make a mixture of which one
+            is drawn for each step, [WEIGHT=]POLICY: --policy 0.3=uniform --policy 0.7=runs/iql-001. Its advantages are compared.
+        episodes: how many.
+        max_steps: cut episodes there.
+        **options: those of the estimate.
+    """
+    given = EstimateOptions(**options)
+    starc, rewards = _estimator(given), _rewards(reward, true)
+    mixture = [_weighted(text) for text in policy or ("uniform",)]
+    with progress_bar("episodes") as progress:
+        data, infos = collect(
+            env, policy=mixture, episodes=episodes, max_steps=max_steps, seed=given.seed, progress=progress
+        )
+    with progress_bar("transitions") as progress:
+        matrix = starc.fit(data, rewards, infos=infos, progress=progress)
+    return _report(matrix, data, given)
+
+
+def _estimator(given: EstimateOptions) -> SampledStarc:
+    return SampledStarc(**{name: value for name, value in vars(given).items() if name not in ("out", "json")})
+
+
+def _rewards(texts: Sequence[str], true: bool) -> dict[str, Any]:
+    """The rewards asked for by name; `true` is that of the data."""
+    rewards: dict[str, Any] = {"true": "recorded"} if true else {}
+    for text in texts:
+        name, path = _named(text)
+        if not Path(path).is_dir():
+            rewards[_free(name, rewards)] = load_reward(path)[0]
+            continue
+        model = RewardEnsemble.load(path)
+        for index, seed in enumerate(model.seeds):
+            label = name if len(model.seeds) == 1 else f"{name} seed {seed}"
+            rewards[_free(label, rewards)] = model.select_seed(index)
+    _at_least_two(rewards)
+    return rewards
+
+
+def _weighted(text: str) -> tuple[float, Any]:
+    """`[WEIGHT=]POLICY` as a part of a mixture."""
+    weight, equals, place = text.rpartition("=")
+    try:
+        share = float(weight) if equals else 1.0
+    except ValueError:
+        share, place = 1.0, text
+    if place == "uniform":
+        return share, place
+    return share, load_policy(place)
+
+
+def _report(matrix: RewardDistanceMatrix, data: TransitionDataset, given: EstimateOptions) -> int:
+    saved = _save(matrix, given.out)
+    if given.json:
         print_json(
             {**matrix.to_dict(), "dataset": data.spec.id, "content_hash": data.spec.content_hash, "files": saved}
         )
         return 0
     found = matrix.diagnostics
     say(
-        f"{data.spec.id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes, discount {discount:g}"
+        f"{data.spec.id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes, discount {given.discount:g}"
     )
     _print(matrix)
     _print_diagnostics(matrix)
@@ -412,6 +480,7 @@ def _say_saved(saved: list[str]) -> None:
 SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "tabular": tabular,
     "dataset": dataset,
+    "env": env,
     "study": study,
 }
 

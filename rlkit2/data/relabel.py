@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,10 +17,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.reward_calls import RewardCall
 from rlkit2.errors import RewardError, first_line
 
 # f(observations, actions, next_observations, terminations) -> rewards [n], or the rewards [N] themselves.
-Reward: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Any] | ArrayLike | Tensor
+Reward: TypeAlias = Callable[..., Any] | ArrayLike | Tensor
 CHUNK = 1 << 16
 
 
@@ -25,6 +29,7 @@ def reward_values(
     dataset: TransitionDataset,
     reward: Reward,
     *,
+    infos: Mapping[str, Any] | None = None,
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -33,7 +38,8 @@ def reward_values(
     Args:
         dataset: the transitions.
         reward: an array `[N]`, or a function or module of observations `[n, obs]`, actions `[n, act]` or `[n]`, next observations
-            `[n, obs]` and terminations `[n]` bool, called without gradients on `chunk` rows at a time.
+            `[n, obs]`, terminations `[n]` bool and infos, or some of them (see `RewardCall`), without gradients on `chunk` rows at a time.
+        infos: what else came with each step, arrays `[N, ...]` by name (`read_infos`), for rewards that read them.
         chunk: rows per call.
         progress: called with (rows done, rows in all).
 
@@ -42,19 +48,15 @@ def reward_values(
     """
     if not callable(reward):
         return _checked(reward, len(dataset), "the reward array", 0)
-    name = getattr(reward, "__name__", type(reward).__name__)
+    call = RewardCall(f"reward {getattr(reward, '__name__', type(reward).__name__)}", reward, dataset.spec)
     out = torch.empty(len(dataset))
     for start in range(0, len(dataset), chunk):
         rows = torch.arange(start, min(start + chunk, len(dataset)))
-        batch = dataset.gather(rows)
         try:
-            with torch.no_grad():
-                values = reward(batch.observations, batch.actions, batch.next_observations, batch.terminations)
-        except Exception as error:
-            raise RewardError(
-                f"reward {name} failed on rows {start}..{int(rows[-1])}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-        out[rows] = _checked(values, len(rows), f"reward {name}", start)
+            given = {name: values[rows] for name, values in (infos or {}).items()}
+            out[rows] = _checked(call(dataset.gather(rows), given), len(rows), call.name, start)
+        except RewardError as error:
+            raise RewardError(f"rows {start}..{int(rows[-1])}: {error}") from error
         if progress is not None:
             progress(start + len(rows), len(dataset))
     return out
@@ -79,12 +81,15 @@ def load_reward(text: str) -> tuple[Reward, dict[str, str]]:
     """The reward that a text names, and where it comes from (the text and the SHA-256 of the file).
 
     Args:
-        text: `file.py:function` (the file is run), or a file of an array: `.npy`, `.npz` or `.safetensors` (its array `rewards`, or its only one).
+        text: `file.py:NAME` or `package.module:NAME`, a function, a module or a reward network (the file is run, the package imported), or a
+            file of an array: `.npy`, `.npz` or `.safetensors` (its array `rewards`, or its only one).
 
     Raises:
         RewardError: no such file, function or array.
     """
     place, colon, function = text.rpartition(":")
+    if colon and not place.endswith(".py") and not Path(text).exists() and re.fullmatch(r"[A-Za-z_][\w.]*", place):
+        return _imported(place, function), {"reward": text}
     path = Path(place if colon and place.endswith(".py") else text)
     try:
         origin = {"reward": text, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -105,6 +110,14 @@ def load_reward(text: str) -> tuple[Reward, dict[str, str]]:
         raise RewardError(f"reward {path} cannot be read ({first_line(error)})") from error
 
 
+def _imported(place: str, name: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:
+        raise RewardError(f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    return _named(module, place, name)
+
+
 def _function(path: Path, name: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -114,10 +127,14 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise RewardError(f"reward file {path} fails: {type(error).__name__}: {first_line(error)}") from error
+    return _named(module, str(path), name)
+
+
+def _named(module: ModuleType, place: str, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(f"{path} has no function {name!r}; it has {', '.join(found) or 'none'}")
+        raise RewardError(f"{place} has no function {name!r}; it has {', '.join(found) or 'none'}")
     return function  # type: ignore[no-any-return]
 
 

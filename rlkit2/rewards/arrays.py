@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,12 +37,13 @@ def to_tensor(values: Any, name: str) -> Tensor:
     return tensor
 
 
-def to_float(values: Any, name: str, default: torch.dtype = torch.float64) -> Tensor:
-    """`values` as a finite float32 or float64 tensor; integers, bools and half precision become `default`."""
+def to_float(values: Any, name: str, default: torch.dtype = torch.float64, *, finite: bool = True) -> Tensor:
+    """`values` as a float32 or float64 tensor, found to be finite unless told not to look; integers, bools and half precision become `default`."""
     tensor = to_tensor(values, name)
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.to(default)
-    if not bool(torch.isfinite(tensor).all()):
+    # A sum is finite only where everything is; it overflows where the entries must be looked at.
+    if finite and not math.isfinite(tensor.detach().sum()) and not bool(torch.isfinite(tensor).all()):
         index = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         raise RewardError(f"{name}{index} is {tensor[tuple(index)]}; replace it by a finite number")
     return tensor
@@ -66,13 +69,18 @@ def is_torch(*values: Any) -> bool:
 
 def any_floating(*values: Any) -> bool:
     """Whether any of the values is a floating array."""
-    return any("float" in str(getattr(value, "dtype", "")) for value in values)
+    return any("float" in _dtype_name(getattr(value, "dtype", "")) for value in values)
 
 
 def result_dtype(*values: Any) -> torch.dtype:
     """The dtype results are given back in: the widest floating dtype among the values, float64 where none is floating."""
-    kinds = {str(getattr(value, "dtype", "")).removeprefix("torch.") for value in values}
+    kinds = {_dtype_name(getattr(value, "dtype", "")) for value in values}
     return torch.float32 if "float32" in kinds and "float64" not in kinds else torch.float64
+
+
+@lru_cache(maxsize=64)  # NumPy takes as long to spell a dtype as to add up an array
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def give_back(result: Tensor, *given: Any) -> Any:

@@ -8,12 +8,14 @@ the reward and equal for rewards that differ by the first two; dividing by a nor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from rlkit2.errors import ConfigError, RewardError
+from rlkit2.errors import RewardError
+from rlkit2.fields import Checked, Fraction
 from rlkit2.rewards.arrays import Array, any_floating, give_back, result_dtype
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P, minimal, minimal_potential
@@ -25,7 +27,7 @@ CANONICALIZATIONS: tuple[Canonicalization, ...] = get_args(Canonicalization)
 
 
 @dataclass(frozen=True)
-class Canonicalizer:
+class Canonicalizer(Checked):
     """One canonicalisation with everything that must be the same for all rewards it is applied to.
 
     `kind`, `policy` (reference policy of the val forms, uniform if None), `p` (norm minimised by the minimal forms), `state_dist [S]`,
@@ -34,17 +36,11 @@ class Canonicalizer:
 
     mdp: TabularMDP
     kind: Canonicalization = "val"
-    policy: Array | None = None
+    policy: Any = None
     p: P = 2
-    state_dist: Array | None = None
-    action_dist: Array | None = None
-    discount: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in CANONICALIZATIONS:
-            raise ConfigError(
-                f"canonicalization {self.kind!r} is unknown; choose one of {', '.join(CANONICALIZATIONS)}"
-            )
+    state_dist: Any = None
+    action_dist: Any = None
+    discount: Fraction | None = None
 
     @property
     def gamma(self) -> float:
@@ -72,6 +68,10 @@ class Canonicalizer:
             )
         if self.kind == "minimal_potential":
             return minimal_potential(self.mdp, full, self.p)
+        return self.of_full(full)
+
+    def of_full(self, full: Tensor) -> Tensor:
+        """The forms `epic`, `dard`, `srrd` and `none` of checked rewards `[..., S, A, S']`."""
         if self.kind == "epic":
             return self._epic(full)
         if self.kind == "srrd":
@@ -90,6 +90,7 @@ class Canonicalizer:
         """`R + gamma Phi(s') - Phi(s)`."""
         return reward + self.gamma * potential[..., None, None, :] - potential[..., :, None, None]
 
+    @cached_property
     def _coverage(self) -> tuple[Tensor, Tensor]:
         states, actions = self.mdp.num_states, self.mdp.num_actions
         uniform = self.mdp.uniform_policy.new_full
@@ -100,16 +101,25 @@ class Canonicalizer:
             self.mdp.distribution(action_dist, "action_dist", (actions,)),
         )
 
+    @cached_property
+    def _pairs(self) -> Tensor:
+        states, actions = self._coverage
+        return torch.outer(actions, states).flatten()
+
     def _epic(self, reward: Tensor) -> Tensor:
         """Gleave et al. 2021, arXiv 2006.13900, definition 4.1: S, S' ~ state_dist and A ~ action_dist, whatever the dynamics."""
-        states, actions = self._coverage()
-        mean = torch.einsum("a,z,...saz->...s", actions, states, reward)
-        offset = self.gamma * (mean @ states)
-        return self._shape(reward, mean) - offset[..., None, None, None]
+        mean = reward.flatten(-2) @ self._pairs
+        return reward + ((mean @ self._centred)[..., None, :] - mean[..., None])[..., None, :]
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        """`[S, S]`: potentials `m` to `gamma (m - E m)`."""
+        states = self._coverage[0]
+        return self.gamma * (torch.eye(len(states), dtype=states.dtype, device=states.device) - states[:, None])
 
     def _dard(self, reward: Tensor) -> Tensor:
         """Wulfe et al. 2022, arXiv 2201.10081, definition 3: next states from the dynamics, the same action A in all three terms."""
-        _, actions = self._coverage()
+        _, actions = self._coverage
         tau = self.mdp.dense.transpose(0, 1)
         mean = self.mdp.dynamics.expected(reward) @ actions
         paired = tau @ reward.transpose(-3, -2) @ tau.mT
@@ -119,7 +129,7 @@ class Canonicalizer:
     def _srrd(self, reward: Tensor) -> Tensor:
         """Nyanhongo et al. 2025, arXiv 2504.11508, with full coverage: every expectation follows the dynamics under random
         actions, S_3 ~ state_dist; S_1, S_2, S_4 are next states of s', s, S_3 and S_5, S_6 of S_1, S_2."""
-        states, actions = self._coverage()
+        states, actions = self._coverage
         step = torch.einsum("a,saz->sz", actions, self.mdp.dense)
         mean = torch.einsum("a,...saz->...sz", actions, reward)
         here = (step * mean).sum(-1)

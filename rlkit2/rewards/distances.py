@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.fields import Checked, NonNegative
-from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, power_of_two, result_dtype, to_float
+from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, is_torch, power_of_two, result_dtype, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
 from rlkit2.rewards.matrix import RewardDistanceMatrix, named_rewards
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P
-from rlkit2.rewards.norms import Norm, NormName, rounding, standardized, warn_trivial
+from rlkit2.rewards.norms import NEAR, Norm, NormName, rounding, standardized, warn_trivial
 
 Scale: TypeAlias = Literal["starc", "half", "angle"]
 TrivialRule: TypeAlias = Literal["zero", "nan", "raise"]
@@ -42,9 +43,6 @@ class MetricOptions(Checked):
     restrict_to_reachable: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # a name or number out of an array
-                object.__setattr__(self, name, value.item())
         super().__post_init__()
         if self.scale == "angle" and (self.norm, self.distance) not in _EVEN:
             raise ConfigError("scale 'angle' needs norm and distance both 'l2' or both 'weighted_l2'")
@@ -62,7 +60,7 @@ class MetricOptions(Checked):
     def metric(self, mdp: TabularMDP) -> Metric:
         """The metric on a process."""
 
-        def part(name: NormName, role: str) -> Norm:
+        def part(name: NormName, role: Literal["norm", "distance"]) -> Norm:
             return Norm(name, mdp, self.weights if name in self._weighted else None, self.legacy, role)
 
         canonical = Canonicalizer(mdp, self.canonicalization, self.policy, self.p)
@@ -239,8 +237,10 @@ def starc_matrix(
     metric, cut = _metric(mdp, tuple(sample), chosen)
     with torch.no_grad():
         names, forms, flags = metric.standardize_all((name, cut(reward)) for name, reward in named_rewards(rewards))
-        values = metric.distance.pairwise(forms, metric.axes)
-        sums = metric.distance.pairwise(forms, metric.axes, sign=-1.0) if chosen.scale == "angle" else None
+        if chosen.scale == "angle":
+            values, sums = metric.distance.pairwise(torch.cat([forms, -forms]), metric.axes)[: len(forms)].chunk(2, 1)
+        else:
+            values, sums = metric.distance.pairwise(forms, metric.axes), None
         values = metric.finish(values, sums, flags[:, None] | flags[None])
     note = None if chosen.restrict_to_reachable else mdp.unreachable_note()
     return RewardDistanceMatrix(
@@ -348,29 +348,116 @@ def _compared(
     action_dist: Array | None,
     discount: float | None,
 ) -> Scalar:
-    if discount is not None and not 0 <= discount <= 1:
-        raise ConfigError(f"discount is {discount}; it must be in [0, 1]")
     if convention not in ("pearson", "starc"):
         raise ConfigError(f"convention {convention!r} is unknown; choose 'pearson' or 'starc'")
     mdp = common_process(mdp, reward_a, reward_b)
-    canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist, discount=discount)
-    norm = Norm("weighted_l2", mdp, _coverage(coverage, mdp))
-    forms = []
-    for reward, name in ((reward_a, "reward_a"), (reward_b, "reward_b")):
-        tensor = mdp.full_reward(reward, name)
-        size = tensor.detach().abs().flatten(-3).amax(-1)
-        power = power_of_two(size)
-        form = canonical(tensor / power[..., None, None, None], name)
-        if convention == "pearson":
-            form = _centred(form, norm)
-        found = standardized(form, 3, norm, size / power, default_tolerance(mdp, reward))
-        warn_trivial(form, 3, found[1], size / power, found[2], [name])
-        forms.append(found)
-    (first, _, first_trivial), (second, _, second_trivial) = forms
-    gap = norm(first - second, 3)
-    if convention == "pearson":
-        gap = torch.where(first_trivial | second_trivial, torch.full_like(gap, torch.nan), gap / 2)
+    measure = _Baseline.of(mdp, kind, coverage, state_dist, action_dist, discount)
+    pearson = convention == "pearson"
+    # Entries that are not finite show in the lengths, and are looked for then.
+    tensors = [mdp.full_reward(reward_a, "reward_a", finite=False), mdp.full_reward(reward_b, "reward_b", finite=False)]
+    if not tensors[0].ndim == tensors[1].ndim == 3:
+        shape = np.broadcast_shapes(tensors[0].shape, tensors[1].shape)
+        tensors = [tensor.expand(shape) for tensor in tensors]
+    rewards = torch.stack(tensors)
+    lengths = torch.linalg.vector_norm(rewards.detach().flatten(-3), dim=-1).flatten().tolist()
+    rows = measure.rows(rewards, centred=pearson)
+    gap: Tensor | float
+    if rows.ndim == 2 and not rows.requires_grad:
+        (first, both), (_, second) = (rows @ rows.mT).tolist()
+        sizes = [math.sqrt(max(first, 0.0)), math.sqrt(max(second, 0.0))]
+    else:
+        both, sizes = math.inf, torch.linalg.vector_norm(rows, dim=-1).flatten().tolist()
+    if not measure.plain(lengths, sizes):
+        given = (("reward_a", reward_a), ("reward_b", reward_b))
+        for name, reward in given:
+            mdp.full_reward(reward, name)
+        tolerances = [default_tolerance(mdp, reward) for _, reward in given]
+        return give_back(measure.with_care(rewards, tolerances, pearson), reward_a, reward_b)  # type: ignore[no-any-return]
+    squared = 2 - 2 * both / (sizes[0] * sizes[1])
+    if squared > 2 * NEAR:
+        gap = math.sqrt(squared)
+    else:  # a product of forms that are near each other loses the digits of their difference
+        scaled = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        gap = torch.linalg.vector_norm(scaled[0] - scaled[1], dim=-1)
+    gap = gap / 2 if pearson else gap
+    if isinstance(gap, float):
+        if not is_torch(reward_a, reward_b):
+            return gap
+        gap = rows.new_tensor(gap)
     return give_back(gap, reward_a, reward_b)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """A canonical form over (s, a, s') with the weights of the transitions.
+
+    A form is trivial by no threshold where its norm is above `least` times the l2 norm of the reward.
+    """
+
+    canonical: Canonicalizer
+    norm: Norm
+    least: float
+    central: bool  # the forms have mean zero as they are
+
+    @classmethod
+    def of(
+        cls,
+        mdp: TabularMDP,
+        kind: Canonicalization,
+        coverage: str | Array,
+        state_dist: Array | None,
+        action_dist: Array | None,
+        discount: float | None,
+    ) -> _Baseline:
+        """Checked; kept with the process where no arrays are given."""
+        key = (kind, coverage, discount) if isinstance(coverage, str) and state_dist is action_dist is None else None
+        if key is not None and key in mdp.baselines:
+            kept: _Baseline = mdp.baselines[key]
+            return kept
+        canonical = Canonicalizer(mdp, kind, state_dist=state_dist, action_dist=action_dist, discount=discount)
+        uniform = isinstance(coverage, str) and coverage == "uniform"
+        norm = Norm("l2", mdp) if uniform else Norm("weighted_l2", mdp, _coverage(coverage, mdp))
+        total = mdp.num_states**2 * mdp.num_actions if uniform else float(to_float(norm.weights, "coverage").sum())
+        least = rounding(torch.float32, min(canonical.gamma, mdp.discount)) * max(1.0, math.sqrt(total))
+        found = cls(canonical, norm, least, uniform and kind == "epic" and key is not None)
+        if key is not None:
+            mdp.baselines[key] = found
+        return found
+
+    def form(self, rewards: Tensor, *, centred: bool) -> Tensor:
+        """The canonical forms of `[..., S, A, S']`, with mean zero under the weights if `centred`."""
+        form = self.canonical.of_full(rewards)
+        if not centred or self.central:
+            return form
+        if self.norm.weights is None:
+            return form - form.mean((-3, -2, -1), keepdim=True)
+        weights = to_float(self.norm.weights, "coverage")
+        return form - ((weights * form).sum((-3, -2, -1), keepdim=True) / weights.sum())
+
+    def rows(self, rewards: Tensor, *, centred: bool) -> Tensor:
+        """`[..., n]` whose plain norm is the weighted norm of the form."""
+        if self.norm.weights is None:
+            return self.form(rewards, centred=centred).flatten(-3)
+        return self.norm.embed(self.form(rewards, centred=centred), 3)
+
+    def plain(self, lengths: list[float], sizes: list[float]) -> bool:
+        """Whether no square of the rewards over- or underflows and no form is near the threshold of triviality: `lengths` are the l2 norms of
+        the rewards, at least their largest entry, and `sizes` those of their forms, at most `sqrt(total)` times their largest."""
+        return all(1e-100 < a < 1e100 and b > self.least * a for a, b in zip(lengths, sizes, strict=True))
+
+    def with_care(self, rewards: Tensor, tolerances: Sequence[float], pearson: bool) -> Tensor:
+        """The distance of rewards of any size, of which some may be trivial."""
+        found = []
+        for reward, name, tolerance in zip(rewards, ("reward_a", "reward_b"), tolerances, strict=True):
+            size = reward.detach().abs().flatten(-3).amax(-1)
+            power = power_of_two(size)
+            form = self.form(reward / power[..., None, None, None], centred=pearson)
+            scaled, length, trivial = standardized(form, 3, self.norm, size / power, tolerance)
+            warn_trivial(form, 3, length, size / power, trivial, [name])
+            found.append((scaled, trivial))
+        (first, first_trivial), (second, second_trivial) = found
+        gap = self.norm(first - second, 3)
+        return torch.where(first_trivial | second_trivial, torch.nan, gap / 2) if pearson else gap
 
 
 def _coverage(coverage: str | Array, mdp: TabularMDP) -> Tensor:
@@ -389,8 +476,3 @@ def _coverage(coverage: str | Array, mdp: TabularMDP) -> Tensor:
             f"coverage has shape {list(weights.shape)}; give weights of at least 0, {list(mdp.dense.shape)} or {list(mdp.dense.shape[:2])}"
         )
     return weights[..., None] * mdp.dense if weights.ndim == 2 else weights
-
-
-def _centred(form: Tensor, norm: Norm) -> Tensor:
-    weights = to_float(norm.weights, "coverage")
-    return form - ((weights * form).sum((-3, -2, -1)) / weights.sum())[..., None, None, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any
 
@@ -68,6 +68,7 @@ class TabularMDP:
         self._solvers: dict[bytes, Callable[[Tensor, bool], Tensor]] = {}
         self._casts: dict[torch.dtype, TabularMDP] = {self.dtype: self}
         self._warned = False
+        self.baselines: dict[Hashable, Any] = {}  # metrics on it that are asked for again and again
 
     def __repr__(self) -> str:
         kind = "sparse" if self.sparse else "dense"
@@ -219,13 +220,16 @@ class TabularMDP:
             return torch.nn.functional.one_hot(tensor.long(), self.num_actions).to(device=self.device, dtype=self.dtype)
         return self.distribution(policy, "policy", (self.num_states, self.num_actions))
 
-    def reward(self, reward: Any, name: str = "reward") -> Tensor:
-        """`reward` as a finite tensor `[..., S, A, S']`, `[S, A]` or `[S]` of the dtype of the process; raises `RewardError` otherwise."""
+    def reward(self, reward: Any, name: str = "reward", *, finite: bool = True) -> Tensor:
+        """`reward` as a tensor `[..., S, A, S']`, `[S, A]` or `[S]` of the dtype of the process, found to be finite unless told not to look.
+
+        Raises `RewardError` otherwise.
+        """
         states, actions = self.num_states, self.num_actions
         matrix = sparse_matrix(reward)
         if matrix is not None:
             reward = matrix.toarray().reshape(states, actions, states)
-        tensor = to_float(reward, name, self.dtype).to(device=self.device, dtype=self.dtype)
+        tensor = to_float(reward, name, self.dtype, finite=finite).to(device=self.device, dtype=self.dtype)
         full = (states, actions, states)
         if tensor.shape in ((states,), (states, actions)) or tensor.shape[-3:] == full:
             return tensor
@@ -233,11 +237,11 @@ class TabularMDP:
             f"{name} has shape {list(tensor.shape)}; give {list(full)}, {list(full[:2])} or {list(full[:1])}"
         )
 
-    def full_reward(self, reward: Any, name: str = "reward") -> Tensor:
+    def full_reward(self, reward: Any, name: str = "reward", *, finite: bool = True) -> Tensor:
         """`reward` broadcast to `[..., S, A, S']` (a view); raises `RewardError` for sparse dynamics, where that would not fit."""
         if self.sparse:
             raise RewardError(f"{self!r} is too large for rewards over all (s, a, s'); use canonicalization 'val'")
-        tensor = self.reward(reward, name)
+        tensor = self.reward(reward, name, finite=finite)
         if tensor.ndim < 3:
             tensor = tensor.reshape(*tensor.shape, *[1] * (3 - tensor.ndim))
             tensor = tensor.expand(self.num_states, self.num_actions, self.num_states)

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+import scipy.sparse as sp
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.fields import Checked
 from rlkit2.rewards.arrays import Array, Scalar, give_back, power_of_two, to_float
 from rlkit2.rewards.canonical import canonicalize
 from rlkit2.rewards.mdp import RewardWarning, TabularMDP
@@ -21,6 +25,10 @@ NormName: TypeAlias = Literal["l1", "l2", "linf", "weighted_l1", "weighted_l2", 
 NORMS: tuple[NormName, ...] = get_args(NormName)
 TRIVIAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a form whose reward is not known
 _ROUNDINGS = {torch.float64: 64, torch.float32: 16}
+NEAR = (
+    1 / 16
+)  # of the squared sizes of two rows: a smaller squared distance is not taken from their product, which keeps all but 2 digits of it
+_PAIRS = 1024  # rows that are subtracted at once
 
 
 def rounding(dtype: torch.dtype, discount: float) -> float:
@@ -30,7 +38,7 @@ def rounding(dtype: torch.dtype, discount: float) -> float:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Checked):
     """A norm on canonical forms, `[..., S, A]` or `[..., S, A, S']`.
 
     `l1, l2, linf` run over all entries (s, a, s'), so that a form constant in s' counts each of its entries S times; `weighted_l1`,
@@ -42,14 +50,14 @@ class Norm:
 
     name: NormName
     mdp: TabularMDP | None = None
-    weights: Array | None = None
+    weights: Any = None
     legacy: bool = False
-    role: str = "norm"
+    role: Literal["norm", "distance"] = "norm"
 
     def __post_init__(self) -> None:
-        if self.name not in NORMS or (self.role == "distance" and self.name == "none"):
-            allowed = [n for n in NORMS if n != "weighted_linf" and (n != "none" or self.role == "norm")]
-            raise ConfigError(f"{self.role} {self.name!r} is unknown; choose one of {', '.join(allowed)}")
+        super().__post_init__()
+        if self.role == "distance" and self.name == "none":
+            raise ConfigError("distance 'none' would be 1 for every pair; only a norm can be 'none'")
         if self.name == "weighted_linf" and not self.legacy:
             raise ConfigError(
                 f"{self.role} 'weighted_linf' is not a limit of the weighted norms; use 'linf', or legacy=True to reproduce"
@@ -113,16 +121,52 @@ class Norm:
         size: Tensor = torch.linalg.vector_norm(self.embed(form, axes), self.order, dim=-1)
         return size
 
-    def pairwise(self, forms: Tensor, axes: int, *, sign: float = 1.0) -> Tensor:
-        """`m(x_i - sign x_j)` of all pairs of `forms [K, ...]`, `[K, K]`, by differences (a Gram matrix would lose half the digits)."""
+    def pairwise(self, forms: Tensor, axes: int) -> Tensor:
+        """`m(x_i - x_j)` of all pairs of `forms [K, ...]`, `[K, K]`, every one with the digits of a difference."""
         if self.name == "range":
             result = forms.new_zeros(len(forms), len(forms))
             for i in range(len(forms)):
-                row = self(forms[i] - sign * forms[i:], axes)
+                row = self(forms[i] - forms[i:], axes)
                 result[i, i:], result[i:, i] = row, row
             return result
         rows = self.embed(forms, axes)
-        return torch.cdist(rows, sign * rows, p=self.order, compute_mode="donot_use_mm_for_euclid_dist")
+        if self.order == 2:
+            power = power_of_two(rows.abs().amax())
+            return euclidean_distances(rows / power) * power
+        return torch.cdist(rows, rows, p=self.order)
+
+
+def euclidean_distances(rows: Tensor, levels: int = 3) -> Tensor:
+    """`|x_i - x_j|` of all pairs of `rows [K, n]`, `[K, K]`, by one matrix product, with the digits of differences.
+
+    `|x|^2 + |y|^2 - 2 x.y` loses digits where x and y are nearer to each other than to the origin. Such rows are taken again, group by group, from
+    an origin in their midst; after `levels` of that the few pairs that are still near are subtracted.
+    """
+    squares = rows.square().sum(1)
+    sizes = squares[:, None] + squares
+    gaps = torch.addmm(sizes, rows, rows.mT, alpha=-2)
+    gaps = torch.maximum(
+        gaps, gaps.mT
+    )  # sums of a product may be added up in another order above and below the diagonal
+    near = gaps < NEAR * sizes
+    near.fill_diagonal_(False)
+    found = gaps.clamp_(min=0).sqrt_()
+    found.fill_diagonal_(0)
+    first, second = near.triu().nonzero(as_tuple=True)
+    if not len(first):
+        return found
+    if not levels:
+        for i, j in zip(torch.split(first, _PAIRS), torch.split(second, _PAIRS), strict=True):
+            found[i, j] = found[j, i] = torch.linalg.vector_norm(rows[i] - rows[j], dim=1)
+        return found
+    count, group = connected_components(sp.coo_array(near.cpu().numpy()), directed=False)
+    for members in (np.flatnonzero(group == number) for number in range(count)):
+        if len(members) > 1:
+            index = torch.from_numpy(members).to(rows.device)
+            block = index[:, None], index
+            centre = rows[index[found[block].median(1).values.argmin()]]
+            found[block] = torch.where(near[block], euclidean_distances(rows[index] - centre, levels - 1), found[block])
+    return found
 
 
 def standardized(

@@ -10,6 +10,7 @@ A teacher with a budget is a cell: one folder, one piece of work of the sweep en
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,8 +21,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from rlkit2.agents import Agent, agent_class, make_agent, make_config, make_normalizer
 from rlkit2.api import load_dataset
@@ -38,15 +39,16 @@ from rlkit2.preferences.fitting import fit_reward_model
 from rlkit2.preferences.options import FitOptions, RelabelOptions
 from rlkit2.preferences.relabelling import relabelled_rewards
 from rlkit2.preferences.teachers import ScriptedTeacher
+from rlkit2.studies.rank_tests import Measured, answers
 from rlkit2.sweeps import check_engine, run_folders
 from rlkit2.training.groups import BatchIndices, one_intraop_thread
 from rlkit2.training.run_files import read_json, write_json, writing
 
 Array = NDArray[np.float64]
+CONSTRUCTIONS = ("shaped", "noise", "offset", "blend")
 BASELINES = ("true", "zero", "constant", "random labels")
 TEST_SEED = 1_000_003  # of the pairs that judge every reward; apart from all seeds of the labels
 CELL, ROWS = "cell.json", "rows.json"  # of a cell's folder: what it is, and what came out
-RESAMPLES = 2000  # behind the intervals of the correlations
 Progress = Callable[[int, int], None]
 
 
@@ -57,6 +59,8 @@ class StudySettings:
     dataset: str
     teachers: tuple[str, ...] = ("oracle", "mistake", "noisy")
     budgets: tuple[int, ...] = (5, 15, 50, 150, 500)
+    # rewards made from the true one beside those of the teachers, a kind with a number: see `constructed_reward`
+    constructed: tuple[str, ...] = ()
     seeds: int = 5
     # steps of a segment
     length: int = 16
@@ -87,21 +91,26 @@ class StudySettings:
             raise ConfigError(f"budgets {self.budgets} of the study must be 2 labels or more")
         for teacher in self.teachers:
             ScriptedTeacher(teacher)
+        for name in self.constructed:
+            _construction(name)
         read_fields(agent_class(self.agent).config_class, self.agent_settings)
         read_fields(FitOptions, self.reward)
         read_fields(RelabelOptions, {"offset": self.offset})
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What every cell depends on, as JSON values: all but the teachers and budgets, which only say which cells there are."""
-        facts = {name: value for name, value in asdict(self).items() if name not in ("teachers", "budgets")}
+        """What every cell depends on, as JSON values: all but the teachers, budgets and constructions, which only say which cells there are."""
+        facts = {
+            name: value for name, value in asdict(self).items() if name not in ("teachers", "budgets", "constructed")
+        }
         return cast(dict[str, Any], json.loads(json.dumps(facts)))
 
     @property
     def cells(self) -> dict[str, tuple[str, int]]:
         """Teacher and labels of every cell by the name of its folder, baselines first; random labels are as many as the largest budget."""
         baselines = [(name, max(self.budgets) if name == "random labels" else 0) for name in BASELINES]
-        named = [*baselines, *((teacher, budget) for budget in self.budgets for teacher in self.teachers)]
+        made = [(name, 0) for name in self.constructed]
+        named = [*baselines, *made, *((teacher, budget) for budget in self.budgets for teacher in self.teachers)]
         return {f"{teacher.replace(' ', '-')}-{labels}": (teacher, labels) for teacher, labels in named}
 
 
@@ -118,33 +127,30 @@ class StudyResult:
 
     @cached_property
     def learned(self) -> list[dict[str, Any]]:
-        """Rows of learned rewards with a distance: what the correlations are about."""
-        return [row for row in self.rows if row["teacher"] not in BASELINES and row["starc"] is not None]
+        """Rows of learned rewards with a distance."""
+        made = {*BASELINES, *self.settings.constructed}
+        return [row for row in self.rows if row["teacher"] not in made and row["starc"] is not None]
+
+    @cached_property
+    def constructed(self) -> list[dict[str, Any]]:
+        """Rows of constructed rewards with a distance."""
+        return [row for row in self.rows if row["teacher"] in self.settings.constructed and row["starc"] is not None]
 
     @cached_property
     def correlations(self) -> dict[str, Estimate]:
-        """Spearman's rank correlation with the regret over learned rewards, with 95 % intervals; NaN below three rewards or two cells.
+        """`rank_tests.answers` for the learned rewards: Spearman's rank correlation with the regret of the distance (`starc`) and of one minus the
+        accuracy (`error`), the `difference` of their sizes (above 0 where the distance foretells the regret better), and partial ones."""
+        return answers(_measured(self.learned))
 
-        `starc` is that of the distance, `error` that of one minus the accuracy, and `difference` is |starc| - |error|: above 0 where the
-        distance foretells the regret better. The intervals come from a bootstrap of two levels, cells (teacher and budget) and then
-        seeds within each, for the rewards of one cell share teacher, budget and judging pairs: they are no independent draws. All three
-        are taken from the same resamples.
-        """
-        measures = np.array([(row["starc"], 1 - row["accuracy"], row["regret"]) for row in self.learned])
-        cells = [np.flatnonzero(same) for same in self._same_cell()]
-        if len(measures) < 3 or len(cells) < 2:
-            return dict.fromkeys(("starc", "error", "difference"), Estimate(np.nan, np.nan, np.nan))
-        generator = np.random.default_rng(0)
-        samples = np.array([_rank_correlations(measures[_resample(cells, generator)]) for _ in range(RESAMPLES)])
-        low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
-        found = zip(_rank_correlations(measures), low, high, strict=True)
-        names = ("starc", "error", "difference")
-        return {name: Estimate(float(v), float(a), float(b)) for name, (v, a, b) in zip(names, found, strict=True)}
-
-    def _same_cell(self) -> list[NDArray[np.bool_]]:
-        """Which of the learned rewards are in each cell, `[L]` a cell."""
-        of_row = [(row["teacher"], row["budget"]) for row in self.learned]
-        return [np.array([cell == other for other in of_row]) for cell in dict.fromkeys(of_row)]
+    @cached_property
+    def all_correlations(self) -> dict[str, dict[str, Estimate]]:
+        """The same for the learned rewards, the constructed ones, and both together; a group of none is left out."""
+        groups = {"learned": self.learned, "constructed": self.constructed, "all": [*self.learned, *self.constructed]}
+        if not self.constructed:
+            return {"learned": self.correlations}
+        return {
+            name: self.correlations if name == "learned" else answers(_measured(rows)) for name, rows in groups.items()
+        }
 
     def table(self) -> list[dict[str, Any]]:
         """Means over seeds of every teacher and budget, and of the baselines."""
@@ -164,12 +170,14 @@ class StudyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        correlations = {
-            name: [e.value, e.low, e.high] if np.isfinite(e.value) else None for name, e in self.correlations.items()
-        }
+
+        def plain(found: dict[str, Estimate]) -> dict[str, Any]:
+            return {name: [e.value, e.low, e.high] if np.isfinite(e.value) else None for name, e in found.items()}
+
         return {
             "settings": asdict(self.settings),
-            "spearman_with_regret": correlations,
+            "spearman_with_regret": plain(self.correlations),
+            "by_group": {group: plain(found) for group, found in self.all_correlations.items()},
             "table": self.table(),
             "rows": self.rows,
         }
@@ -307,6 +315,10 @@ def run_cell(world: _World, teacher: str, labels: int) -> list[dict[str, Any]]:
 def _learned(world: _World, teacher: str, count: int, seeds: list[int]) -> tuple[list[float], list[Array]]:
     """Accuracy on the judging pairs and rewards `[N]` (scaled for the agent) of every seed."""
     settings, dataset = world.settings, world.dataset
+    if teacher.split(" ")[0] in CONSTRUCTIONS:
+        made = [constructed_reward(teacher, dataset, world.truth, settings.discount, seed) for seed in seeds]
+        found = [evaluate_reward(reward, world.test, dataset).accuracy for reward in made]
+        return found, [reward / (reward.std() or 1.0) for reward in made]
     fixed = {"true": world.truth, "zero": np.zeros(len(dataset)), "constant": np.ones(len(dataset))}
     if teacher in fixed:
         accuracy = evaluate_reward(fixed[teacher], world.test, dataset).accuracy
@@ -318,6 +330,58 @@ def _learned(world: _World, teacher: str, count: int, seeds: list[int]) -> tuple
     accuracies = [evaluate_reward(part, world.test, dataset).accuracy for part in parts]
     rewards = [relabelled_rewards(dataset, part, offset=settings.offset, normalise="std")[0].numpy() for part in parts]
     return accuracies, rewards
+
+
+def _construction(name: str) -> tuple[str, float]:
+    """Kind and number of a construction; `ConfigError` for what is none."""
+    kind, _, number = name.partition(" ")
+    try:
+        size = float(number)
+    except ValueError:
+        size = math.nan
+    if kind not in CONSTRUCTIONS or not math.isfinite(size):
+        raise ConfigError(
+            f"constructed reward {name!r} is unknown; write one of {', '.join(CONSTRUCTIONS)} and a number, such as 'shaped 2'"
+        )
+    return kind, size
+
+
+def constructed_reward(name: str, dataset: TransitionDataset, truth: Array, discount: float, seed: int) -> Array:
+    """A reward `[N]` made from the true one, at a distance and an accuracy that teachers do not bring together.
+
+    `shaped x`: with a random potential of the observations whose shaping has x times the true reward's deviation (distance 0, other returns of
+    segments); `noise x`: with independent noise of x deviations (distance 0 in the long run); `offset x`: plus x deviations (the accuracy stays, what
+    the end of an episode is worth does not); `blend x`: turned by x degrees towards a random reward of observations and actions.
+    Raises `ConfigError` for another name.
+    """
+    kind, size = _construction(name)
+    spread = truth.std() or 1.0
+    if kind == "offset":
+        return truth + size * spread
+    generator = torch.Generator().manual_seed(1_000_003 * seed + 17)
+    if kind == "noise":
+        return truth + size * spread * torch.randn(len(truth), generator=generator, dtype=torch.float64).numpy()
+    here, after = dataset.observations.double(), dataset.next_observations.double()
+    mean, std = here.mean(0), here.std(0).clamp(min=1e-6)
+    if kind == "shaped":
+        potential = _random_function(here.shape[1], generator)
+        alive = (~dataset.terminations).double()
+        shaping = (discount * alive * potential((after - mean) / std) - potential((here - mean) / std)).numpy()
+        return truth + size * spread / (shaping.std() or 1.0) * shaping
+    actions = dataset.actions
+    chosen = one_hot(actions - actions.min()).double() if dataset.spec.discrete else actions.double()
+    columns = torch.cat([(here - mean) / std, (chosen - chosen.mean(0)) / chosen.std(0).clamp(min=1e-6)], 1)
+    other = _random_function(columns.shape[1], generator)(columns).numpy()
+    other = (other - other.mean()) / (other.std() or 1.0)
+    angle = math.radians(size)
+    return np.asarray(math.cos(angle) * (truth - truth.mean()) / spread + math.sin(angle) * other)
+
+
+def _random_function(columns: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A smooth random function of rows `[n, columns]`."""
+    first = torch.randn(columns, 32, generator=generator, dtype=torch.float64) / columns**0.5
+    last = torch.randn(32, generator=generator, dtype=torch.float64)
+    return lambda x: torch.tanh(x @ first) @ last
 
 
 def _labels(world: _World, teacher: str, count: int, seed: int) -> PreferenceDataset:
@@ -361,25 +425,18 @@ def train_on_rewards(
     return agent
 
 
-def _resample(cells: Sequence[NDArray[np.int64]], generator: np.random.Generator) -> NDArray[np.int64]:
-    """Rows of as many cells, drawn with replacement, and within each of as many of its rows, drawn with replacement."""
-    drawn = generator.integers(len(cells), size=len(cells))
-    return np.concatenate([generator.choice(cells[cell], len(cells[cell])) for cell in drawn])
-
-
-def _rank_correlations(measures: Array) -> tuple[float, float, float]:
-    """Spearman's correlation of columns 0 and 1 of `[L, 3]` with column 2, and how much larger the first is in size."""
-    ranks = stats.rankdata(measures, axis=0) - (len(measures) + 1) / 2
-    size = np.sqrt((ranks**2).sum(0))
-    with np.errstate(invalid="ignore"):  # NaN for a constant, which has no ranks
-        first, second = (ranks[:, :2] * ranks[:, 2:]).sum(0) / (size[:2] * size[2])
-    return float(first), float(second), float(abs(first) - abs(second))
+def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """The rewards of a study as the tests read them."""
+    columns = [(row["starc"], 1 - row["accuracy"], row["regret"], row["budget"]) for row in rows]
+    distance, error, regret, budget = np.array(columns, dtype=np.float64).reshape(-1, 4).T
+    cells = tuple((row["teacher"], row["budget"]) for row in rows)
+    return Measured(cells, tuple(row["seed"] for row in rows), distance, error, regret, budget)
 
 
 def load_study(path: str | os.PathLike[str]) -> StudyResult:
     """Read `study.json`."""
     found = read_json(Path(path))
     settings: dict[str, Any] = {
-        name: tuple(v) if name in ("teachers", "budgets") else v for name, v in found["settings"].items()
+        name: tuple(v) if name in ("teachers", "budgets", "constructed") else v for name, v in found["settings"].items()
     }
     return StudyResult(StudySettings(**settings), found["rows"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlkit2.cli.main import main
+from rlkit2.preferences.reward_ensemble import RewardEnsemble
 from rlkit2.rewards import TabularMDP
 from tests.reference import ROOT
 
@@ -123,6 +124,41 @@ def test_dataset(capsys: pytest.CaptureFixture[str], tmp_path: Path, rewards: Pa
     assert (out / "heatmap.svg").stat().st_size > 1000
     again = run_json(capsys, "dataset", recorded, *given, "--true", *settings)
     assert again["values"] == found["values"]
+
+
+def test_reward_ensembles_and_infos(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, rewards: Path, recorded: str
+) -> None:
+    """A model of two seeds is two rewards; a reward that reads infos is refused where the data have none, in one line."""
+    model = RewardEnsemble(3, 1, hidden_sizes=(8,), seeds=2, members=2)
+    model.save(tmp_path / "model")
+    same = ["--features", "quadratic", "--bootstrap", "0"]
+    found = run_json(capsys, "dataset", recorded, f"--reward=learned={tmp_path / 'model'}", "--true", *same)
+    assert found["names"] == ["true", "learned seed 0", "learned seed 1"]
+    (tmp_path / "info.py").write_text("def speed(obs, info):\n    return info['speed']\n")
+    assert main(["starc", "dataset", recorded, f"--reward={tmp_path / 'info.py'}:speed", "--true"]) == 2
+    assert "infos are read from such datasets alone" in capsys.readouterr().err
+
+
+def test_simulator(capsys: pytest.CaptureFixture[str], tmp_path: Path, rewards: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def near(obs, act, next_obs):\n    return next_obs[:, 14] + next_obs[:, 15]\n"
+        "def chance(infos):\n    return infos['prob']\n"
+    )
+    given = [f"--reward={tmp_path / 'own.py'}:{name}" for name in ("near", "chance")]
+    settings = ["--episodes", "300", "--bootstrap", "20", "--discount", "0.9", "--seed", "3"]
+    out = tmp_path / "out"
+    assert main(["starc", "env", "FrozenLake-v1", *given, "--true", *settings, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "300 episodes" in text
+    assert "one indicator per state" in text
+    found = json.loads((out / "distances.json").read_text())
+    assert found["names"] == ["true", "near", "chance"]
+    assert found["diagnostics"]["episodes"] == 300
+    again = run_json(
+        capsys, "env", "FrozenLake-v1", *given, "--true", *settings, "--policy", "0.5=uniform", "--policy", "uniform"
+    )
+    assert again["diagnostics"] != found["diagnostics"]
 
 
 def test_recorded_dataset(capsys: pytest.CaptureFixture[str], rewards: Path, real_datasets: Path) -> None:

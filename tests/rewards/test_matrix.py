@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlkit2.errors import MissingExtraError, RewardError
 from rlkit2.rewards import RewardDistanceMatrix, starc_matrix
 from rlkit2.rewards.matrix import classical_scaling
+from rlkit2.rewards.norms import euclidean_distances
 from tests.rewards.test_properties import make, shape, shaping
 
 
@@ -98,3 +102,38 @@ def test_scaling_recovers_points_of_a_plane() -> None:
     found, share = classical_scaling(distances)
     np.testing.assert_allclose(np.linalg.norm(found[:, None] - found[None], axis=-1), distances, atol=1e-9)
     assert share == pytest.approx(1)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.lists(st.sampled_from([1.0, 1e-2, 1e-5, 1e-9, 0.0]), min_size=1, max_size=4),
+    st.sampled_from([torch.float64, torch.float32]),
+)
+@settings(max_examples=60, deadline=None)
+def test_distances_from_a_product_have_the_digits_of_differences(
+    seed: int, count: int, spreads: list[float], dtype: torch.dtype
+) -> None:
+    """Clusters within clusters, lines, copies and zeros, in any order: every distance is what subtraction gives."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros((count, 30))
+    for spread in spreads:  # every level splits the rows anew
+        groups = rng.integers(0, max(1, count // 3), count)
+        rows += spread * rng.normal(size=(count, 30))[groups]
+    if seed % 3 == 0:
+        rows = np.linspace(0, 1, count)[:, None] * rows[:1] + rows[-1:]
+    given = torch.from_numpy(rows).to(dtype)
+    found = euclidean_distances(given)
+    exact = torch.linalg.vector_norm(given[:, None] - given[None], dim=-1)
+    assert torch.equal(found, found.mT)
+    assert not found.diagonal().any()
+    torch.testing.assert_close(found, exact, rtol=1e-13 if dtype == torch.float64 else 3e-5, atol=0)
+
+
+def test_angles_of_near_and_of_opposite_rewards_keep_their_digits() -> None:
+    mdp, rng = make(3), np.random.default_rng(2)
+    a, b = rng.normal(size=(2, *shape(mdp)))
+    matrix = starc_matrix({"a": a, "near": a + 1e-9 * b, "opposite": -a + 1e-9 * b}, mdp, scale="angle").values
+    plain = starc_matrix({"a": a, "near": a + 1e-9 * b}, mdp).values[0, 1]
+    assert matrix[0, 1] == pytest.approx(plain, rel=1e-6)
+    assert np.pi - matrix[0, 2] == pytest.approx(plain, rel=1e-5)

@@ -363,9 +363,9 @@ def test_bad_rewards_and_policies() -> None:
         (lambda: canonicalize(good, mdp, policy=np.full((3, 2), 0.6)), RewardError, r"policy\[0\] sums to 1.2"),
         (lambda: canonicalize(good, mdp, policy=[0, 1, 2]), RewardError, r"policy\[2\] is 2; actions run"),
         (lambda: canonicalize(good, mdp, policy=[[1.5, -0.5]] * 3), RewardError, r"policy\[0, 1\] is -0.5"),
-        (lambda: canonicalize(good, mdp, "vall"), ConfigError, "'vall' is unknown; choose one of val"),  # type: ignore[arg-type]
+        (lambda: canonicalize(good, mdp, "vall"), ConfigError, "kind must be one of val"),  # type: ignore[arg-type]
         (lambda: starc_distance(good, good, mdp, norm="weighted_linf"), ConfigError, "legacy=True"),
-        (lambda: starc_distance(good, good, mdp, distance="none"), ConfigError, "distance 'none' is unknown"),
+        (lambda: starc_distance(good, good, mdp, distance="none"), ConfigError, "only a norm can be 'none'"),
         (lambda: starc_distance(good, good, mdp, canonicalization="minimal", p=1), ConfigError, "need not be unique"),
         (lambda: starc_distance(good, good, mdp, weights=-good), RewardError, r"weights\[0, 0\] is negative"),
         (lambda: starc_distance(good, good, "mdp"), RewardError, "build TabularMDP"),  # type: ignore[arg-type]

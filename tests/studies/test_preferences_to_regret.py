@@ -235,3 +235,37 @@ def test_a_study_whose_true_reward_trains_nothing_says_so(true, zero, said, caps
     ]
     _print_study(StudyResult(TINY, rows))
     assert ("the true reward trains no better than none (regret 0.500, 0.200)" in capsys.readouterr().out) == said
+
+
+def test_constructed_rewards_are_what_they_say():
+    dataset = load_dataset(DATASET)
+    truth = dataset.rewards.double().numpy()
+    made = {
+        name: study.constructed_reward(name, dataset, truth, 0.9, 3)
+        for name in ("shaped 5", "noise 1", "offset -2", "blend 0", "blend 90")
+    }
+    np.testing.assert_allclose(made["offset -2"], truth - 2 * truth.std())
+    np.testing.assert_allclose(made["blend 0"], (truth - truth.mean()) / truth.std(), atol=1e-12)
+    assert abs(np.corrcoef(made["blend 90"], truth)[0, 1]) < 0.9
+    assert (made["noise 1"] - truth).std() == pytest.approx(truth.std(), rel=0.1)
+    assert (made["shaped 5"] - truth).std() == pytest.approx(5 * truth.std(), rel=1e-6)
+    # One seed has one potential, at every size.
+    shaping, rows = made["shaped 5"] - truth, slice(int(dataset.episode_starts[0]), int(dataset.episode_starts[1]))
+    again = study.constructed_reward("shaped 10", dataset, truth, 0.9, 3) - truth
+    np.testing.assert_allclose(again[rows], 2 * shaping[rows], rtol=1e-9)
+    assert not np.allclose(study.constructed_reward("shaped 5", dataset, truth, 0.9, 4), made["shaped 5"])
+    for name in ("shaped", "bent 2", "noise much"):
+        with pytest.raises(ConfigError, match="such as 'shaped 2'"):
+            replace(TINY, constructed=(name,))
+
+
+def test_groups_of_rewards_are_tested_apart():
+    rows = table(4, 5, np.random.default_rng(3))
+    rows += [{**row, "teacher": "shaped 5", "budget": 0, "starc": 0.0, "regret": 0.1} for row in rows[:5]]
+    rows += [{**row, "teacher": "blend 90", "budget": 0, "starc": 1.4, "regret": 0.9} for row in rows[:5]]
+    result = StudyResult(replace(TINY, constructed=("shaped 5", "blend 90")), rows)
+    assert (len(result.learned), len(result.constructed)) == (20, 10)
+    found = result.all_correlations
+    assert list(found) == ["learned", "constructed", "all"]
+    assert found["constructed"]["starc"].value == pytest.approx(1)
+    assert result.to_dict()["by_group"]["all"]["starc"] is not None

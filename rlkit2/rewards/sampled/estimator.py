@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,16 +18,19 @@ from rlkit2.fields import Interval as Range
 from rlkit2.rewards.matrix import RewardDistanceMatrix
 from rlkit2.rewards.sampled.absolute import absolute_distances
 from rlkit2.rewards.sampled.cells import CellSums, gather_cells
+from rlkit2.rewards.sampled.collecting import EnvSource, PolicySource, collect, is_environment
 from rlkit2.rewards.sampled.features import (
     Categories,
-    CellFeatures,
+    EncodedFeatures,
+    EncodedRows,
+    Encoding,
     FeatureMap,
     FeatureName,
     Features,
     FourierFeatures,
     Inputs,
-    PolynomialFeatures,
     candidates,
+    named_features,
     numbers_note,
     random_probes,
 )
@@ -49,7 +52,10 @@ from rlkit2.rewards.sampled.rows import BatchRows, RewardFunctions, Rows
 _TRIVIAL = 1e-6  # advantages below this share of the reward's size are rounding and shrinkage
 _TESTS = 50  # refits that judge whether an advantage is more than noise, and whether features miss some of it
 _POOR = 0.5  # how far features may take a form from that in richer ones before its distances are refused
-_CHOOSE_ROWS = 50_000  # what `auto` chooses features on
+_CHOOSE_ROWS, _CHOOSE_EPISODES = (
+    50_000,
+    100,
+)  # `auto` chooses features on as many rows, or on those of as many episodes where they are more
 _NETWORK_ROWS, _NETWORKS = 20_000, 6  # rows and rewards with which `auto` tries networks too
 _FEW_EPISODES = 30
 _RESIDUAL = 1.0  # Bellman residual, as a share of the reward's size, from which values do not carry over from one part of the data to another
@@ -99,20 +105,32 @@ class SampledStarc(Checked):
 
     def fit(
         self,
-        data: TransitionDataset | Batch | Iterable[Batch],
+        data: TransitionDataset | Batch | Iterable[Batch] | EnvSource,
         rewards: Mapping[str, Any] | Iterable[Any],
         *,
+        policy: PolicySource | None = None,
+        episodes: int | None = None,
+        max_steps: int | None = None,
+        infos: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> RewardDistanceMatrix:
-        """The distances between several rewards on one data set.
+        """The distances between several rewards on one data set, or on episodes played in a simulator.
 
         Args:
             data: a `TransitionDataset`, or batches of consecutive transitions without seed axis (an episode ends at its flags and at
-                the end of a batch). Terminated steps bootstrap nothing, truncated ones bootstrap from their next observation.
-            rewards: names and rewards, or a sequence; each an array `[N]` aligned with the rows, a callable `f(observations, actions,
-                next_observations, terminations) -> [n]` on tensors of n rows, or a module whose `forward` takes these, or the first of them,
-                in this order or by their usual names (obs, state, next_obs, done, ...).
-            progress: called with (transitions read, transitions in all).
+                the end of a batch). Terminated steps bootstrap nothing, truncated ones bootstrap from their next observation. Or an environment:
+                its id, specification, a function that makes one, or one that is made.
+            rewards: names and rewards, or a sequence; each an array `[N]` aligned with the rows, a function or torch module of
+                observations, actions, next_observations, terminations and infos or some of them (by their usual names, obs, act, next_state, done,
+                ..., or in this order) of n rows that gives n numbers, a reward network with `predict_processed` (imitation's `RewardNet`), or
+                `"recorded"`, the rewards of the data or environment.
+            policy: what plays in an environment; see `collect`. Its advantages are compared, so it should try every action everywhere; default:
+                `"uniform"`.
+            episodes: how many it plays; default 100.
+            max_steps: cut its episodes there.
+            infos: what else came with each row, arrays `[N, ...]` by name, for rewards that read them (`rlkit2.data.read_infos`); those
+                of an environment are collected.
+            progress: called with (transitions read, transitions in all), and before with (episodes played, episodes).
 
         Returns:
             `values [K, K]` in [0, 2], `ci [K, K, 2]` 95 % intervals (None without bootstrap), NaN for rewards that are trivial, whose
@@ -120,10 +138,21 @@ class SampledStarc(Checked):
             distances as `pseudometric`.
 
         Raises:
-            RewardError: a reward does not fit the data. DatasetError: too few episodes to split.
+            RewardError: a reward does not fit the data. DatasetError: too few episodes to split. ConfigError: options of an environment for data.
+            EnvironmentUnavailableError: the environment cannot be made or never ends.
         """
-        rows: Rows = data if isinstance(data, TransitionDataset) else BatchRows.of(data)
-        functions = RewardFunctions(rewards, len(rows))
+        if is_environment(data):
+            given = {"policy": policy, "episodes": episodes, "max_steps": max_steps}
+            kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            data, infos = collect(data, **kept, seed=self.seed, progress=progress)
+        elif (policy, episodes, max_steps) != (None, None, None):
+            raise ConfigError("policy, episodes and max_steps belong to an environment; data are compared as they are")
+        rows: Rows = (
+            data if isinstance(data, TransitionDataset) else BatchRows.of(cast("Batch | Iterable[Batch]", data))
+        )
+        functions = RewardFunctions(rewards, len(rows), spec=getattr(rows, "spec", None), infos=infos)
+        if isinstance(self.features, EncodedFeatures):
+            functions = functions.evaluated(rows)  # what features read is not what rewards do
         features = self._features(rows, functions)
         study = _Study.of(self, rows, functions, features, progress=progress)
         return study.matrix()
@@ -131,14 +160,16 @@ class SampledStarc(Checked):
     def _features(self, rows: Rows, functions: RewardFunctions) -> FeatureMap | Categories:
         """The features asked for; `auto` takes the first of its candidates in which every reward's advantage is clear and nothing of it missed, or
         the one nearest to that."""
-        if self.features != "auto":
-            return make_features(self.features).fit(rows, functions, self.discount, self.seed)
-        options = candidates(rows, self.seed)
+        encoder = self.features.encoder if isinstance(self.features, EncodedFeatures) else None
+        asked = self.features.features if isinstance(self.features, EncodedFeatures) else self.features
+        if asked != "auto":
+            return named_features(self.features).fit(rows, functions, self.discount, self.seed)
+        options = candidates(rows if encoder is None else EncodedRows(rows, Encoding(encoder)), self.seed)
         if len(options) > 1 and len(rows) >= _NETWORK_ROWS and len(functions.names) <= _NETWORKS:
             options.append(NetworkFeatures())
         best, least = options[0], np.inf
         for option in options if len(options) > 1 else []:
-            fitted = option.fit(rows, functions, self.discount, self.seed)
+            fitted = self._encoded(option, encoder).fit(rows, functions, self.discount, self.seed)
             trial = _Study.of(self, rows, functions, fitted, most=_CHOOSE_ROWS)
             missed, unclear = trial.misfit.of_rewards(trial.units), ~trial.misfit.clear(trial.units)[0]
             cost = float(missed.square().sum() + 2 * unclear.sum())
@@ -146,7 +177,11 @@ class SampledStarc(Checked):
                 best, least = option, cost
             if not cost or (isinstance(option, FourierFeatures) and not bool((missed > _POOR / 2).any())):
                 break  # networks are slow, and for what is seen to be missed by far
-        return best.fit(rows, functions, self.discount, self.seed)
+        return self._encoded(best, encoder).fit(rows, functions, self.discount, self.seed)
+
+    @staticmethod
+    def _encoded(option: Features, encoder: Callable[[Tensor], Any] | None) -> Features:
+        return option if encoder is None else EncodedFeatures(encoder, option)
 
 
 @dataclass(frozen=True)
@@ -176,7 +211,9 @@ class _Study:
     ) -> _Study:
         """Gather the data (of about `most` rows of whole episodes) under the features."""
         blocks, split = _blocks(settings, rows, features, most)
-        probes = None if isinstance(features, Categories) else random_probes(rows, settings.seed)
+        probes = None
+        if isinstance(features, FeatureMap):
+            probes = random_probes(rows, settings.seed, features.encode)
         discount = settings.discount
         if isinstance(features, Categories):
             gathered = gather_cells(rows, functions, features, discount, blocks, progress)
@@ -311,7 +348,7 @@ class _Study:
                 "intervals say; take fewer features, a lower discount or more episodes"
             )
         if not isinstance(self.features, Categories):
-            note = numbers_note(self.features, Inputs.of(self.rows, self.settings.seed))
+            note = numbers_note(self.features, Inputs.of(_seen(self.rows, self.features), self.settings.seed))
             if note:
                 yield note
         missed = [f"{name} {far:.2f}" for name, far in zip(names, misfit.tolist(), strict=True) if far > 0]
@@ -333,6 +370,11 @@ class _Study:
                 )
 
 
+def _seen(rows: Rows, features: FeatureMap) -> Rows:
+    """The rows as the features see them."""
+    return rows if features.encode is None else EncodedRows(rows, features.encode)
+
+
 def _blocks(
     settings: SampledStarc, rows: Rows, features: FeatureMap | Categories, most: int | None
 ) -> tuple[list[Tensor], Split]:
@@ -344,7 +386,7 @@ def _blocks(
     kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(settings.seed))]
     if most is not None:
         lengths = rows.episode_starts.diff().cpu()[kept].cumsum(0)
-        kept = kept[: max(4, int((lengths <= most).sum()))]
+        kept = kept[: max(_CHOOSE_EPISODES, int((lengths <= most).sum()))]
     crossed = settings.estimator in CROSSFITTED
     if isinstance(settings.folds, int):
         count = min(settings.folds, len(kept))
@@ -383,18 +425,3 @@ def _bytes(rows: Rows, features: FeatureMap) -> int:
     v = features.state(first.observations).shape[1]
     g = features.pair(first.observations, first.actions).shape[1]
     return 8 * (3 * v * v + g * g + g * v)
-
-
-def make_features(features: FeatureName | Features) -> Features:
-    """Features by name, except `auto`."""
-    if isinstance(features, Features):
-        return features
-    table: dict[str, Features] = {
-        "linear": PolynomialFeatures(1),
-        "quadratic": PolynomialFeatures(2),
-        "fourier": FourierFeatures(),
-        "onehot": CellFeatures(),
-        "tile": CellFeatures(6),
-        "network": NetworkFeatures(),
-    }
-    return table[features]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlkit2.data import Batch
-from rlkit2.errors import ConfigError, RewardError
+from rlkit2.errors import ConfigError, RewardError, first_line
 from rlkit2.fields import Checked, Count, Interval, Positive
 from rlkit2.rewards.sampled.rows import CHUNK, RewardFunctions, Rows
 
@@ -25,19 +26,34 @@ _VISITS_OF_WHOLE = 2  # the same where they are whole numbers
 _ROWS_PER_FEATURE = 500  # fewer transitions per fitted coefficient leave more noise than the fit gains
 _PROBES = 32
 _ROWS_PER_PROBE = 100
+_PROJECTIONS = 8  # of encoded observations, at which probes look
 
 
 @dataclass(frozen=True)
 class FeatureMap:
     """Fitted features: `state(observations [n, obs])` is `[n, F]`, `pair(observations, actions)` `[n, G]`, float64; `name` says which.
 
-    `trained_on` are the episodes `[e]` that shaped the features and must not be estimated from.
+    `trained_on` are the episodes `[e]` that shaped the features and must not be estimated from. `encode` is what observations went through first:
+    whatever else looks at them (functions outside the span of the features) looks at what it gives.
     """
 
     name: str
     state: Callable[[Tensor], Tensor]
     pair: Callable[[Tensor, Tensor], Tensor]
     trained_on: Tensor | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+
+    def after(self, encode: Callable[[Tensor], Tensor] | None, name: str | None = None) -> FeatureMap:
+        """The same features of what `encode` makes of observations."""
+        if encode is None:
+            return self
+        return FeatureMap(
+            name or self.name,
+            lambda observations: self.state(encode(observations)),
+            lambda observations, actions: self.pair(encode(observations), actions),
+            self.trained_on,
+            encode,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,12 @@ class Features(ABC):
     """A family of features, fitted to the inputs of a data set. Yours too: subclass it and return a `FeatureMap`.
 
     @dataclass(frozen=True)
-    class Encoded(Features):
-        encoder: nn.Module
-
+    class Angles(Features):
         def fit(self, rows, rewards, discount, seed):
-            state = lambda o: self.encoder(o).double()
-            return FeatureMap("encoder", state, lambda o, a: torch.cat([state(o), a.double()], 1))
+            state = lambda o: torch.cat([torch.ones(len(o), 1), o[:, :1].cos(), o[:, :1].sin(), o[:, 1:]], 1).double()
+            return FeatureMap("angles", state, lambda o, a: torch.cat([state(o), a, a * o[:, 1:]], 1).double())
+
+    Images go through an encoder first: `EncodedFeatures`.
     """
 
     @abstractmethod
@@ -113,9 +129,14 @@ def random_waves(sample: Tensor, count: int, seed: int, bandwidth: float | None 
     return lambda x: math.sqrt(2) * torch.cos(x @ weights + phases)
 
 
-def random_probes(rows: Rows, seed: int) -> FeatureMap | None:
+def random_probes(rows: Rows, seed: int, encode: Callable[[Tensor], Tensor] | None = None) -> FeatureMap | None:
     """Functions that features are tested against: random waves of states, and of states and actions together, half of them of half the
-    usual length; None where the rows are too few to tell anything by them."""
+    usual length; None where the rows are too few to tell anything by them. Where observations go through an encoder first, of what it gives and of
+    what it was given."""
+    if encode is not None:
+        both = beside_raw(encode, rows, seed)
+        found = random_probes(EncodedRows(rows, both), seed)
+        return None if found is None else found.after(both)
     count = min(_PROBES, len(rows) // _ROWS_PER_PROBE)
     if count < 2:
         return None
@@ -183,6 +204,122 @@ class CellFeatures(Checked, Features):
         edges = torch.quantile(sample[:10_000], inner, dim=0).T.contiguous()
         powers = self.bins ** torch.arange(width, dtype=torch.float64)
         return lambda x: (torch.searchsorted(edges, x.T.contiguous()).T * powers).sum(1)
+
+
+@dataclass(frozen=True)
+class EncodedFeatures(Checked, Features):
+    """Features of what an encoder makes of observations, images above all.
+
+    `encoder` takes observations as the data hold them (`[n, height, width, channels]` bytes for images) and gives numbers `[n, d]`; a torch module is
+    called without gradients and in evaluation mode, on its own device. It must not have learned from the rewards compared. `features` are those of
+    its outputs, as in `SampledStarc`. What the encoder loses of a state can be seen by `misfit`, whose waves look at random projections of the
+    observations too.
+    """
+
+    encoder: Callable[[Tensor], Any]
+    features: FeatureName | Features = "auto"
+
+    def fit(self, rows: Rows, rewards: RewardFunctions, discount: float, seed: int) -> FeatureMap | Categories:
+        encode = Encoding(self.encoder)
+        found = named_features(self.features).fit(EncodedRows(rows, encode), rewards, discount, seed)
+        name = f"{found.name}, of an encoder's outputs"
+        if isinstance(found, FeatureMap):
+            return found.after(encode, name)
+        return Categories(found.size, found.choices, lambda o: found.ids(encode(o)), name, found.trained_on)
+
+
+class Encoding:
+    """An encoder on observations `[n, ...]`, `[n, d]` float64 on the CPU; it remembers the last few tensors, which are asked for again and again."""
+
+    def __init__(self, encoder: Callable[[Tensor], Any]) -> None:
+        self.encoder = encoder
+        self._last: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
+
+    def __call__(self, observations: Tensor) -> Tensor:
+        for seen, encoded in self._last:
+            if seen is observations:
+                return encoded
+        encoded = self._encode(observations)
+        self._last.append((observations, encoded))
+        return encoded
+
+    @torch.no_grad()
+    def _encode(self, observations: Tensor) -> Tensor:
+        module = self.encoder if isinstance(self.encoder, nn.Module) else None
+        training = module is not None and module.training
+        if module is not None:
+            module.eval()
+            observations = observations.to(next((part.device for part in module.parameters()), observations.device))
+        try:
+            found = torch.as_tensor(self.encoder(observations)).detach().double().cpu()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise RewardError(
+                f"the encoder failed on observations {list(observations.shape)} {observations.dtype} ({first_line(error)}); it takes them as the "
+                "data hold them and gives [n, d]"
+            ) from error
+        finally:
+            if module is not None:
+                module.train(training)
+        if found.ndim != 2 or len(found) != len(observations):
+            raise RewardError(
+                f"the encoder gave shape {list(found.shape)} for {len(observations)} observations; give [{len(observations)}, d]"
+            )
+        return found
+
+
+def beside_raw(encode: Callable[[Tensor], Tensor], rows: Rows, seed: int) -> Callable[[Tensor], Tensor]:
+    """What an encoder gives, and beside it the observations themselves, in random projections where they have many numbers."""
+    width = rows.gather(torch.zeros(1, dtype=torch.int64)).observations[0].numel()
+    turn = torch.eye(width, dtype=torch.float64)
+    if width > _PROJECTIONS:
+        generator = torch.Generator().manual_seed(seed + 7_000_007)
+        turn = torch.randn(width, _PROJECTIONS, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    return lambda o: torch.cat([encode(o), o.reshape(len(o), -1).double().cpu() @ turn], 1)
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows whose observations are what an encoder makes of them."""
+
+    rows: Rows
+    encode: Callable[[Tensor], Tensor]
+
+    @property
+    def episode_starts(self) -> Tensor:
+        return self.rows.episode_starts
+
+    @property
+    def spec(self) -> Any:
+        """That of the rows, for their actions."""
+        return getattr(self.rows, "spec", None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, indices: Tensor) -> Batch:
+        batch = self.rows.gather(indices)
+        return replace(
+            batch,
+            observations=self.encode(batch.observations),
+            next_observations=self.encode(batch.next_observations),
+        )
+
+
+def named_features(features: FeatureName | Features) -> Features:
+    """Features by name, except `auto`."""
+    from rlkit2.rewards.sampled.network_features import NetworkFeatures
+
+    if isinstance(features, Features):
+        return features
+    table: dict[str, Features] = {
+        "linear": PolynomialFeatures(1),
+        "quadratic": PolynomialFeatures(2),
+        "fourier": FourierFeatures(),
+        "onehot": CellFeatures(),
+        "tile": CellFeatures(6),
+        "network": NetworkFeatures(),
+    }
+    return table[features]
 
 
 def _batches(rows: Rows) -> Iterator[Batch]:
@@ -302,7 +439,7 @@ def as_columns(values: Tensor) -> Tensor:
     """`[n, d]` float64 on the CPU; raises `RewardError` for images."""
     if values.ndim > 2:
         raise RewardError(
-            f"observations of shape {list(values.shape[1:])} are images; give a dataset of vectors, such as an encoder's outputs"
+            f"observations of shape {list(values.shape[1:])} are images; give features=EncodedFeatures(encoder), or a dataset of vectors"
         )
     return values.reshape(len(values), -1).double().cpu()
 

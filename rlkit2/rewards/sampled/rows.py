@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlkit2.data import Batch
-from rlkit2.errors import RewardError, first_line
+from rlkit2.data.reward_calls import RewardCall
+from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import RewardError
 from rlkit2.rewards.matrix import named_rewards
 
 CHUNK = 4096
@@ -72,19 +73,28 @@ def episode_rows(rows: Rows, episodes: Tensor) -> Tensor:
 
 
 class RewardFunctions:
-    """K named rewards evaluated on rows: arrays aligned with the rows, batched callables, or modules.
+    """K named rewards evaluated on rows: arrays aligned with the rows, functions and modules of any signature (`RewardCall`), or `"recorded"`, the
+    rewards of the data themselves. `infos` are what else came with each row, arrays `[N, ...]` by name.
 
     Raises `RewardError` naming the reward for arrays of another length, results of another shape and non-finite values.
     """
 
-    def __init__(self, rewards: Mapping[str, Any] | Iterable[Any], rows: int) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, Any] | Iterable[Any],
+        rows: int,
+        *,
+        spec: DatasetSpec | None = None,
+        infos: Mapping[str, Any] | None = None,
+    ) -> None:
         self.names: list[str] = []
-        self._evaluate: list[Callable[[Batch, Tensor], Any]] = []
+        self._evaluate: list[Callable[[Batch, Tensor], Tensor]] = []
+        self._infos = {name: _aligned(f"infos[{name!r}]", values, rows) for name, values in (infos or {}).items()}
         for name, reward in named_rewards(rewards):
             if name in self.names:
                 raise RewardError(f"two rewards are called {name!r}; give each its own name")
             self.names.append(name)
-            self._evaluate.append(_evaluator(name, reward, rows))
+            self._evaluate.append(self._evaluator(name, reward, rows, spec))
         if not self.names:
             raise RewardError("there are no rewards to compare; give at least one")
 
@@ -92,92 +102,38 @@ class RewardFunctions:
         """`[n, K]` float64."""
         columns = []
         for name, evaluate in zip(self.names, self._evaluate, strict=True):
-            values = torch.as_tensor(evaluate(batch, indices)).detach().double().cpu()
-            if values.ndim == 2 and values.shape[1] == 1:
-                values = values.squeeze(1)
-            if values.shape != (len(indices),):
-                raise RewardError(
-                    f"{name} gave shape {list(values.shape)} for {len(indices)} transitions; return one number per transition"
-                )
+            values = evaluate(batch, indices).detach().double().cpu()
             if not bool(torch.isfinite(values).all()):
                 bad = int((~torch.isfinite(values)).nonzero()[0])
                 raise RewardError(f"{name} is {float(values[bad])} at row {int(indices[bad])}; rewards must be finite")
             columns.append(values)
         return torch.stack(columns, 1)
 
+    def evaluated(self, rows: Rows) -> RewardFunctions:
+        """The same rewards as arrays."""
+        parts = [self(rows.gather(chosen), chosen) for chosen in torch.split(torch.arange(len(rows)), CHUNK)]
+        return RewardFunctions(dict(zip(self.names, torch.cat(parts).unbind(1), strict=True)), len(rows))
 
-def _evaluator(name: str, reward: Any, rows: int) -> Callable[[Batch, Tensor], Any]:
-    if isinstance(reward, nn.Module):
-        return lambda batch, _: _module(name, reward, batch)
-    if callable(reward):
-        return lambda batch, _: _called(name, reward, batch)
-    values = torch.as_tensor(reward if isinstance(reward, Tensor) else np.asarray(reward))
-    if values.shape != (rows,):
+    def _evaluator(
+        self, name: str, reward: Any, rows: int, spec: DatasetSpec | None
+    ) -> Callable[[Batch, Tensor], Tensor]:
+        if isinstance(reward, str):
+            if reward != "recorded":
+                raise RewardError(f"{name} is the text {reward!r}; 'recorded' stands for the rewards of the data")
+            return lambda batch, _: batch.rewards
+        if callable(reward):
+            call = RewardCall(name, reward, spec)
+            return lambda batch, indices: call(batch, {key: part[indices] for key, part in self._infos.items()})
+        values = _aligned(name, reward, rows)
+        if values.ndim != 1:
+            raise RewardError(f"{name} has shape {list(values.shape)}; give one number per transition, [{rows}]")
+        return lambda _, indices: values[indices.to(values.device)]
+
+
+def _aligned(name: str, values: Any, rows: int) -> Tensor:
+    tensor = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
+    if tensor.ndim == 0 or len(tensor) != rows:
         raise RewardError(
-            f"{name} has shape {list(values.shape)}; the data has {rows} transitions, give one number each"
+            f"{name} has shape {list(tensor.shape)}; the data has {rows} transitions, give one number each"
         )
-    return lambda _, indices: values[indices.to(values.device)]
-
-
-def _called(name: str, reward: Callable[..., Any], batch: Batch) -> Any:
-    try:
-        return reward(batch.observations, batch.actions, batch.next_observations, batch.terminations)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise RewardError(
-            f"{name} failed on a batch ({first_line(error)}); it is called as "
-            "f(observations, actions, next_observations, terminations) with tensors of n rows and returns n numbers"
-        ) from error
-
-
-_FIELDS = ("observations", "actions", "next_observations", "terminations")
-# What people call the four in reward networks.
-_NAMES = {
-    **dict.fromkeys(("observations", "observation", "obs", "states", "state", "s"), "observations"),
-    **dict.fromkeys(("actions", "action", "act", "acts", "a"), "actions"),
-    **dict.fromkeys(
-        ("next_observations", "next_observation", "next_obs", "next_states", "next_state", "s_next"),
-        "next_observations",
-    ),
-    **dict.fromkeys(("terminations", "termination", "terminated", "dones", "done"), "terminations"),
-}
-
-
-def _signature(name: str, module: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """The fields of a batch that `module.forward` takes: by position, and by keyword; names decide where they are known, else the order."""
-    positional: list[str] = []
-    keywords: dict[str, str] = {}
-    for parameter in inspect.signature(module.forward).parameters.values():
-        known = _NAMES.get(parameter.name)
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += _FIELDS[len(positional) :]
-        elif parameter.kind is parameter.KEYWORD_ONLY and known:
-            keywords[parameter.name] = known
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            if known is None and (parameter.default is not parameter.empty or len(positional) >= len(_FIELDS)):
-                break  # an option of its own
-            positional.append(known or _FIELDS[len(positional)])
-    if not positional and not keywords:
-        raise RewardError(
-            f"{name}.forward takes nothing that is known; it is called with some of {', '.join(_FIELDS)} by position or name"
-        )
-    return positional, keywords
-
-
-@torch.no_grad()
-def _module(name: str, module: nn.Module, batch: Batch) -> Any:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    batch, training = batch.to(device), module.training
-    positional, keywords = _signature(name, module)
-    module.eval()
-    try:
-        return module(
-            *(getattr(batch, field) for field in positional),
-            **{keyword: getattr(batch, field) for keyword, field in keywords.items()},
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        tried = ", ".join([*positional, *(f"{keyword}={field}" for keyword, field in keywords.items())])
-        raise RewardError(
-            f"{name} failed on a batch ({first_line(error)}); it was called as {name}({tried}) with tensors of n rows"
-        ) from error
-    finally:
-        module.train(training)
+    return tensor
