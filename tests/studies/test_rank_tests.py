@@ -57,7 +57,7 @@ def test_the_difference_is_seen_where_there_is_one() -> None:
 
 
 def test_what_rewards_share_is_no_evidence() -> None:
-    """Distance and regret that are the same within a cell and independent between cells: a bootstrap of rewards finds a correlation too often."""
+    """Distance and regret that are the same within a cell and independent between cells: a bootstrap of rewards sees one too often."""
     wrong = 0
     for seed in range(20):
         found = answers(rows("cell", np.random.default_rng(seed)), resamples=100)["starc"]
