@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, PolicyOptions
+from rlkit2.agents.base import ACTION_KINDS, Agent, PolicyOptions
 from rlkit2.agents.metrics import Metrics
 from rlkit2.agents.odice_diagnostics import (
     batch_statistics,
@@ -176,6 +176,7 @@ class ODICE(Agent):
     """O-DICE for S seeds; arguments as for `Agent`."""
 
     config_class = ODICEConfig
+    action_kinds = ACTION_KINDS
     config: ODICEConfig
 
     def _build(self) -> None:
