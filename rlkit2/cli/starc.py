@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.output import console, print_json, say
-from rlkit2.cli.parsing import subcommand
+from rlkit2.cli.parsing import AS_IS, HowToRead, subcommand
 from rlkit2.data.relabel import load_reward
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
@@ -131,6 +131,7 @@ def variants(mdp: TabularMDP, reward: Any) -> dict[str, Any]:
 def dataset(
     dataset: Positional[str],
     *,
+    reading: HowToRead = AS_IS,
     reward: tuple[str, ...] = (),
     true: bool = False,
     discount: float = 0.99,
@@ -149,7 +150,8 @@ def dataset(
     Example: rlkit2 starc dataset builtin/pendulum --reward rewards.py:upright --reward rewards.py:still --true
 
     Args:
-        dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.
+        dataset: Minari id, built-in id (builtin/...), or a file or folder in a known format.
+        reading: how to read it.
         reward: rewards to compare, each [NAME=]file.py:FUNCTION of (observations, actions, next_observations, terminations), tensors with n
             rows, giving n numbers; a file (.npy, .npz, .safetensors) of one number per transition; or the folder of a reward model.
         true: also compare with the dataset's own reward.
@@ -179,7 +181,7 @@ def dataset(
         name, path = _named(text)
         rewards[_free(name, rewards)] = RewardEnsemble.load(path) if Path(path).is_dir() else load_reward(path)[0]
     _at_least_two(rewards)
-    data = load_dataset(dataset)
+    data = load_dataset(dataset, **reading.arguments())
     if true:
         rewards["true"] = data.rewards
     with progress_bar("transitions") as progress:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from urllib.request import getproxies
 
 import numpy as np
@@ -46,6 +46,7 @@ def read_dataset(
     columns: Columns | None = None,
     max_episode_steps: int | None = None,
     never_terminates: bool = False,
+    fill_missing: Literal["previous", "mean"] | None = None,
     trust_env: bool = False,
     progress: Progress | None = None,
 ) -> TransitionDataset:
@@ -54,6 +55,8 @@ def read_dataset(
     `spec` gives spaces and environment, `observation_space` and `action_space` (spaces, or text for `parse_space`) a space alone; what nobody
     gives is that of the files, else inferred from the data with a notice. `progress` is called with (rows done, rows in all) while files are read.
     """
+    if fill_missing not in (None, "previous", "mean"):
+        raise ConfigError(f"fill_missing must be previous or mean, not {fill_missing!r}")
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ConfigError(f"max_episode_steps must be a whole number of at least 1, not {max_episode_steps}")
     options = ReadOptions(
@@ -63,7 +66,7 @@ def read_dataset(
         never_terminates=never_terminates,
         trust_env=trust_env,
     )
-    given = _Given(spec, observation_space, action_space)
+    given = _Given(spec, observation_space, action_space, fill_missing)
     if isinstance(source, TransitionDataset):
         return _as_it_is(source, options, given)
     if isinstance(source, Mapping):
@@ -77,16 +80,19 @@ def read_dataset(
     if not cache:
         return _said(pack_in_memory(_read(path, reader, options, own, given, progress)))
     what = [str(path.resolve()), reader.name, asdict(replace(options, chosen=None, trust_env=False)), given.described]
+    what += [fill_missing] if fill_missing else []
     key = cache_key(reader.files(path), what, options.chosen)
     found = find(key)
     return _said(found if found is not None else store(key, _read(path, reader, options, own, given, progress)))
 
 
 class _Given:
-    """Spaces and environment as a caller gives them."""
+    """Spaces and environment as a caller gives them, and what becomes of missing values."""
 
-    def __init__(self, spec: DatasetSpec | None, observations: SpaceLike | None, actions: SpaceLike | None) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: DatasetSpec | None, observations: SpaceLike | None, actions: SpaceLike | None, fill: str | None
+    ) -> None:
+        self.spec, self.fill = spec, fill
         self.observations, self.actions = (
             parse_space(space) if isinstance(space, str) else space for space in (observations, actions)
         )
@@ -135,7 +141,9 @@ def _unpacked(
             observation_space=spec.observation_space if observations is None else observations,
             action_space=spec.action_space if actions is None else actions,
         )
-    return Unpacked(name, spec, episodes, steps, progress, checked=given.spec is not None or given.actions is not None)
+    checked = given.spec is not None or given.actions is not None
+    observed = given.observations is not None
+    return Unpacked(name, spec, episodes, steps, progress, checked, observed, given.fill)
 
 
 def _read(
@@ -181,8 +189,10 @@ def _as_it_is(source: TransitionDataset, options: ReadOptions, given: _Given) ->
     keys = options.observation_keys
     if keys is not None and source.spec.observation_keys != keys:
         _no_keys(options)
-    if given.spec is not None or given.observations is not None or given.actions is not None:
-        raise ConfigError("spaces are given to files and arrays; this dataset has its own")
+    if any((given.spec, given.observations, given.actions, given.fill)) or options != ReadOptions(
+        observation_keys=keys, trust_env=options.trust_env
+    ):
+        raise ConfigError("spaces and other ways of reading are given to files and arrays; this dataset has its own")
     return source
 
 

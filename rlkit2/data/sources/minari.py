@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,21 @@ def _environment(env_spec: Any, data_path: Path, kind: str, trust_env: bool) -> 
 def _episodes(
     data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, chosen: Sequence[int] | None
 ) -> Iterator[Episode]:
+    steps, empty = 0, False
+    with closing(_stored_episodes(data_path, metadata, spec, chosen)) as stored:
+        for episode in stored:
+            steps += np.size(episode.rewards)
+            empty |= not np.size(episode.rewards)  # said where it is left out
+            yield episode
+    if chosen is None and not empty and steps != metadata.get("total_steps", steps):
+        raise CorruptDatasetError(
+            f"{data_path} holds {steps} steps, its metadata say {metadata['total_steps']}; files are missing or damaged"
+        )
+
+
+def _stored_episodes(
+    data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, chosen: Sequence[int] | None
+) -> Generator[Episode]:
     leaves = {"observations": tuple(spec.flattener.leaves), "actions": action_layout(spec.action_space).leaves}
     jpeg = bool(metadata.get("jpeg_encoding", True))
     stored = metadata.get("data_format", "hdf5")
@@ -187,13 +203,11 @@ def _episodes(
 
 def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[int] | None) -> Iterator[Episode]:
     """Episodes with JPEG images through Minari's own storage."""
-    steps = 0
     with open_hdf5(data_path / HDF5_FILE):
         pass  # points into no other file
     try:
         numbers = range(int(metadata["total_episodes"])) if chosen is None else chosen
         for episode in MinariStorage.read(data_path).get_episodes(list(numbers)):
-            steps += len(np.asarray(episode["rewards"]))
             fields = (episode[key] for key in ("observations", "actions", "rewards", "terminations", "truncations"))
             yield Episode(f"{data_path} episode {episode['id']}", *fields)
     except (DatasetError, GeneratorExit):
@@ -202,10 +216,6 @@ def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[i
         raise CorruptDatasetError(
             f"{data_path} cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
-    if chosen is None and steps != metadata.get("total_steps", steps):
-        raise CorruptDatasetError(
-            f"{data_path} holds {steps} steps, its metadata say {metadata['total_steps']}; files are missing or damaged"
-        )
 
 
 def _hdf5_episodes(
