@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from urllib.request import getproxies
 
 import numpy as np
 from gymnasium import spaces
@@ -23,6 +21,7 @@ from rlkit2.data.episodes import Episode, Progress, closing_all
 from rlkit2.data.folders import minari_root
 from rlkit2.data.infer import Request, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
+from rlkit2.data.remotes import download, online
 from rlkit2.data.sources import find_reader
 from rlkit2.data.sources.minari import HDF5_FILE, MinariReader, minari_data
 from rlkit2.data.sources.reader import Reader, ReadOptions
@@ -231,30 +230,16 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
 
 def _download(dataset_id: str) -> Path:
     """Fetch `dataset_id` through Minari (its own progress bar); `DatasetNotFoundError` says what was searched and which ids are close."""
-    import minari
-
     known = list(local_datasets())
     if not re.search(r"-v\d+$", dataset_id):
         reason = "it is not a complete Minari id, which ends in a version such as -v0"
-    elif not _online():
+    elif not online():
         reason = "there is no network to download it"
     else:
         try:
-            minari.download_dataset(dataset_id)
-            return minari_root() / dataset_id / "data"
+            return download(dataset_id) / "data"
         except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
             reason = f"Minari could not download it ({first_line(error)})"
     close = get_close_matches(dataset_id, known, 3, 0.5)
     hint = f"; close ids here: {', '.join(close)}" if close else f"; ids here: {', '.join(known[:8]) or 'none'}"
     raise DatasetNotFoundError(f"no dataset {dataset_id!r} in {minari_root()}, and {reason}{hint}")
-
-
-def _online() -> bool:
-    """Whether a download has a chance: the clients of Minari's remotes retry for half a minute before they say that no name can be resolved."""
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo("minari.farama.org", 443)
-    except OSError:
-        return False
-    return True

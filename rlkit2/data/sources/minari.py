@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from rlkit2.data.episodes import Episode
 from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.sources.arrow import arrow_episodes
-from rlkit2.data.sources.hdf5 import check_array, open_hdf5
+from rlkit2.data.sources.hdf5 import check_values, open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
@@ -254,12 +255,12 @@ def _array(group: Any, path: str, types: dict[str, Any], where: str) -> NDArray[
     `types` remembers the type of each path: making one anew costs a third of the time of a short array.
     """
     dataset = h5py.h5d.open(group, path.encode())
-    check_array(dataset, f"{where}: {path}")
-    stored = dataset.get_type()
+    stored, shape = dataset.get_type(), dataset.shape
     known = types.get(path)
     if known is None or not stored.equal(known[0]):
         known = types[path] = stored, stored.dtype, h5py.h5t.py_create(stored.dtype)
-    out = np.empty(dataset.shape, known[1])
+    check_values(dataset, math.prod(shape or ()) * known[1].itemsize, f"{where}: {path}")
+    out = np.empty(shape, known[1])
     if out.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, out, known[2])
     return out
