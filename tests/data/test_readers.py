@@ -315,6 +315,26 @@ def test_vd4rl_episodes(tmp_path: Path, layout: str) -> None:
         assert torch.equal(read(folder / "all.npz").rewards, dataset.rewards)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"reward": np.float32(1.0)}, "lacks|has shape|no usable"),
+        ({"action": np.zeros((3, 2))}, r"has 5 rewards, but action has shape \(3, 2\)"),
+        ({"is_terminal": np.zeros(4, bool)}, "has 5 rewards, but is_terminal"),
+    ],
+)
+def test_vd4rl_files_that_contradict_themselves(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    arrays = {
+        "image": np.zeros((5, 2, 2, 3), np.uint8),
+        "action": np.zeros((5, 2)),
+        "reward": np.zeros(5),
+        "is_terminal": np.zeros(5, bool),
+    }
+    np.savez(tmp_path / "one.npz", **(arrays | changed))
+    with pytest.raises(CorruptDatasetError, match=message):
+        read(tmp_path / "one.npz")
+
+
 def test_steps_that_do_not_add_up_are_named() -> None:
     """A Minari file that has lost steps of an episode, or gained some."""
     for change in (-1, 1):

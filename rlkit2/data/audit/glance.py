@@ -13,9 +13,12 @@ def glance(dataset: TransitionDataset) -> str | None:
     missing, parts, bounds = 0, [], []
     for _, _, fields in chunks(dataset):
         parts.append(fields["rewards"])
-        missing += sum(int((~np.isfinite(fields[name])).sum()) for name in ("observations", "actions", "rewards"))
-        rows = fields["observations"].reshape(len(parts[-1]), -1)
-        if rows.dtype != np.uint8:
+        numbers = [
+            values for name in ("observations", "actions", "rewards") if (values := fields[name]).dtype.kind == "f"
+        ]
+        missing += sum(int((~np.isfinite(values)).sum()) for values in numbers)
+        if fields["observations"].dtype.kind == "f":
+            rows = fields["observations"].reshape(len(parts[-1]), -1)
             bounds.append((np.fmin.reduce(rows, axis=0), np.fmax.reduce(rows, axis=0)))
     rewards = np.concatenate(parts)
     found = []

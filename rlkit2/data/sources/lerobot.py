@@ -86,6 +86,10 @@ def _episode_rows(path: Path, files: list[Path], names: list[str]) -> Iterator[d
     for file in files:
         arrays = read_columns(file, [*names, "episode_index", "frame_index"])
         index = arrays["episode_index"].reshape(-1)
+        if any(array.shape[:1] != index.shape for array in arrays.values()) or arrays["frame_index"].size != len(index):
+            raise CorruptDatasetError(
+                f"{file}: its columns differ in length, or episode_index and frame_index are not numbers"
+            )
         cuts = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
         for start, stop in itertools.pairwise(cuts):
             rows = {name: array[start:stop] for name, array in arrays.items()}

@@ -18,7 +18,8 @@ from rlkit2.data.sources.npz import npz_shapes, open_npz
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.errors import CorruptDatasetError
 
-REQUIRED = {"image", "action", "reward"}
+REQUIRED, ENDS = {"image", "action", "reward"}, {"is_terminal", "discount"}
+READ = sorted(REQUIRED | ENDS | {"is_first"})
 
 
 class VD4RLReader(Reader):
@@ -30,7 +31,7 @@ class VD4RLReader(Reader):
         """An npz file with `image, action, reward` and ends, or a folder of them."""
         first = next(iter(self.files(path)), None)
         names = set() if first is None else set(npz_shapes(first))
-        return names >= REQUIRED and bool(names & {"is_terminal", "discount"})
+        return names >= REQUIRED and bool(names & ENDS)
 
     def files(self, path: Path) -> list[Path]:
         """The episodes."""
@@ -43,16 +44,15 @@ class VD4RLReader(Reader):
         for file in self.files(path):
             with open_npz(file) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            missing = REQUIRED - set(arrays)
-            total = len(arrays.get("reward", ()))
-            odd = [name for name, value in arrays.items() if value.ndim and len(value) != total]
-            if missing or odd:
-                what = (
-                    f"lacks {', '.join(sorted(missing))}"
-                    if missing
-                    else f"has {total} rewards; {odd[0]} differs in length"
+            missing = REQUIRED - set(arrays) or ({"is_terminal"} if not ENDS & set(arrays) else set())
+            if missing:
+                raise CorruptDatasetError(
+                    f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(arrays) or 'nothing'}"
                 )
-                raise CorruptDatasetError(f"{file} {what}")
+            total = arrays["reward"].size
+            odd = [name for name in READ if name in arrays and arrays[name].shape[:1] != (total,)]
+            if odd:
+                raise CorruptDatasetError(f"{file} has {total} rewards, but {odd[0]} has shape {arrays[odd[0]].shape}")
             terminal = arrays["is_terminal"] if "is_terminal" in arrays else arrays["discount"] == 0
             firsts = arrays.get("is_first", np.arange(total) == 0).reshape(-1).astype(bool)
             firsts[:1] = True
