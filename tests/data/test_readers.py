@@ -335,6 +335,17 @@ def test_vd4rl_files_that_contradict_themselves(tmp_path: Path, changed: dict[st
         read(tmp_path / "one.npz")
 
 
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+@pytest.mark.parametrize("layout", [write_npz, write_ogbench])
+def test_a_single_value_where_an_array_belongs(tmp_path: Path, layout: Any, name: str) -> None:
+    layout(tmp_path / "file.npz")
+    with np.load(tmp_path / "file.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(tmp_path / "file.npz", **(arrays | {name: np.float32(1)}))
+    with pytest.raises(CorruptDatasetError, match=r"is a single value|differ in length"):
+        read(tmp_path / "file.npz")
+
+
 def test_steps_that_do_not_add_up_are_named() -> None:
     """A Minari file that has lost steps of an episode, or gained some."""
     for change in (-1, 1):

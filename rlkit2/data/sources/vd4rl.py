@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rlkit2.data.episodes import Episode
-from rlkit2.data.sources.npz import npz_shapes, open_npz
+from rlkit2.data.sources.npz import npz_rows, npz_shapes, open_npz
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.errors import CorruptDatasetError
 
@@ -72,4 +72,4 @@ class VD4RLReader(Reader):
 
     def steps(self, path: Path, options: ReadOptions) -> int:
         """Rows less one in each file."""
-        return sum(npz_shapes(file).get("reward", (1,))[0] - 1 for file in self.files(path))
+        return sum(max(npz_rows(file, "reward") - 1, 0) for file in self.files(path))
