@@ -192,9 +192,9 @@ def run_config(
     seeds: Sequence[int],
     data: DataOptions,
     training: TrainingOptions,
-    reading: ReadingOptions,
     env: str | None,
     recipe: str | None,
+    reading: ReadingOptions | None = None,
 ) -> dict[str, Any]:
     """The content of `config.json`: all that decides the numbers of a run.
 
@@ -202,6 +202,7 @@ def run_config(
         source: what `load_dataset` can find the dataset by again.
         env: id of the environment to evaluate in, where it is not the dataset's.
         recipe: the file that the hyper-parameters came from.
+        reading: how the dataset was read; default: as its files say.
 
     An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
@@ -220,7 +221,7 @@ def run_config(
         "seeds": list(seeds),
         "data": dataclasses.asdict(data),
         "training": dataclasses.asdict(training),
-        "reading": dataclasses.asdict(reading),
+        "reading": dataclasses.asdict(reading or ReadingOptions()),
         "env": env,
         "recipe": recipe,
         "spec": dataset.spec.to_json(),
