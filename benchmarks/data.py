@@ -1,6 +1,6 @@
 """Reading and sampling against Minari's own iteration, on a dataset of 1,000 episodes x 1,000 steps made here.
 
-.venv/bin/python benchmarks/data.py [--episodes 1000] [--rounds 7]
+.venv/bin/python benchmarks/data.py [--episodes 1000] [--short 20000] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ STEPS, OBSERVATIONS, ACTIONS = 1000, 11, 3
 KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
-def make(dataset_id: str, episodes: int, info_keys: int) -> None:
+def make(dataset_id: str, episodes: int, info_keys: int, steps: int = STEPS) -> None:
     """A hopper-shaped dataset of random numbers, with `info_keys` extra arrays per episode."""
     rng = np.random.default_rng(0)
-    last = np.arange(STEPS) == STEPS - 1
+    last = np.arange(steps) == steps - 1
     buffers = [
         EpisodeBuffer(
             id=e,
-            observations=rng.normal(size=(STEPS + 1, OBSERVATIONS)),
-            actions=rng.uniform(-1, 1, (STEPS, ACTIONS)).astype(np.float32),
-            rewards=rng.normal(size=STEPS),
+            observations=rng.normal(size=(steps + 1, OBSERVATIONS)),
+            actions=rng.uniform(-1, 1, (steps, ACTIONS)).astype(np.float32),
+            rewards=rng.normal(size=steps),
             terminations=last & (e % 2 == 0),
             truncations=last & (e % 2 == 1),
-            infos={f"key{k}": rng.normal(size=STEPS + 1) for k in range(info_keys)} or None,
+            infos={f"key{k}": rng.normal(size=steps + 1) for k in range(info_keys)} or None,
         )
         for e in range(episodes)
     ]
@@ -150,6 +150,7 @@ def main() -> None:
     """Measure rows 7 to 10 and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=1000, help="episodes of 1,000 steps")
+    parser.add_argument("--short", type=int, default=20_000, help="episodes of 20 steps in the row of short ones")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are reported")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,10 +158,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(folder, "minari"))
         os.environ["RLKIT2_CACHE"] = str(Path(folder, "cache"))
-        plain, infos = "bench/plain-v0", "bench/infos-v0"
+        plain, infos, short = "bench/plain-v0", "bench/infos-v0", "bench/short-v0"
         make(plain, options.episodes, 0)
         make(infos, options.episodes, 8)
-        for name, dataset_id, gate in (("first open", plain, 1.3), ("first open, 8 info keys", infos, 3.0)):
+        make(short, options.short, 0, 20)
+        opens = (
+            ("first open", plain, 1.3),
+            ("first open, 8 info keys", infos, 3.0),
+            (f"first open, {options.short:,} episodes of 20 steps", short, 1.5),
+        )
+        for name, dataset_id, gate in opens:
             times = interleaved(
                 {"minari": lambda i=dataset_id: iterate(i), "rlkit2": lambda i=dataset_id: first_open(i)},
                 options.rounds,

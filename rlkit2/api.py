@@ -7,24 +7,28 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from rlkit2.data.actions import check_actions, learnt_as_continuous
+from rlkit2.data.actions import check_actions
+from rlkit2.data.audit.glance import glance
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.known_environments import check_named_id
 from rlkit2.data.load import Columns, Source, SpaceLike, read_dataset
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
+from rlkit2.fields import read_fields
 from rlkit2.nn.policy import Policy
 from rlkit2.nn.policy import load_policy as read_policy
 from rlkit2.progress import progress_bar
-from rlkit2.training.options import DataOptions, TrainingOptions, read_options, show_options
+from rlkit2.training.options import SECTIONS, DataOptions, read_options, show_options
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run, RunWarning
 
@@ -45,6 +49,7 @@ def load_dataset(
     columns: Columns | None = None,
     max_episode_steps: int | None = None,
     never_terminates: bool = False,
+    fill_missing: Literal["previous", "mean"] | None = None,
     trust_env: bool = False,
 ) -> TransitionDataset:
     """A dataset as aligned tensors.
@@ -62,6 +67,8 @@ def load_dataset(
             episodes`, where they are not the usual ones.
         max_episode_steps: steps after which an episode was cut off, for files that do not tell.
         never_terminates: what is flagged as an end is a cut.
+        fill_missing: what observations that are NaN become: `previous`, the value before them in the episode (at its start the column's mean), or
+            the column's `mean`; None leaves them.
         trust_env: where a Minari dataset stores no spaces, build its environment as the file says, which runs the code it names.
 
     Raises:
@@ -84,6 +91,7 @@ def load_dataset(
             columns=columns,
             max_episode_steps=max_episode_steps,
             never_terminates=never_terminates,
+            fill_missing=fill_missing,
             trust_env=trust_env,
             progress=progress,
         )
@@ -108,7 +116,7 @@ def train(
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
 
-    What is not given comes from the recipe, else from the defaults of `TrainingOptions` and `DataOptions`. A recipe is used when
+    What is not given comes from the recipe, else from the defaults of the options. A recipe is used when
     `agent` is a recipe file, or when `agents/<agent>/` has one for the dataset.
 
     Args:
@@ -125,7 +133,7 @@ def train(
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
         trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
-        **options: fields of `TrainingOptions` and `DataOptions`; None is as good as not given.
+        **options: fields of `TrainingOptions`, `DataOptions` and `ReadingOptions`; None is as good as not given.
 
     Returns:
         The run. Seeds whose loss became non-finite are in `run.manifest["stopped"]`; the others are trained to the end.
@@ -156,29 +164,32 @@ def train(
     if compile not in ("auto", "on", "off"):
         raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
     check_loggers(loggers)
-    training, data = read_options({name: value for name, value in options.items() if value is not None})
+    training, data, reading = read_options({name: value for name, value in options.items() if value is not None})
     if isinstance(agent, str) and ":" in agent:
         agent = import_agent(agent)
     if isinstance(agent, type) and issubclass(agent, Agent):
         agent = class_name(agent)
     if resume is None:
-        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, training, data, env, shown, trust_env)
+        given = {"training": training, "data": data, "reading": reading}
+        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, shown, trust_env)
         run = None
         changed = None
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
-        plan, transitions = _continued(run, agent, dataset, seeds, {**training, **data, **(overrides or {})}, trust_env)
+        options = {**training, **data, **(overrides or {})}
+        plan, transitions = _continued(run, agent, dataset, seeds, options, reading, trust_env)
         changed = _changed_code(run.config, plan)
     check_actions(transitions)
-    prepared = prepare_dataset(
-        transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), load_dataset
+    same_way = partial(
+        load_dataset, **ReadingOptions(**read_fields(ReadingOptions, plan.get("reading", {}))).arguments()
     )
+    prepared = prepare_dataset(transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), same_way)
     factory = agent_factory(plan, prepared)
     check_weights(agent_config(plan), prepared.spec, len(plan["seeds"]), target)
     with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
         trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
     check_memory(trial, len(plan["seeds"]), plan["training"]["batch_size"], target)
-    doubts = [text for text in (unreachable_actions(trial, transitions), learnt_as_continuous(transitions)) if text]
+    doubts = [text for text in (unreachable_actions(trial, transitions), glance(transitions)) if text]
     for doubt in doubts:
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
     if changed:
@@ -277,6 +288,7 @@ def offline_evaluate(
     initial_observations: ArrayLike | Tensor | None = None,
     options: OfflineOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **reading: Any,
 ) -> OfflineEvaluation:
     """Estimate from data alone what every seed of a policy would earn: its discounted return, in the dataset's own rewards.
 
@@ -292,6 +304,7 @@ def offline_evaluate(
         initial_observations: where episodes will start, raw `[I, obs]`; default: where the data's episodes do.
         options: sizes and budgets, see `rlkit2.evaluation.offline.OfflineOptions`.
         progress: called with (what, done, total).
+        **reading: fields of `ReadingOptions`: how to read `dataset`; default: as the runs did.
 
     Returns:
         `result["fqe"]` (one policy) or `result.estimates["fqe"][k]`: value, interval and whether it can be trusted, with reasons if not.
@@ -301,12 +314,21 @@ def offline_evaluate(
         RunError: a folder holds neither a run nor a policy.
     """
     from rlkit2.evaluation.offline import judge
-    from rlkit2.evaluation.offline.candidates import as_candidate, as_run, common_dataset, common_discount, common_stack
+    from rlkit2.evaluation.offline.candidates import (
+        as_candidate,
+        as_run,
+        common_dataset,
+        common_discount,
+        common_reading,
+        common_stack,
+    )
 
     given = [policy_or_run] if isinstance(policy_or_run, Run | Policy | str | os.PathLike) else policy_or_run
     sources = [as_run(source) for source in given]
     source = common_dataset(sources) if dataset is None else dataset
-    transitions = source if isinstance(source, TransitionDataset) else load_dataset(source)
+    transitions = (
+        source if isinstance(source, TransitionDataset) else load_dataset(source, **common_reading(sources, reading))
+    )
     transitions = transitions if transitions.stack > 1 else transitions.stacked(common_stack(sources))
     notes = []
     if discount is None:
@@ -371,8 +393,7 @@ def _plan(
     dataset: Source | None,
     seeds: int | Sequence[int],
     overrides: Mapping[str, Any],
-    training: dict[str, Any],
-    data: dict[str, Any],
+    given: Mapping[str, dict[str, Any]],
     env: EnvSource | None,
     shown: Progress,
     trust_env: bool,
@@ -381,7 +402,6 @@ def _plan(
     from rlkit2.agents import agent_class, list_agents, make_config
     from rlkit2.agents.base import as_seeds
     from rlkit2.envs.builtin import builtin_id
-    from rlkit2.fields import read_fields
     from rlkit2.training.building import agent_name, check_config, run_config
     from rlkit2.training.recipe import find_recipe, load_recipe
 
@@ -407,14 +427,14 @@ def _plan(
         )
     if recipe is not None:
         shown.message(f"recipe {recipe.path}")
-        training, data = {**recipe.training, **training}, {**recipe.data, **data}
+        given = {name: {**getattr(recipe, name), **values} for name, values in given.items()}
     if isinstance(agent, str | os.PathLike):
         fields = read_fields(agent_class(name).config_class, {**(recipe.config if recipe else {}), **overrides})
         config = make_config(name, **fields)
     else:
         config = check_config(dataclasses.replace(agent, **read_fields(type(agent), overrides)))
-    options, view = TrainingOptions(**training), DataOptions(**data)
-    transitions = load_dataset(source, trust_env=trust_env)
+    chosen = {name: cls(**given[name]) for name, cls in SECTIONS.items()}
+    transitions = load_dataset(source, **chosen["reading"].arguments(), trust_env=trust_env)
     origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
     plan = run_config(
         agent=name,
@@ -422,8 +442,7 @@ def _plan(
         dataset=transitions,
         source=str(Path(origin).resolve()) if Path(origin).exists() else origin,
         seeds=as_seeds(seeds),
-        data=view,
-        training=options,
+        **chosen,
         env=env if isinstance(env, str) else None,
         recipe=str(recipe.path) if recipe else None,
     )
@@ -436,11 +455,12 @@ def _continued(
     dataset: Source | None,
     seeds: int | Sequence[int],
     options: Mapping[str, Any],
+    reading: Mapping[str, Any],
     trust_env: bool,
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a resumed run, and its dataset, unchanged; more steps may be asked for, nothing else."""
     from rlkit2.agents.base import as_seeds
-    from rlkit2.training.building import own_agent, run_class
+    from rlkit2.training.building import own_agent, reading_arguments, run_class
 
     plan = run.config
     cls = run_class(plan)  # before a dataset is opened
@@ -462,7 +482,7 @@ def _continued(
     try:
         transitions = load_dataset(
             known["source"] if dataset is None else dataset,
-            observation_keys=known.get("observation_keys"),
+            **reading_arguments(plan, reading),
             trust_env=trust_env,
         )
     except DatasetError as error:
@@ -475,7 +495,8 @@ def _continued(
             f"dataset {known['id']} is not what {run.path} was trained on (its content was {known['content_hash'][:12]}, "
             f"is {transitions.spec.content_hash[:12]}); restore it or start a new run"
         )
-    return {**plan, **own_agent(cls), "training": {**plan["training"], "steps": steps}}, transitions
+    read = {"reading": {**plan.get("reading", {}), **reading}} if reading else {}
+    return {**plan, **own_agent(cls), **read, "training": {**plan["training"], "steps": steps}}, transitions
 
 
 def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ Each check is named, and says in one line what went wrong.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkit2.agents.base import Agent
+from rlkit2.agents.base import Agent, as_seeds
 from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Checked, describe_fields
+from rlkit2.nn import Normalizer
 
 OBSERVATIONS, ACTIONS, ROWS = 4, 2, 24
+CHOICES, STARTS = (3, 2), (0, -1)  # of the actions that make several
 
 
 class Problem:
@@ -32,7 +34,7 @@ class Problem:
 
     Args:
         agent: the class.
-        kind: "continuous" or "discrete" actions.
+        kind: "continuous", "discrete" or "multidiscrete" actions.
         config: default: the config class with its defaults, two layers of 16 units in every network.
     """
 
@@ -50,6 +52,10 @@ class Problem:
 
     def build(self, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
         """The agent, small."""
+        if self.kind == "multidiscrete":
+            named = as_seeds(seeds)
+            maps = Normalizer(choices=CHOICES, action_start=STARTS, seeds=len(named))
+            return self.agent(self.config, OBSERVATIONS, sum(CHOICES), seeds=named, dtype=dtype, normalizer=maps)
         return self.agent(
             self.config, OBSERVATIONS, ACTIONS, seeds=seeds, dtype=dtype, discrete=self.kind == "discrete"
         )
@@ -58,11 +64,14 @@ class Problem:
         """What it learns from; the same numbers at every call."""
         make: Any = random_batch if self.from_transitions else random_preferences
         sizes = (seeds, ROWS, OBSERVATIONS, ACTIONS)
-        return [make(*sizes, discrete=self.kind == "discrete", dtype=dtype, generator=start + t) for t in range(count)]
+        options: dict[str, Any] = {"discrete": self.kind == "discrete", "dtype": dtype}
+        if self.kind == "multidiscrete":
+            options = {"choices": (CHOICES, STARTS), "dtype": dtype}
+        return [make(*sizes, **options, generator=start + t) for t in range(count)]
 
 
 def check_agent(agent: type[Agent], config: Any = None) -> None:
-    """Hold an agent's class to the contract: every check, with continuous and discrete actions as far as it takes them.
+    """Hold an agent's class to the contract: every check, with every kind of actions that it takes.
 
     Args:
         agent: a subclass of `Agent`.
@@ -357,22 +366,31 @@ def random_batch(
     action_size: int,
     *,
     discrete: bool = False,
+    choices: tuple[Sequence[int], Sequence[int]] | None = None,
     dtype: torch.dtype = torch.float32,
     generator: int = 0,
     termination_rate: float = 0.2,
 ) -> Batch:
-    """Transitions without structure; actions reach the bounds exactly now and then, as recorded ones do."""
+    """Transitions without structure; actions reach the bounds exactly now and then, as recorded ones do.
+
+    `discrete`: int64 choices `[S, B]`; `choices`: sizes and first values of several, int64 `[S, B, k]`.
+    """
     draw = torch.Generator().manual_seed(generator)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(seeds, rows, *shape, generator=draw, dtype=torch.float64).to(dtype)
 
     actions = (1.5 * torch.rand(seeds, rows, action_size, generator=draw, dtype=torch.float64) - 0.75) * 2.0
-    choices = torch.randint(0, action_size, (seeds, rows), generator=draw)
+    chosen = torch.randint(0, action_size, (seeds, rows), generator=draw)
+    if choices is not None:
+        several = [
+            torch.randint(0, size, (seeds, rows), generator=draw) + first for size, first in zip(*choices, strict=True)
+        ]
+        chosen = torch.stack(several, -1)
     ends = torch.rand(seeds, rows, generator=draw)
     return Batch(
         observations=normal(observation_size),
-        actions=choices if discrete else actions.clamp(-1.0, 1.0).to(dtype),
+        actions=chosen if discrete or choices is not None else actions.clamp(-1.0, 1.0).to(dtype),
         rewards=normal(),
         next_observations=normal(observation_size),
         terminations=ends < termination_rate,

@@ -16,10 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 
 from rlkit2.agents.base import Agent, as_seeds
+from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line
 from rlkit2.fields import closest
@@ -309,17 +311,22 @@ def make_agent(
         ConfigError: unknown name, or a configuration that does not fit the data.
     """
     config = make_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    normalizer = make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer
     return (agent_class(name_or_config) if cls is None else cls)(
         config,
         spec.observation_size,
-        spec.action_size,
+        sum(normalizer.choices) if normalizer.choices else spec.action_size,
         seeds=seeds,
         dtype=dtype,
         device=device,
         discrete=spec.discrete,
-        normalizer=make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer,
+        normalizer=normalizer,
         **({"images": [Image(*image) for image in spec.images]} if spec.images else {}),
     )
+
+
+MOST_STEPS = 2**24
+"""Whole numbers that float32 tells apart: a wider range of them counts as one without bounds."""
 
 
 def make_normalizer(
@@ -331,24 +338,34 @@ def make_normalizer(
     return_mean: torch.Tensor | None = None,
     return_std: torch.Tensor | None = None,
 ) -> Normalizer:
-    """Action bounds of `spec` to [-1, 1] and, if given, standardised observations (statistics `[obs]`, raw units) and the statistics of returns."""
-    low = high = None
-    start = 0
-    if isinstance(spec.action_space, spaces.Box):
-        low = torch.as_tensor(spec.action_space.low, dtype=torch.float64).flatten()
-        high = torch.as_tensor(spec.action_space.high, dtype=torch.float64).flatten()
-    elif isinstance(spec.action_space, spaces.Discrete):
-        start = int(spec.action_space.start)
+    """Action bounds of `spec` to [-1, 1], choices counted from 0, and, if given, standardised observations (statistics `[obs]`, raw units).
+
+    `return_mean` and `return_std` are kept for agents that count in returns.
+    """
+    layout = action_layout(spec.action_space)
+    actions: dict[str, Any] = {}
+    if isinstance(spec.action_space, spaces.Discrete):
+        actions = {"action_start": int(spec.action_space.start)}
+    elif layout.choices is not None:
+        actions = dict(zip(("choices", "action_start"), layout.choices, strict=True))
+    else:
+        boxes: list[Any] = [leaf.space for leaf in layout.leaves]
+        low, high = (
+            torch.cat([torch.as_tensor(getattr(box, end), dtype=torch.float64).flatten() for box in boxes])
+            for end in ("low", "high")
+        )
+        whole = layout.dtype == np.int64
+        free = whole & (high - low > MOST_STEPS)
+        low, high = low.masked_fill(free, -torch.inf), high.masked_fill(free, torch.inf)
+        actions = {"action_low": low, "action_high": high, "whole": whole}
     return Normalizer(
         observation_mean=observation_mean,
         observation_std=observation_std,
         return_mean=return_mean,
         return_std=return_std,
-        action_low=low,
-        action_high=high,
-        action_start=start,
         seeds=seeds,
         dtype=torch.float64,
+        **actions,
     )
 
 

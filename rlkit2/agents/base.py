@@ -34,13 +34,18 @@ from rlkit2.nn.encoders import images_of
 from rlkit2.nn.random import uniform
 
 ActorT = TypeVar("ActorT", bound=Actor)
+ACTION_KINDS = ("continuous", "discrete", "multidiscrete")
+"""Numbers within bounds, one choice, and several choices at once."""
+MENDS = {
+    "multidiscrete": "several choices at once: choose bc, iql or odice, which have a head for them, or make them one choice (Discrete)"
+}
 
 
 @dataclass(frozen=True)
 class PolicyOptions(Checked):
     """The head of a policy that is trained by the likelihood of actions."""
 
-    # what the policy's outputs mean; "categorical" for discrete actions always
+    # what the policy's outputs mean; "categorical" for one or several choices always
     policy_head: PolicyHead = "gaussian"
     # squash the Gaussian's mean into the action bounds
     tanh_mean: bool = True
@@ -68,11 +73,12 @@ class Agent:
 
     Args:
         config: the agent's configuration.
-        observation_size, action_size: widths (number of actions if `discrete`).
+        observation_size, action_size: widths (number of actions if `discrete`; the sum of the sizes of several choices).
         seeds: n for seeds 0 to n-1, or the integers themselves.
         dtype, device: of all floating tensors.
         discrete: actions are int64 choices; None: whether the agent is for nothing else.
-        normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1].
+        normalizer: maps raw environment units to the networks'; None takes observations as they are and actions in [-1, 1]. Its `choices` say
+            whether an action makes several choices at once ("multidiscrete"): the networks see them as one-hot columns.
         images: which columns of an observation are images, in bytes; the config's `EncoderOptions` say what becomes of them.
 
     Raises:
@@ -85,6 +91,7 @@ class Agent:
     """
 
     config_class: ClassVar[type]
+    # those of `ACTION_KINDS` that it learns; `_likelihood_actor` has heads for all three
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     sees_images: ClassVar[bool] = False
     seeds: tuple[int, ...]
@@ -112,10 +119,11 @@ class Agent:
         images: Sequence[Image] = (),
     ) -> None:
         discrete = self.action_kinds == ("discrete",) if discrete is None else discrete
-        kind = "discrete" if discrete else "continuous"
+        self.choices = None if normalizer is None else normalizer.choices
+        kind = "multidiscrete" if self.choices else "discrete" if discrete else "continuous"
         if kind not in self.action_kinds:
             raise ConfigError(
-                f"{type(self).__name__} is for {' or '.join(self.action_kinds)} actions; these are {kind}, choose another agent"
+                f"{type(self).__name__} is for {' or '.join(self.action_kinds)} actions; these are {kind}, {MENDS.get(kind, 'choose another agent')}"
             )
         if images and not self.sees_images:
             raise ConfigError(no_images(type(self).__name__))
@@ -174,9 +182,11 @@ class Agent:
         return make_actor(head, self.observation_size, self.action_size, hidden_sizes, **placed, **options)
 
     def _likelihood_actor(self, hidden_sizes: Sequence[int]) -> Actor:
-        """The head that the config's `PolicyOptions` describe; categorical for discrete actions, and for no others."""
+        """The head that the config's `PolicyOptions` describe; categorical for one or several choices, and for no others."""
         options = {f.name: getattr(self.config, f.name) for f in fields(PolicyOptions)}
         head = options.pop("policy_head")
+        if self.choices:
+            return self._make_actor("multicategorical", hidden_sizes, choices=self.choices)
         if head == "categorical" and not self.discrete:
             raise ConfigError("policy_head = 'categorical' is for discrete actions; these are continuous")
         return self._make_actor("categorical" if self.discrete else head, hidden_sizes, **options)
@@ -258,11 +268,10 @@ class Agent:
     def normalize(self, batch: Batch) -> Batch:
         """The batch in the networks' units and dtype, flags as 0/1 numbers, with the seed axis."""
         batch = batch.with_seed_axis()
-        actions = batch.actions if self.discrete else batch.actions.to(self.dtype)
         return replace(
             batch,
             observations=self._shifted(self.inputs(batch.observations), "observations"),
-            actions=self.normalizer.actions(actions),
+            actions=self.normalize_actions(batch.actions),
             rewards=batch.rewards.to(self.dtype),
             next_observations=self._shifted(self.inputs(batch.next_observations), "next_observations"),
             terminations=batch.terminations.to(self.dtype),
@@ -283,11 +292,15 @@ class Agent:
         draws = uniform((*rows.shape[:2], 2), self.seed_keys, self.step, stream=f"random_shift.{stream}")
         return random_shift(rows, images_of(self.encoder), pixels, draws)
 
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """Raw actions in the networks' units and dtype; one choice stays a whole number, several become one-hot columns."""
+        own = actions if self.discrete or self.choices else actions.to(self.dtype)
+        return self.normalizer.actions(own, self.dtype)
+
     def raw_q(self, critic: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
         """Every member of `critic`, `[S, M, B]`, at raw observations `[S, B, obs]` and actions (for an agent's public `q`)."""
         observations = self.inputs(observations)
-        actions = actions.to(self.device) if self.discrete else actions.to(self.device, self.dtype)
-        values: Tensor = critic(observations, self.normalizer.actions(actions))
+        values: Tensor = critic(observations, self.normalize_actions(actions.to(self.device)))
         return values
 
     def raw_value(self, observations: Tensor) -> Tensor:

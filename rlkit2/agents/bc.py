@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, EncoderOptions, PolicyOptions
+from rlkit2.agents.base import ACTION_KINDS, Agent, EncoderOptions, PolicyOptions
 from rlkit2.data.batch import Batch
 from rlkit2.fields import NonNegative, Rate, Widths
 
@@ -39,6 +39,7 @@ class BC(Agent):
     """Behaviour cloning for S seeds; arguments as for `Agent`."""
 
     config_class = BCConfig
+    action_kinds = ACTION_KINDS
     sees_images = True
     config: BCConfig
 

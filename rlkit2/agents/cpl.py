@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import PolicyOptions
+from rlkit2.agents.base import ACTION_KINDS, PolicyOptions
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
@@ -68,6 +68,7 @@ class CPL(PreferenceAgent):
     """Contrastive preference learning for S seeds; arguments as for `Agent`. A batch is a `PreferenceBatch`."""
 
     config_class = CPLConfig
+    action_kinds = ACTION_KINDS
     config: CPLConfig
 
     def _build(self) -> None:

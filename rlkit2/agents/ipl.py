@@ -25,7 +25,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import PolicyOptions
+from rlkit2.agents.base import ACTION_KINDS, PolicyOptions
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data.batch import Batch
 from rlkit2.data.preferences import PreferenceBatch
@@ -71,6 +71,7 @@ class IPL(PreferenceAgent):
     """Inverse preference learning for S seeds; arguments as for `Agent`. A batch is a `PreferenceBatch` with replay."""
 
     config_class = IPLConfig
+    action_kinds = ACTION_KINDS
     config: IPLConfig
 
     def _build(self) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import EncoderOptions, PolicyOptions, batch_means
+from rlkit2.agents.base import ACTION_KINDS, EncoderOptions, PolicyOptions, batch_means
 from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
@@ -62,6 +62,7 @@ class IQL(UncertainAgent):
     """Implicit Q-learning for S seeds; arguments as for `Agent`."""
 
     config_class = IQLConfig
+    action_kinds = ACTION_KINDS
     sees_images = True
     config: IQLConfig
 

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from rlkit2.agents.base import Agent, EncoderOptions, PolicyOptions
+from rlkit2.agents.base import ACTION_KINDS, Agent, EncoderOptions, PolicyOptions
 from rlkit2.agents.metrics import Metrics
 from rlkit2.agents.odice_diagnostics import (
     batch_statistics,
@@ -206,6 +206,7 @@ class ODICE(Agent):
     """O-DICE for S seeds; arguments as for `Agent`."""
 
     config_class = ODICEConfig
+    action_kinds = ACTION_KINDS
     sees_images = True
     config: ODICEConfig
 

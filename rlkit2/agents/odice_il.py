@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlkit2.agents import make_normalizer
 from rlkit2.agents.odice import ODICE, ODICEConfig
 from rlkit2.data.dataset import TransitionDataset, dataset_from_arrays
 from rlkit2.data.load import read_dataset
@@ -244,7 +245,7 @@ def _train_discriminator(others: Tensor, experts: Tensor, config: DiscriminatorC
 
 
 def _features(dataset: TransitionDataset, inputs: str) -> Tensor:
-    """What the discriminator sees, `[N, features]`; discrete actions as one-hot rows."""
+    """What the discriminator sees, `[N, features]`; choices as one-hot rows."""
     spec = dataset.spec
     if dataset.observations.dtype == torch.uint8:
         raise DatasetError(f"{spec.id} has image observations; the discriminator takes vectors")
@@ -255,6 +256,8 @@ def _features(dataset: TransitionDataset, inputs: str) -> Tensor:
     actions = dataset.actions
     if spec.discrete:
         actions = F.one_hot(actions - int(getattr(spec.action_space, "start", 0)), spec.action_size).float()
+    elif (normalizer := make_normalizer(spec)).choices:
+        actions = normalizer.actions(actions.unsqueeze(0))[0]
     return torch.cat([dataset.observations, actions], 1)
 
 

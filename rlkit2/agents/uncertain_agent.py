@@ -134,8 +134,7 @@ class UncertainAgent(Agent):
             chosen = self.policy(observed)
         else:
             chosen = self._seeded(actions, 1 if self.discrete else 2)
-        chosen = chosen if self.discrete else chosen.to(self.dtype)
-        return self.errors.heads(self.critic.outputs(inputs, self.normalizer.actions(chosen)))
+        return self.errors.heads(self.critic.outputs(inputs, self.normalize_actions(chosen)))
 
     def _seeded(self, values: Any, ndim: int) -> Tensor:
         """`[B, ...]` for every seed alike, or `[S, B, ...]`."""

@@ -8,13 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from rlkit2.api import load_dataset
 from rlkit2.cli import data_text as text
 from rlkit2.cli import output
-from rlkit2.cli.parsing import subcommand
-from rlkit2.cli.reading import Reading
+from rlkit2.cli.parsing import AS_IS, HowToRead, subcommand
 from rlkit2.data import audit, read_dataset
 from rlkit2.data.cache import cache_folder, clean, entries, verify
 from rlkit2.data.folders import minari_root
@@ -30,8 +29,6 @@ from rlkit2.progress import progress_bar
 
 Source = Positional[Annotated[str, arg(metavar="DATASET")]]
 NewId = Positional[Annotated[str, arg(metavar="NEW_ID")]]
-HowToRead = Annotated[Reading, OmitArgPrefixes]
-AS_IS = Reading()
 File = Annotated[Path | None, arg(metavar="FILE")]
 Id = Annotated[str | None, arg(metavar="ID")]
 Number = Annotated[float | None, arg(metavar="RETURN")]
@@ -55,7 +52,9 @@ def list_datasets(*, json: bool = False) -> int:
     return 0
 
 
-def info(source: Source, *, reading: HowToRead = AS_IS, json: bool = False, markdown: bool = False) -> int:
+def info(
+    source: Source, *, reading: HowToRead = AS_IS, trust_env: bool = False, json: bool = False, markdown: bool = False
+) -> int:
     """What a dataset holds.
 
     Example: rlkit2 data info builtin/rooms
@@ -63,10 +62,11 @@ def info(source: Source, *, reading: HowToRead = AS_IS, json: bool = False, mark
     Args:
         source: Minari id, builtin/... id, or a file or folder in a known format.
         reading: how to read it.
+        trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
         json: print JSON.
         markdown: print a card in Markdown.
     """
-    dataset = load_dataset(source, **reading.options())
+    dataset = load_dataset(source, **reading.arguments(), trust_env=trust_env)
     described = text.describe(dataset, source)
     if json:
         output.print_json(described)
@@ -81,6 +81,7 @@ def check(
     source: Source,
     *,
     reading: HowToRead = AS_IS,
+    trust_env: bool = False,
     figure: File = None,
     json: bool = False,
 ) -> int:
@@ -91,10 +92,11 @@ def check(
     Args:
         source: Minari id, builtin/... id, or a file or folder in a known format.
         reading: how to read it.
+        trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
         figure: draw the distributions into this file (.png, .svg, .pdf).
         json: print everything as JSON.
     """
-    dataset = load_dataset(source, **reading.options())
+    dataset = load_dataset(source, **reading.arguments(), trust_env=trust_env)
     with progress_bar("checking") as progress:
         report = audit(dataset, progress=progress)
     drawn = report.figure(figure) if figure is not None else None
@@ -148,6 +150,7 @@ def import_file(
     dataset_id: NewId,
     *,
     reading: HowToRead = AS_IS,
+    trust_env: bool = False,
     env: Id = None,
     eval_env: Id = None,
     ref_min_score: Number = None,
@@ -163,6 +166,7 @@ def import_file(
         file: file or folder in a known format (D4RL, robomimic and d3rlpy HDF5, npz, OGBench npz, CSV, Parquet, a reader of yours).
         dataset_id: id of the new Minari dataset, namespace/name-v0.
         reading: how to read it.
+        trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
         env: Gymnasium id of the environment, which also tells the spaces; default: none, and spaces as the arrays allow.
         eval_env: Gymnasium id of the environment to evaluate in; default: the same.
         ref_min_score: return of a random policy there.
@@ -174,7 +178,9 @@ def import_file(
     if not file.exists():
         raise DatasetError(f"{file} does not exist")
     with progress_bar(f"reading {file}") as progress:
-        dataset = read_dataset(file, spec=spec, cache=False, progress=progress, **reading.options())
+        dataset = read_dataset(
+            file, spec=spec, cache=False, progress=progress, **reading.arguments(), trust_env=trust_env
+        )
     with progress_bar(f"writing {dataset_id}") as progress:
         written = dataset.to_minari(
             dataset_id,
@@ -216,6 +222,7 @@ def relabel(
     *,
     reward: Annotated[str, arg(metavar="REWARD")],
     reading: HowToRead = AS_IS,
+    trust_env: bool = False,
     description: Text = None,
     format: Literal["hdf5", "arrow"] = "hdf5",
 ) -> int:
@@ -229,10 +236,11 @@ def relabel(
         reward: file.py:OBJECT or package.module:OBJECT, a function or torch module of observations, actions, next_observations, terminations and
             infos or some of them, n rows each, giving n numbers, or a reward network; or a file (.npy, .npz, .safetensors) of one per transition.
         reading: how to read it.
+        trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
         description: what the data are.
         format: hdf5 or arrow.
     """
-    dataset = load_dataset(source, **reading.options())
+    dataset = load_dataset(source, **reading.arguments(), trust_env=trust_env)
     function, origin = load_reward(reward)
     infos = read_infos(source) if reads_infos(function) else None
     with progress_bar("relabelling") as progress:
@@ -258,6 +266,7 @@ def cache(
     source: Positional[Annotated[str | None, arg(metavar="DATASET")]] = None,
     *,
     reading: HowToRead = AS_IS,
+    trust_env: bool = False,
     limit: Annotated[float | None, arg(metavar="GB")] = None,
     json: bool = False,
 ) -> int:
@@ -269,14 +278,15 @@ def cache(
         action: list: what is kept, with sizes; clean: remove all, or down to --limit; verify: hold DATASET's copy against its source.
         source: the dataset to verify.
         reading: how to read it.
+        trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
         limit: keep what was used last, up to so many gigabytes; what has lost its source goes first.
         json: print JSON.
     """
     if action == "verify":
         if source is None:
             raise ConfigError("name the dataset: rlkit2 data cache verify DATASET")
-        kept = load_dataset(source, **reading.options())
-        same = verify(kept, load_dataset(source, cache=False, **reading.options()))
+        kept = load_dataset(source, **reading.arguments(), trust_env=trust_env)
+        same = verify(kept, load_dataset(source, cache=False, **reading.arguments(), trust_env=trust_env))
         output.say(
             f"{source}: the cached copy {'is the same as' if same else 'DIFFERS from'} its source ({kept.spec.content_hash[:12]})"
         )

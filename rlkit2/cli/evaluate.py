@@ -13,7 +13,8 @@ from rlkit2.agents import import_agent
 from rlkit2.api import evaluate as evaluate_policy
 from rlkit2.api import load_policy, load_run
 from rlkit2.cli import output
-from rlkit2.cli.parsing import command
+from rlkit2.cli.parsing import AS_IS, HowToRead, command
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.evaluation.environments import run_environment
 from rlkit2.evaluation.evaluation import Evaluation, mean_text
@@ -36,6 +37,7 @@ def evaluate(
     offline: bool = False,
     methods: tuple[str, ...] = ("fqe", "dice"),
     dataset: str | None = None,
+    reading: HowToRead = AS_IS,
     discount: float | None = None,
     steps: int | None = None,
     members: int | None = None,
@@ -62,6 +64,7 @@ def evaluate(
         offline: estimate the discounted return from data instead of playing.
         methods: with --offline: fqe, dice, is, dr, own.
         dataset: with --offline: to judge on; default: that of the run.
+        reading: with --offline: how to read it; default: as the run did.
         discount: with --offline; default: that of the training, else 0.99.
         steps: with --offline: updates of every fit; default: 6000.
         members: with --offline: resamples of the episodes that every fit is repeated on; default: 8.
@@ -79,8 +82,11 @@ def evaluate(
             max_steps=max_steps,
             trust_env=trust_env or None,
         )
-        return _judge(runs, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
-    _refuse("only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members)
+        fits = {"seed": seed, "steps": steps, "members": members}
+        return _judge(runs, dataset, reading, methods, discount, stochastic, json, **fits)
+    _refuse(
+        "only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members, **reading.given
+    )
 
     def play(run: Path) -> Evaluation:
         policy, own_env = _open(run, checkpoint, env, trust_env)
@@ -132,6 +138,7 @@ def _refuse(why: str, **options: object) -> None:
 def _judge(
     runs: Sequence[Path],
     dataset: str | None,
+    reading: ReadingOptions,
     methods: Sequence[str],
     discount: float | None,
     stochastic: bool,
@@ -145,6 +152,7 @@ def _judge(
     result = judged(
         runs,
         dataset=dataset,
+        reading=reading,
         methods=methods,
         discount=discount,
         stochastic=stochastic,

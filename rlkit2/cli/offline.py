@@ -9,6 +9,7 @@ from typing import Any
 
 from rlkit2.api import offline_evaluate
 from rlkit2.cli.output import print_table, say
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions, order
 from rlkit2.progress import progress_bar
 
@@ -17,6 +18,7 @@ def judged(
     runs: Sequence[Path],
     *,
     dataset: str | None,
+    reading: ReadingOptions,
     methods: Sequence[str],
     discount: float | None,
     stochastic: bool,
@@ -32,6 +34,7 @@ def judged(
             deterministic=not stochastic,
             options=options,
             progress=progress,
+            **reading.given,
         )
 
 

@@ -11,11 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
 from io import StringIO
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError
+
+HowToRead = Annotated[ReadingOptions, OmitArgPrefixes]
+"""The options of a command that opens a dataset."""
+AS_IS = ReadingOptions()
 
 
 def command(function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, **options: Any) -> int | None:

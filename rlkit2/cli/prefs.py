@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlkit2.api import load_dataset
 from rlkit2.cli.output import console, print_json, say
-from rlkit2.cli.parsing import name_values, subcommand
+from rlkit2.cli.parsing import AS_IS, HowToRead, name_values, subcommand
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.preferences import PreferenceDataset
@@ -46,6 +46,7 @@ REWARDS = "rewards.safetensors"
 def label(
     dataset: Positional[str],
     *,
+    reading: HowToRead = AS_IS,
     out: Path,
     teacher: str = "oracle",
     count: int = 500,
@@ -72,7 +73,8 @@ def label(
     Example: rlkit2 prefs label builtin/rooms --teacher oracle --count 500 --length 8 --out labels
 
     Args:
-        dataset: Minari id, builtin/... id, D4RL-style .hdf5 file or folder.
+        dataset: Minari id, builtin/... id, or a file or folder in a known format.
+        reading: how to read it.
         out: folder of the labels; with --serve, labels that are there are kept and added to.
         teacher: oracle, mistake, noisy, myopic, skip or equal.
         count: pairs to label.
@@ -104,7 +106,7 @@ def label(
     if exists and not more and not serve:
         raise DatasetError(f"{out} holds labels already; name another folder, or add to them with --more")
     made = _write_segments(arrays, dataset) if arrays is not None and as_dataset else None
-    data = load_dataset(dataset)
+    data = load_dataset(dataset, **reading.arguments())
     ensemble = None if model is None else RewardEnsemble.load(model)
     if serve:
         from rlkit2.preferences.labelling import serve_labelling
@@ -181,6 +183,7 @@ def fit(
     *,
     out: Path,
     dataset: str | None = None,
+    reading: HowToRead = AS_IS,
     fitting: Annotated[FitOptions, OmitArgPrefixes],
     test: float = 0.2,
     seed: int = 0,
@@ -199,6 +202,7 @@ def fit(
         labels: folder of labels (rlkit2 prefs label).
         out: folder of the reward model.
         dataset: the dataset of the labels; default: the id they carry.
+        reading: how to read it.
         fitting: how the ensemble is fitted.
         test: share of the pairs that judge the reward and take no part in fitting it.
         seed: of weights, bootstraps and the choice of pairs.
@@ -212,7 +216,7 @@ def fit(
     found = PreferenceDataset.load(labels)
     if dataset is None and not found.dataset_id:
         raise ConfigError(f"{labels} does not say which dataset it belongs to; give --dataset")
-    data = load_dataset(dataset or found.dataset_id)
+    data = load_dataset(dataset or found.dataset_id, **reading.arguments())
     train, held_out = found.split(test, seed=seed)
     settings = asdict(fitting)
     with progress_bar("fitting") as bar:

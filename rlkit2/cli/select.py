@@ -13,7 +13,7 @@ from rlkit2.agents import import_agent
 from rlkit2.api import evaluate
 from rlkit2.cli.offline import judged, print_judged
 from rlkit2.cli.output import print_json, say
-from rlkit2.cli.parsing import command
+from rlkit2.cli.parsing import AS_IS, HowToRead, command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import OfflineOptions, agreement, order
 from rlkit2.progress import progress_bar
@@ -25,6 +25,7 @@ def select(
     by: str = "fqe",
     methods: tuple[str, ...] = ("fqe", "dice"),
     dataset: str | None = None,
+    reading: HowToRead = AS_IS,
     discount: float | None = None,
     stochastic: bool = False,
     steps: int = OfflineOptions.steps,
@@ -47,6 +48,7 @@ def select(
         by: the method that ranks.
         methods: fqe, dice, is, dr, own; all that are shown.
         dataset: to judge on; default: that of the runs.
+        reading: how to read it; default: as the runs did.
         discount: default: that of the training, else 0.99.
         stochastic: judge sampled actions instead of the mode.
         steps: updates of every fit.
@@ -62,7 +64,15 @@ def select(
     if by not in methods:
         methods = (*methods, by)
     options = OfflineOptions(steps=steps, members=members, seed=seed)
-    result = judged(runs, dataset=dataset, methods=methods, discount=discount, stochastic=stochastic, options=options)
+    result = judged(
+        runs,
+        dataset=dataset,
+        reading=reading,
+        methods=methods,
+        discount=discount,
+        stochastic=stochastic,
+        options=options,
+    )
     ranked = order(result.estimates[by])
     truth = _played(runs, play, not stochastic, trust_env) if play else None
     agreed = None

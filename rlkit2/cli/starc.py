@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from rlkit2.api import load_dataset, load_policy
 from rlkit2.cli.output import console, print_json, say
-from rlkit2.cli.parsing import subcommand
+from rlkit2.cli.parsing import AS_IS, HowToRead, subcommand
 from rlkit2.data import TransitionDataset
 from rlkit2.data.infos import read_infos
 from rlkit2.data.relabel import load_reward
@@ -160,13 +160,21 @@ class EstimateOptions:
 
 
 @show_fields(EstimateOptions, bare=True)
-def dataset(dataset: Positional[str], *, reward: tuple[str, ...] = (), true: bool = False, **options: Any) -> int:
+def dataset(
+    dataset: Positional[str],
+    *,
+    reading: HowToRead = AS_IS,
+    reward: tuple[str, ...] = (),
+    true: bool = False,
+    **options: Any,
+) -> int:
     """Distances between rewards on the transitions of a dataset, with intervals.
 
     Example: rlkit2 starc dataset builtin/pendulum --reward rewards.py:upright --reward rewards.py:still --true
 
     Args:
-        dataset: Minari id, built-in id (builtin/...), D4RL-style file or folder.
+        dataset: Minari id, built-in id (builtin/...), or a file or folder in a known format.
+        reading: how to read it.
         reward: rewards to compare, each [NAME=]file.py:OBJECT or package.module:OBJECT, a function or torch module of observations, actions,
             next_observations, terminations and infos or some of them, n rows each, giving n numbers, or a reward network; a file (.npy, .npz,
             .safetensors) of one number per transition; or the folder of a reward model (of each of its seeds).
@@ -175,7 +183,7 @@ def dataset(dataset: Positional[str], *, reward: tuple[str, ...] = (), true: boo
     """
     given = EstimateOptions(**options)
     starc, rewards = _estimator(given), _rewards(reward, true)
-    data = load_dataset(dataset)
+    data = load_dataset(dataset, **reading.arguments())
     infos = read_infos(dataset) if any(reads_infos(part) for part in rewards.values()) else None
     with progress_bar("transitions") as progress:
         matrix = starc.fit(data, rewards, infos=infos, progress=progress)

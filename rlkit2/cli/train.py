@@ -30,7 +30,7 @@ from rlkit2.training.options import SECTIONS
 from rlkit2.training.recipe import agent_recipes
 
 COMMAND = {
-    "dataset": ("ID", "Minari id, builtin/... id, D4RL-style .hdf5 file or folder (default: that of the recipe)"),
+    "dataset": ("ID", "Minari id, builtin/... id, or a file or folder in a known format (default: that of the recipe)"),
     "seeds": ("N", "number of seeds trained together, or the seeds themselves: 3,7 (default: 1)"),
     "recipe": ("FILE", "TOML with agent, dataset and options (default: the shipped one for agent and dataset, if any)"),
     "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),

@@ -19,12 +19,13 @@ from rlkit2.agents import import_agent
 from rlkit2.api import load_dataset, load_run
 from rlkit2.cli import output
 from rlkit2.cli.output import finite
-from rlkit2.cli.parsing import command
+from rlkit2.cli.parsing import AS_IS, HowToRead, command
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
 from rlkit2.progress import progress_bar
-from rlkit2.training.building import split_dataset
+from rlkit2.training.building import reading_arguments, split_dataset
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
 from rlkit2.training.run_files import write_atomically, writing
@@ -44,6 +45,7 @@ def uncertainty(
     run: Positional[Path],
     *,
     dataset: str | None = None,
+    reading: HowToRead = AS_IS,
     checkpoint: int | None = None,
     max_transitions: int = 20_000,
     seed: int = 0,
@@ -63,6 +65,7 @@ def uncertainty(
     Args:
         run: folder of a run.
         dataset: other episodes to use, in the run's own units of reward; default: those the run held out, else (with a warning) all of its own.
+        reading: how to read the dataset; default: as the run did.
         checkpoint: a step; default: the newest.
         max_transitions: a random part is used where there are more.
         seed: of that part and of the random actions.
@@ -74,7 +77,7 @@ def uncertainty(
         import_agent(agent)
     opened = load_run(run)
     trained: Any = opened.load_agent(checkpoint)
-    episodes = _episodes(opened, dataset)
+    episodes = _episodes(opened, dataset, reading)
     with progress_bar("TD errors") as progress:
         found = td_diagnostics(trained, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
     known = noise_map(trained, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
@@ -98,12 +101,15 @@ def uncertainty(
     return 0
 
 
-def _episodes(run: Run, dataset: str | None) -> _Episodes:
+def _episodes(run: Run, dataset: str | None, reading: ReadingOptions) -> _Episodes:
     options = DataOptions(**run.config["data"])
+    arguments = reading_arguments(run.config, reading.given)
     if dataset is not None:
-        whole, _ = split_dataset(load_dataset(dataset), DataOptions(**{**run.config["data"], "held_out": 0.0}))
+        whole, _ = split_dataset(
+            load_dataset(dataset, **arguments), DataOptions(**{**run.config["data"], "held_out": 0.0})
+        )
         return _Episodes(whole, dataset != run.config["dataset"]["id"], f"all episodes of {dataset}")
-    training, held_out = split_dataset(load_dataset(run.config["dataset"]["source"]), options)
+    training, held_out = split_dataset(load_dataset(run.config["dataset"]["source"], **arguments), options)
     if held_out is None:
         return _Episodes(training, False, f"all episodes of {run.config['dataset']['id']}")
     return _Episodes(held_out, True, f"{held_out.num_episodes} held-out episodes of {run.config['dataset']['id']}")

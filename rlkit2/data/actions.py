@@ -1,12 +1,11 @@
-"""Whether actions can be learnt as they are: inside their space, and of a kind that policies put out."""
+"""Whether actions can be learnt as they are: inside their space."""
 
 from __future__ import annotations
 
 import numpy as np
-from gymnasium import spaces
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.spaces import action_bounds, action_layout, outside
+from rlkit2.data.spaces import action_bounds, outside
 from rlkit2.errors import DatasetError
 
 CHUNK = 1 << 18
@@ -28,14 +27,3 @@ def check_actions(dataset: TransitionDataset) -> None:
                 f"{dataset.spec.id}: action value {value:g} in row {start + row}, column {column} lies outside its space "
                 f"{' '.join(str(space).split())}; load the data with action_space=, or import them with --action-space"
             )
-
-
-def learnt_as_continuous(dataset: TransitionDataset) -> str | None:
-    """One line where actions of several choices, or whole numbers, would be learnt as continuous ones; None for others."""
-    space = dataset.spec.action_space
-    if isinstance(space, spaces.Discrete) or action_layout(space).dtype != np.int64:
-        return None
-    return (
-        f"the actions of {dataset.spec.id} are whole numbers in {' '.join(str(space).split())}, but are learnt as continuous ones within [-1, 1] "
-        "and cut to whole numbers: not every choice may be reached; make them one choice (Discrete over all combinations)"
-    )

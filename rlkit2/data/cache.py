@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.episodes import Episode, EpisodePacker, Progress
+from rlkit2.data.episodes import Episode, EpisodePacker, Fill, Progress, column_means
 from rlkit2.data.folders import home, remove_leftovers
 from rlkit2.data.records import (
     MemoryWriter,
@@ -56,7 +56,7 @@ class Unpacked:
     """A dataset before it is packed: its specification and the function that gives its episodes.
 
     `name` is for messages. `steps`: rows in all, 0 where unknown; `progress` is called with (rows done, rows in all). `checked`: actions outside
-    the specification's space are refused.
+    the specification's space are refused, `observed`: observations too. `fill`: what observations that are NaN become, see `rlkit2.load_dataset`.
     """
 
     name: str
@@ -65,6 +65,8 @@ class Unpacked:
     steps: int = 0
     progress: Progress | None = None
     checked: bool = False
+    observed: bool = False
+    fill: str | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -73,7 +75,11 @@ class Unpacked:
 
     def write(self, writer: RecordWriter) -> tuple[DatasetSpec, Packed]:
         """Write all episodes; the specification with what was counted, and what describes the records."""
-        packer = EpisodePacker(writer, self.spec.flattener, self.spec.action_space, checked=self.checked)
+        flat = self.spec.flattener
+        fill = Fill(self.fill, column_means(self.episodes(), flat)) if self.fill and flat.dtype != np.uint8 else None
+        packer = EpisodePacker(
+            writer, flat, self.spec.action_space, checked=self.checked, observed=self.observed, fill=fill
+        )
         packer.add_all(self.episodes(), self.name, self.progress, self.steps)
         packed = writer.finish()
         notes = {**self.spec.notes, **packer.notes}

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from rlkit2.data.records import RecordWriter
-from rlkit2.data.spaces import SpaceFlattener, action_bounds, action_layout, outside
+from rlkit2.data.spaces import SpaceFlattener, action_bounds, action_layout, observation_bounds, outside
 from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError
 
 Progress = Callable[[int, int], None]
@@ -34,6 +34,45 @@ class Episode:
     notes: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Fill:
+    """What observations that are NaN become: `how` is "previous" (the value before them in the episode, at its start the column's mean) or "mean".
+
+    `means`: of every column of the dataset, `[columns]`.
+    """
+
+    how: str
+    means: NDArray[np.float64]
+
+    def __call__(self, observations: NDArray[Any]) -> tuple[NDArray[Any], int]:
+        """One episode's observations `[T + 1, columns]` without NaN, and how many there were."""
+        missing = np.isnan(observations)
+        count = int(missing.sum())
+        if not count:
+            return observations, 0
+        filled = np.where(missing, self.means, observations)
+        if self.how == "previous":
+            known = np.where(missing, -1, np.arange(len(observations))[:, None])
+            before = np.maximum.accumulate(known, axis=0)
+            filled = np.where(before < 0, filled, np.take_along_axis(observations, before.clip(0), axis=0))
+        return filled, count
+
+
+def column_means(episodes: Iterable[Episode], flat: SpaceFlattener) -> NDArray[np.float64]:
+    """Mean of the finite values of every observation column; `DatasetError` for a column without any."""
+    total, count = np.zeros(flat.size), np.zeros(flat.size)
+    with closing_all(episodes) as stream:
+        for episode in stream:
+            if _rows(episode.actions):
+                rows = flat.flatten(episode.observations).reshape(-1, flat.size).astype(np.float64)
+                total += np.where(np.isfinite(rows), rows, 0.0).sum(axis=0)
+                count += np.isfinite(rows).sum(axis=0)
+    empty = np.flatnonzero(count == 0)
+    if len(empty):
+        raise DatasetError(f"observation column {empty[0]} has no value at all, so none can be filled in; leave it out")
+    return total / count
+
+
 class EpisodePacker:
     """Aligns episodes and writes them as records; counts in `notes` what was not as it should be.
 
@@ -41,16 +80,25 @@ class EpisodePacker:
     stored: after a termination nothing is bootstrapped, so the last observation stands in for it; otherwise the last step is dropped and the
     step before it is the truncated one. Any other length is refused. An episode that ends without a flag counts as truncated.
 
-    `checked`: actions outside `action_space` are refused. Observations that float32 cannot tell apart (timestamps) are refused always.
+    `checked`: actions outside `action_space` are refused; `observed`: so are observations outside their space. `fill`: see `Fill`. Observations
+    that float32 cannot tell apart (timestamps) are refused always.
     """
 
     def __init__(
-        self, writer: RecordWriter, flat: SpaceFlattener, action_space: spaces.Space[Any], *, checked: bool = False
+        self,
+        writer: RecordWriter,
+        flat: SpaceFlattener,
+        action_space: spaces.Space[Any],
+        *,
+        checked: bool = False,
+        observed: bool = False,
+        fill: Fill | None = None,
     ) -> None:
-        self.writer = writer
+        self.writer, self.fill = writer, fill
         self.flat = flat
         self.actions = action_layout(action_space)
         self.bounds = (action_space, *action_bounds(action_space)) if checked else None
+        self.observation_bounds = (flat.space, *observation_bounds(flat)) if observed else None
         self.notes: dict[str, int] = {}
 
     def _count(self, what: str, number: int = 1) -> None:
@@ -77,7 +125,14 @@ class EpisodePacker:
             return
         observations, actions = self._flatten(episode)
         if self.bounds is not None:
-            _check_actions(episode.name, actions, *self.bounds)
+            _check_whole(episode.name, actions, self.bounds[0])
+            _check_bounds(episode.name, "action", actions, *self.bounds)
+        if self.observation_bounds is not None:
+            _check_bounds(episode.name, "observation", observations, *self.observation_bounds)
+        if self.fill is not None and observations.dtype.kind == "f":
+            observations, count = self.fill(observations)
+            if count:
+                self._count("missing_values_filled", count)
         _check_float32(episode.name, observations)
         rewards, terminations, truncations = (
             np.asarray(a).reshape(-1) for a in (episode.rewards, episode.terminations, episode.truncations)
@@ -151,19 +206,22 @@ def _rows(tree: Any) -> int:
     return len(tree)
 
 
-def _check_actions(
-    name: str, actions: NDArray[Any], space: spaces.Space[Any], low: NDArray[Any], high: NDArray[Any]
-) -> None:
-    columns = actions.reshape(len(actions), -1)
-    if columns.dtype.kind == "f" and action_layout(space).dtype == np.int64 and not (columns == np.rint(columns)).all():
+def _check_whole(name: str, actions: NDArray[Any], space: spaces.Space[Any]) -> None:
+    if actions.dtype.kind == "f" and action_layout(space).dtype == np.int64 and not (actions == np.rint(actions)).all():
         raise DatasetError(
             f"{name}: actions are not whole numbers, but the given space is {space}; use --action-space continuous"
         )
+
+
+def _check_bounds(
+    name: str, what: str, values: NDArray[Any], space: spaces.Space[Any], low: NDArray[Any], high: NDArray[Any]
+) -> None:
+    columns = values.reshape(len(values), -1)
     bad = outside(columns, low, high)
     if bad.any():
         step, column = np.argwhere(bad)[0].tolist()
         raise DatasetError(
-            f"{name}: {int(bad.sum())} action values lie outside the given space {' '.join(str(space).split())}, the first in step {step}, "
+            f"{name}: {int(bad.sum())} {what} values lie outside the given space {' '.join(str(space).split())}, the first in step {step}, "
             f"column {column}: {columns[step, column]:g}; give the space that the data were made in"
         )
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias
-from urllib.request import getproxies
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from gymnasium import spaces
@@ -23,6 +21,7 @@ from rlkit2.data.episodes import Episode, Progress, closing_all
 from rlkit2.data.folders import minari_root
 from rlkit2.data.infer import Request, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
+from rlkit2.data.remotes import download, online
 from rlkit2.data.sources import find_reader
 from rlkit2.data.sources.minari import HDF5_FILE, MinariReader, minari_data
 from rlkit2.data.sources.reader import Reader, ReadOptions
@@ -46,6 +45,7 @@ def read_dataset(
     columns: Columns | None = None,
     max_episode_steps: int | None = None,
     never_terminates: bool = False,
+    fill_missing: Literal["previous", "mean"] | None = None,
     trust_env: bool = False,
     progress: Progress | None = None,
 ) -> TransitionDataset:
@@ -54,6 +54,8 @@ def read_dataset(
     `spec` gives spaces and environment, `observation_space` and `action_space` (spaces, or text for `parse_space`) a space alone; what nobody
     gives is that of the files, else inferred from the data with a notice. `progress` is called with (rows done, rows in all) while files are read.
     """
+    if fill_missing not in (None, "previous", "mean"):
+        raise ConfigError(f"fill_missing must be previous or mean, not {fill_missing!r}")
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ConfigError(f"max_episode_steps must be a whole number of at least 1, not {max_episode_steps}")
     options = ReadOptions(
@@ -63,7 +65,7 @@ def read_dataset(
         never_terminates=never_terminates,
         trust_env=trust_env,
     )
-    given = _Given(spec, observation_space, action_space)
+    given = _Given(spec, observation_space, action_space, fill_missing)
     if isinstance(source, TransitionDataset):
         return _as_it_is(source, options, given)
     if isinstance(source, Mapping):
@@ -77,16 +79,19 @@ def read_dataset(
     if not cache:
         return _said(pack_in_memory(_read(path, reader, options, own, given, progress)))
     what = [str(path.resolve()), reader.name, asdict(replace(options, chosen=None, trust_env=False)), given.described]
+    what += [fill_missing] if fill_missing else []
     key = cache_key(reader.files(path), what, options.chosen)
     found = find(key)
     return _said(found if found is not None else store(key, _read(path, reader, options, own, given, progress)))
 
 
 class _Given:
-    """Spaces and environment as a caller gives them."""
+    """Spaces and environment as a caller gives them, and what becomes of missing values."""
 
-    def __init__(self, spec: DatasetSpec | None, observations: SpaceLike | None, actions: SpaceLike | None) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: DatasetSpec | None, observations: SpaceLike | None, actions: SpaceLike | None, fill: str | None
+    ) -> None:
+        self.spec, self.fill = spec, fill
         self.observations, self.actions = (
             parse_space(space) if isinstance(space, str) else space for space in (observations, actions)
         )
@@ -135,7 +140,9 @@ def _unpacked(
             observation_space=spec.observation_space if observations is None else observations,
             action_space=spec.action_space if actions is None else actions,
         )
-    return Unpacked(name, spec, episodes, steps, progress, checked=given.spec is not None or given.actions is not None)
+    checked = given.spec is not None or given.actions is not None
+    observed = given.observations is not None
+    return Unpacked(name, spec, episodes, steps, progress, checked, observed, given.fill)
 
 
 def _read(
@@ -181,8 +188,10 @@ def _as_it_is(source: TransitionDataset, options: ReadOptions, given: _Given) ->
     keys = options.observation_keys
     if keys is not None and source.spec.observation_keys != keys:
         _no_keys(options)
-    if given.spec is not None or given.observations is not None or given.actions is not None:
-        raise ConfigError("spaces are given to files and arrays; this dataset has its own")
+    if any((given.spec, given.observations, given.actions, given.fill)) or options != ReadOptions(
+        observation_keys=keys, trust_env=options.trust_env
+    ):
+        raise ConfigError("spaces and other ways of reading are given to files and arrays; this dataset has its own")
     return source
 
 
@@ -221,30 +230,16 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
 
 def _download(dataset_id: str) -> Path:
     """Fetch `dataset_id` through Minari (its own progress bar); `DatasetNotFoundError` says what was searched and which ids are close."""
-    import minari
-
     known = list(local_datasets())
     if not re.search(r"-v\d+$", dataset_id):
         reason = "it is not a complete Minari id, which ends in a version such as -v0"
-    elif not _online():
+    elif not online():
         reason = "there is no network to download it"
     else:
         try:
-            minari.download_dataset(dataset_id)
-            return minari_root() / dataset_id / "data"
+            return download(dataset_id) / "data"
         except Exception as error:  # noqa: BLE001 - the remotes' clients raise many kinds
             reason = f"Minari could not download it ({first_line(error)})"
     close = get_close_matches(dataset_id, known, 3, 0.5)
     hint = f"; close ids here: {', '.join(close)}" if close else f"; ids here: {', '.join(known[:8]) or 'none'}"
     raise DatasetNotFoundError(f"no dataset {dataset_id!r} in {minari_root()}, and {reason}{hint}")
-
-
-def _online() -> bool:
-    """Whether a download has a chance: the clients of Minari's remotes retry for half a minute before they say that no name can be resolved."""
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo("minari.farama.org", 443)
-    except OSError:
-        return False
-    return True

@@ -11,6 +11,7 @@ from rlkit2.data.spec import DatasetSpec
 # What is counted, as a sentence after the number.
 NOTES = {
     "non_finite_values": "values are NaN or infinite",
+    "missing_values_filled": "missing observations were filled as asked",
     "episodes_without_end_flag": "episodes were cut off without a flag; they count as truncated",
     "episodes_without_final_observation": "terminated episodes lack their final observation; the last one stands in, nothing is bootstrapped from it",
     "last_steps_dropped_for_want_of_a_next_observation": "last steps were left out because the observation after them was never stored",
@@ -21,6 +22,9 @@ NOTES = {
     "terminations_taken_as_cuts": "terminations count as truncations, because the task was said never to terminate",
     "next_observations_within_rounding": "next observations differ from the observation after them by rounding only; they are taken as equal",
     "rows_after_a_termination": "rows recorded after a termination, while the episode went on, were left out",
+    "steps_without_rewards": "steps have no rewards in the files; they are 0",
+    "cameras_left_out": "cameras were left out; the other observations are read",
+    "done_taken_as_termination": "episodes end with a done flag without a reason; it counts as a termination (--never-terminates: as a cut)",
     "action_spaces_inferred": "action space was inferred from the data; give another with action_space= or --action-space",
 }
 

@@ -265,6 +265,25 @@ class ActionLayout:
     dtype: np.dtype[Any]
     leaves: tuple[Leaf, ...]
 
+    @property
+    def choices(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Sizes and first values of the choices where an action makes several (or one, `[n, 1]`); None for others.
+
+        Raises `UnsupportedSpaceError` where whole numbers within bounds stand beside choices.
+        """
+        if self.dtype != np.int64 or not self.shape:
+            return None
+        whole = {isinstance(leaf.space, spaces.Box) for leaf in self.leaves}
+        if whole == {True}:
+            return None
+        if len(whole) > 1:
+            raise UnsupportedSpaceError(
+                "the action space mixes choices with whole numbers of a Box, which no policy puts out together; "
+                "give all of them as choices, for example --action-space 'multidiscrete(3,11)'"
+            )
+        low, high = _bounds([leaf.space for leaf in self.leaves])
+        return tuple((high - low + 1).astype(int).tolist()), tuple(low.astype(int).tolist())
+
     def flatten(self, actions: Any) -> NDArray[Any]:
         """A batch of raw actions as `[n, *shape]`."""
         arrays = [np.asarray(leaf.pick(actions)) for leaf in self.leaves]

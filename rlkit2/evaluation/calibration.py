@@ -17,6 +17,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from rlkit2.agents.uncertain_agent import UncertainAgent
+from rlkit2.data.spaces import action_layout
 from rlkit2.errors import ConfigError
 from rlkit2.nn.distributions import GeneralizedNormal, fit_mle
 
@@ -173,6 +174,9 @@ def random_actions(dataset: TransitionDataset, count: int, generator: np.random.
     space = dataset.spec.action_space
     if isinstance(space, spaces.Discrete):
         return torch.from_numpy(int(space.start) + generator.integers(int(space.n), size=count))
+    if (choices := action_layout(space).choices) is not None:
+        sizes, starts = choices
+        return torch.from_numpy(generator.integers(sizes, size=(count, len(sizes))) + np.asarray(starts))
     actions = dataset.actions.double()
     low, high = actions.amin(0).cpu().numpy(), actions.amax(0).cpu().numpy()
     if isinstance(space, spaces.Box):

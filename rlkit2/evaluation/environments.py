@@ -9,7 +9,6 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FrameStackObservation
@@ -149,7 +148,6 @@ def _layout(size: int, ranges: dict[str, tuple[int, int]]) -> str:
     return f"{size} columns" + (f" ({keys})" if keys else "")
 
 
-def _choices(space: spaces.Space[Any]) -> list[int] | None:
-    if isinstance(space, spaces.Discrete):
-        return [int(space.n), int(space.start)]
-    return [int(n) for n in np.ravel(space.nvec)] if isinstance(space, spaces.MultiDiscrete) else None
+def _choices(space: spaces.Space[Any]) -> Any:
+    """Sizes and first values of choices; None for others."""
+    return [int(space.n), int(space.start)] if isinstance(space, spaces.Discrete) else action_layout(space).choices

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.data.spaces import action_bounds, action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError
 from rlkit2.evaluation.environments import (
@@ -182,7 +183,7 @@ class Evaluator:
                     record.end(key, step - 1, failed=True)
                     continue
                 observation, reward, terminated, truncated, info = envs[key].step(
-                    action if action.ndim else action.item()
+                    step_action(action, envs[key].action_space)
                 )
                 record.add(key, float(reward), info)
                 if terminated or truncated or step == self.max_steps:
@@ -265,9 +266,29 @@ def environment_actions(actions: NDArray[Any], space: spaces.Space[Any]) -> NDAr
     """Actions `[S, B, n]` in the shape `[S, B, *shape]` and dtype of `space`, Box actions clipped to its bounds."""
     if isinstance(space, spaces.Box):
         actions = actions.reshape(*actions.shape[:2], *space.shape)
+        if space.dtype.kind != "f":
+            actions = np.rint(actions)
         clipped = np.clip(actions, space.low, space.high)
         return np.where(np.isfinite(actions), clipped, np.nan).astype(space.dtype)
+    if isinstance(space, spaces.Dict | spaces.Tuple):  # one row each; `step_action` nests it
+        return actions
     return actions.reshape(*actions.shape[:2], *(space.shape or ())).astype(space.dtype or np.int64)
+
+
+def step_action(action: NDArray[Any], space: spaces.Space[Any]) -> Any:
+    """One of `environment_actions` as `env.step` takes it."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return action if action.ndim else action.item()
+    layout = action_layout(space)
+    low, high = action_bounds(space)
+    return first(layout.unflatten(space, np.clip(action, low, high)[None]))
+
+
+def first(batch: Any) -> Any:
+    """The first row of a batch of arrays, dicts or tuples."""
+    if isinstance(batch, dict):
+        return {key: first(part) for key, part in batch.items()}
+    return tuple(map(first, batch)) if isinstance(batch, tuple) else batch[0]
 
 
 def stack(observations: Sequence[Any]) -> Any:

@@ -199,6 +199,48 @@ class CategoricalActor(Actor):
         return logits.argmax(-1)
 
 
+class MultiCategoricalActor(Actor):
+    """Softmax over each of k groups of the network's outputs `[S, B, n]`: several choices at once, independent given the observation.
+
+    Actions are one-hot in every group, `[S, B, n]`; `choices` are the sizes of the groups, n in all.
+    """
+
+    head = "multicategorical"
+    _FAR = -1e9  # a logit that no softmax sees
+    known: Tensor
+    column: Tensor
+    place: Tensor
+
+    def __init__(self, network: nn.Module, choices: Sequence[int], device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.network = network
+        most = max(choices)
+        known = torch.arange(most) < torch.tensor(choices).unsqueeze(-1)  # [k, most]
+        column = (known.flatten().cumsum(0) - 1).clamp(min=0)
+        place = known.flatten().nonzero().squeeze(-1)  # of each column in the groups side by side
+        for name, tensor in {"known": known, "column": column, "place": place}.items():
+            self.register_buffer(name, tensor.to(device), persistent=False)
+
+    def _groups(self, columns: Tensor, fill: float) -> Tensor:
+        """`[S, B, n]` as `[S, B, k, most]`, with `fill` behind the smaller groups."""
+        side_by_side = columns.index_select(-1, self.column).view(*columns.shape[:-1], *self.known.shape)
+        return side_by_side.masked_fill(~self.known, fill)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Sum over the choices of their log-probabilities, `[S, B]`."""
+        log_probabilities = self._groups(self.network(observations), self._FAR).log_softmax(-1)
+        return (log_probabilities * self._groups(actions, 0.0)).sum((-2, -1))
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.network(observations)
+        if noise is not None:  # Gumbel's trick, on the uniform number that the normal one stands for
+            uniform = torch.special.ndtr(noise).clamp(1e-20, 1.0 - 1e-7)
+            logits = logits - torch.log(-torch.log(uniform))
+        groups = self._groups(logits, self._FAR)
+        chosen = torch.zeros_like(groups).scatter(-1, groups.argmax(-1, keepdim=True), 1.0)
+        return chosen.flatten(-2).index_select(-1, self.place)
+
+
 Vote = Literal["mean", "lcb", "shape"]
 VOTES: tuple[str, ...] = get_args(Vote)
 
@@ -254,7 +296,7 @@ class GreedyActor(Actor):
 
 
 PolicyHead = Literal["gaussian", "squashed_gaussian", "deterministic", "categorical"]
-HEADS: tuple[str, ...] = get_args(PolicyHead)
+HEADS: tuple[str, ...] = (*get_args(PolicyHead), MultiCategoricalActor.head)
 
 
 def make_actor(
@@ -269,6 +311,7 @@ def make_actor(
     log_std_init: float = 0.0,
     log_std_bounds: tuple[float, float] = (-5.0, 2.0),
     encoder: Mapping[str, Any] | None = None,
+    choices: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Actor:
@@ -281,6 +324,7 @@ def make_actor(
         tanh_mean, log_std_init: "gaussian" only.
         log_std_bounds: both Gaussian heads.
         encoder: of images among the observations, as for `make_network`.
+        choices: of "multicategorical": the sizes of the choices, `action_size` in all.
 
     Raises:
         ConfigError: unknown head.
@@ -315,6 +359,8 @@ def make_actor(
         actor = SquashedGaussianActor(network, log_std_bounds=log_std_bounds)
     elif head == "deterministic":
         actor = DeterministicActor(network)
+    elif choices is not None:
+        actor = MultiCategoricalActor(network, choices, device)
     else:
         actor = CategoricalActor(network)
     actor.settings = {
@@ -326,6 +372,7 @@ def make_actor(
         "tanh_mean": tanh_mean,
         "log_std_bounds": list(log_std_bounds),
         **({"encoder": encoder} if encoder else {}),
+        **({} if choices is None else {"choices": list(choices)}),
     }
     return actor
 

@@ -59,8 +59,8 @@ class Policy(nn.Module):
             generator: source of the sample.
 
         Returns:
-            `[B, act]` or `[S, B, act]` within the action bounds; discrete actions as int64 `[B]` or `[S, B]`, counted from the
-            space's own start.
+            `[B, act]` or `[S, B, act]` within the action bounds, rounded where the space has whole numbers; discrete actions as int64 `[B]` or
+            `[S, B]`, several choices as int64 `[B, k]` or `[S, B, k]`, counted from the space's own start.
 
         Raises:
             ConfigError: the shape does not fit the policy.
@@ -112,6 +112,7 @@ class Policy(nn.Module):
             "dtype": str(next(self.actor.parameters()).dtype).removeprefix("torch."),
             "actor": self.actor.settings,
             "action_start": self.normalizer.action_start,
+            "whole_actions": self.normalizer.whole,
             "metadata": self.metadata if metadata is None else metadata,
         }
         text = json.dumps(sealed(description, {"policy.safetensors": digest(content)}), indent=2) + "\n"
@@ -182,7 +183,13 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor], seeds: list[
         raise Damaged("policy.json describes larger networks than policy.safetensors holds")
     actor = rebuild_actor(settings, seeds, dtype)
     actor.requires_grad_(False)
-    normalizer = Normalizer(action_start=description["action_start"], seeds=len(seeds), dtype=dtype)
+    normalizer = Normalizer(
+        action_start=description["action_start"],
+        choices=settings.get("choices"),
+        whole=description.get("whole_actions", False),
+        seeds=len(seeds),
+        dtype=dtype,
+    )
     for name in normalizer._buffers:  # absent ones are None
         if f"normalizer.{name}" in tensors:
             setattr(normalizer, name, tensors[f"normalizer.{name}"])

@@ -193,6 +193,7 @@ def flat_settings(run: Run) -> dict[str, Any]:
         name: run.config.get(name, {}) for name in ("config", "data", "training")
     }
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    flat |= {f"reading.{key}": value for key, value in run.config.get("reading", {}).items() if value}
     return {key: value for key, value in flat.items() if key not in WATCHING}
 
 

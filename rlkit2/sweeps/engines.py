@@ -19,6 +19,7 @@ from typing import Any
 
 from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, require
 from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
@@ -65,8 +66,9 @@ def run_sweep(
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
     status = {folder: sweep_status(folder) for folder in folders}
     waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed")]
-    for source in dict.fromkeys(folders[folder].dataset for folder in waiting):
-        load_dataset(source, trust_env=sweep.trust_env)  # fetched, built and cached once, not by every run
+    opened = {(one.dataset, ReadingOptions(**one.reading)) for one in (folders[folder] for folder in waiting)}
+    for source, reading in sorted(opened, key=str):
+        load_dataset(source, **reading.arguments(), trust_env=sweep.trust_env)  # cached once, not by every run
     for folder in waiting:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ agent = "bc"
 dataset = "builtin/pendulum"
 seeds = 4                             # a number, or a list of seeds
 loggers = ["tensorboard"]             # beside the files that are always written
-[base.config]                         # [base.data] and [base.training] likewise
+[base.config]                         # [base.data], [base.training] and [base.reading] likewise
 hidden_sizes = [64, 64]
 [grid]                                # every combination of these
 agent = ["bc", "iql"]
@@ -36,11 +36,12 @@ from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.toml import read_toml
-from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training import Run
 from rlkit2.training.loggers import check_names
+from rlkit2.training.options import SECTIONS as OPTIONS
 from rlkit2.training.run_files import read_json
 
-SECTIONS = ("config", "data", "training")
+SECTIONS = ("config", *OPTIONS)
 NAMES = ("agent", "dataset", "seeds", "env", "loggers")
 ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
 
@@ -56,6 +57,7 @@ class Experiment:
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
     loggers: tuple[str, ...] = ()
     label: str = ""
 
@@ -63,6 +65,8 @@ class Experiment:
     def folder(self) -> str:
         """Name of its folder: readable, and the same for the same settings wherever the run stands in the file."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("label", "loggers")}
+        if not self.reading:  # a section that older files do not know
+            del settings["reading"]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return re.sub(r"[^A-Za-z0-9._=]+", "-", f"{self.label or self.agent} {digest}").strip("-")
 
@@ -176,10 +180,9 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         agent = settings["agent"]
         config = read_fields(agent_class(agent).config_class, settings.get("config", {}))
         make_config(agent, **config)
-        data = read_fields(DataOptions, settings.get("data", {}))
-        training = read_fields(TrainingOptions, settings.get("training", {}))
-        DataOptions(**data)
-        TrainingOptions(**training)
+        options = {name: read_fields(cls, settings.get(name, {})) for name, cls in OPTIONS.items()}
+        for name, cls in OPTIONS.items():
+            cls(**options[name])
         seeds = as_seeds(settings.get("seeds", 1))
         loggers = settings.get("loggers", [])
         if not isinstance(loggers, list):
@@ -193,8 +196,7 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         seeds,
         settings.get("env"),
         config=config,
-        data=data,
-        training=training,
+        **options,
         loggers=tuple(loggers),
         label=label,
     )

@@ -45,6 +45,7 @@ def train_experiment(folder: Path) -> str:
             progress=False,
             **settings["data"],
             **settings["training"],
+            **settings["reading"],
         )
     elif run.status not in ("finished", "failed"):
         own = settings["agent"] if ":" in settings["agent"] else None

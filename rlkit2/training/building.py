@@ -8,13 +8,12 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from gymnasium import spaces
 
 from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_hash, make_agent, make_normalizer
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.data.returns import return_statistics
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
@@ -110,6 +109,13 @@ def stored_spec(run_config: Mapping[str, Any]) -> DatasetSpec:
     return DatasetSpec.from_json(run_config["spec"])
 
 
+def reading_arguments(run_config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How a run's dataset was read, as keyword arguments of `load_dataset`; what is `given` of `ReadingOptions` goes before it."""
+    keys = run_config["dataset"].get("observation_keys")
+    own = {name: value for name, value in run_config.get("reading", {}).items() if name != "observation_keys"}
+    return ReadingOptions(**read_fields(ReadingOptions, {"observation_keys": keys, **own, **(given or {})})).arguments()
+
+
 def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | None = None) -> AgentFactory:
     """A function that builds the run's agent for some seeds on a device.
 
@@ -153,14 +159,11 @@ def own_agent(cls: type[Agent]) -> dict[str, str]:
 
 def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     """One line where the data's actions lie beyond what the policy's head can put out: a tanh in a space without bounds, which nothing rescales."""
-    space, actor = dataset.spec.action_space, agent.policy.actor
+    limit, actor = agent.normalizer.action_limit, agent.policy.actor
     bounded_head = actor.head in ("squashed_gaussian", "deterministic") or getattr(actor, "tanh_mean", False)
-    if not isinstance(space, spaces.Box) or not bounded_head:
+    if limit is None or not bounded_head:
         return None
-    free = ~(np.isfinite(space.low) & np.isfinite(space.high)).reshape(-1)
-    if not free.any():
-        return None
-    largest = dataset.actions[:, torch.from_numpy(free)].abs().max().item()
+    largest = dataset.actions[:, limit[0, 0].isinf().cpu()].abs().max().item()
     if largest <= 1.0:
         return None
     mend = (
@@ -256,6 +259,7 @@ def run_config(
     training: TrainingOptions,
     env: str | None,
     recipe: str | None,
+    reading: ReadingOptions | None = None,
 ) -> dict[str, Any]:
     """The content of `config.json`: all that decides the numbers of a run.
 
@@ -263,6 +267,7 @@ def run_config(
         source: what `load_dataset` can find the dataset by again.
         env: id of the environment to evaluate in, where it is not the dataset's.
         recipe: the file that the hyper-parameters came from.
+        reading: how the dataset was read; default: as its files say.
 
     An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
@@ -281,6 +286,7 @@ def run_config(
         "seeds": list(seeds),
         "data": dataclasses.asdict(data),
         "training": dataclasses.asdict(training),
+        "reading": dataclasses.asdict(reading or ReadingOptions()),
         "env": env,
         "recipe": recipe,
         "spec": dataset.spec.stacked(data.frame_stack).to_json(),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError
 from rlkit2.fields import (
     Checked,
@@ -71,12 +72,12 @@ class TrainingOptions(Checked):
         return value
 
 
-SECTIONS = {"training": TrainingOptions, "data": DataOptions}
+SECTIONS = {"training": TrainingOptions, "data": DataOptions, "reading": ReadingOptions}
 """Where the options of a run are written, each once: its keyword arguments, command line, recipe and `config.json` follow from these."""
 
 
-def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword arguments into fields of `TrainingOptions` and of `DataOptions`, checked.
+def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Split keyword arguments into the fields of every class of `SECTIONS`, in their order, checked.
 
     Raises:
         ConfigError: an unknown name, or a value of another type or out of range.
@@ -85,11 +86,10 @@ def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     for name in given:
         if name not in known:
             raise ConfigError(f"there is no option {name!r}{closest(name, known)}")
-    training, data = (
+    return tuple(
         read_fields(cls, {name: value for name, value in given.items() if name in field_types(cls)})
         for cls in SECTIONS.values()
     )
-    return training, data
 
 
 def show_options(function: Function) -> Function:

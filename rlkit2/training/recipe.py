@@ -5,6 +5,7 @@ dataset = "zoo/hopper/medium-replay-v0"
 [config]      # fields of the agent's config
 [data]        # fields of DataOptions
 [training]    # fields of TrainingOptions
+[reading]     # fields of ReadingOptions
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Recipe:
     config: dict[str, Any]
     data: dict[str, Any]
     training: dict[str, Any]
+    reading: dict[str, Any]
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:

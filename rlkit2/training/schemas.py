@@ -8,7 +8,7 @@ from typing import Any
 
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Natural, describe_type, read_fields, read_value
-from rlkit2.training.options import DataOptions, TrainingOptions
+from rlkit2.training.options import SECTIONS
 
 Schema = Mapping[str, Any]  # name of an entry -> its annotated type
 Object = dict[str, Any]
@@ -23,7 +23,13 @@ CONFIG: Schema = {
     "dataset": Object,
     "seeds": tuple[int, ...],
 }
-CONFIG_MORE: Schema = {"spec": str, "env": str | None, "recipe": str | None, "agent_source": str | None}
+CONFIG_MORE: Schema = {
+    "reading": Object,
+    "spec": str,
+    "env": str | None,
+    "recipe": str | None,
+    "agent_source": str | None,
+}
 DATASET: Schema = {"id": str, "source": str, "content_hash": str}
 DATASET_MORE: Schema = {"observation_keys": tuple[str, ...] | None}
 MANIFEST: Schema = {
@@ -81,9 +87,9 @@ def check_config(values: Any) -> None:
     seeds = values["seeds"]
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < LARGEST for seed in seeds):
         raise SchemaError(f"seeds must be distinct whole numbers of at least 0, not {_shown(seeds)}")
-    for name, kind in (("training", TrainingOptions), ("data", DataOptions)):
+    for name, kind in SECTIONS.items():
         try:
-            kind(**read_fields(kind, values[name]))
+            kind(**read_fields(kind, values.get(name, {})))
         except (ConfigError, TypeError) as error:
             raise SchemaError(f"{name}: {error}") from error
 

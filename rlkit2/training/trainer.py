@@ -293,6 +293,7 @@ class Trainer:
         self.run.update_manifest(
             status="running",
             dataset=self.run.config["dataset"],
+            reading={name: value for name, value in self.run.config.get("reading", {}).items() if value},
             seeds=self.seeds,
             starts=[*self.run.manifest.get("starts", []), start],
             stopped={str(seed): facts for seed, facts in self.stopped.items()},

@@ -27,7 +27,7 @@ from rlkit2.nn.random import normal
 
 @dataclass(frozen=True)
 class AWACConfig(PolicyOptions, ErrorOptions):
-    """AWAC, for continuous actions."""
+    """AWAC, for continuous actions and several choices."""
 
     # lambda: the smaller, the more the policy follows the advantage
     temperature: Positive = 1.0
@@ -51,7 +51,7 @@ class AWAC(UncertainAgent):
     """AWAC for S seeds; arguments as for `Agent`."""
 
     config_class = AWACConfig
-    action_kinds = ("continuous",)
+    action_kinds = ("continuous", "multidiscrete")
     config: AWACConfig
 
     def _build(self) -> None:

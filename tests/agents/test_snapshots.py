@@ -52,7 +52,7 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
         for name in list_agents()
         for options in [{}, *VARIANTS.get(name, [])]
         for kind in agent_class(name).action_kinds
-        if not (kind == "discrete" and "policy_head" in options)
+        if kind != "multidiscrete" and not (kind == "discrete" and "policy_head" in options)
     ]
 
 

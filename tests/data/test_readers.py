@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +204,161 @@ def test_d3rlpy_replay_buffers_of_both_versions(tmp_path: Path, version: int) ->
     assert dataset.spec.notes["last_steps_dropped_for_want_of_a_next_observation"] == 2
     alive = ~dataset.terminations
     assert (dataset.next_observations[alive, 1] == dataset.observations[alive, 1] + 1).all()
+
+
+def write_lerobot(path: Path, version: int, more: dict[str, Any] | None = None, keys: int = 1) -> None:
+    """Frames of every episode: a file each (version 2), or all in two files that cut an episode in half (version 3)."""
+    names = [f"observation.{name}" for name in ("state", "environment_state")[:keys]]
+    frames: dict[str, Any] = {"episode_index": [], "frame_index": [], "action": rows("actions").tolist()}
+    for name, columns in zip(names, np.split(rows("observations"), [2] if keys == 2 else [], axis=1), strict=True):
+        frames[name] = columns.tolist()
+    for number, steps in enumerate(LENGTHS):
+        frames["episode_index"] += [number] * steps
+        frames["frame_index"] += range(steps)
+    frames |= more or {}
+    features: dict[str, Any] = {name: {"dtype": "float32", "shape": [1]} for name in frames}
+    features |= {"observation.images.top": {"dtype": "video", "shape": [3, 96, 96]}, "task": {"dtype": "string"}}
+    info = {"codebase_version": f"v{version}.0", "total_episodes": 4, "total_frames": 14, "features": features}
+    (path / "meta").mkdir(parents=True)
+    (path / "meta" / "info.json").write_text(json.dumps(info))
+    folder = path / "data" / "chunk-000"
+    folder.mkdir(parents=True)
+    table, cuts = pyarrow.table(frames), np.cumsum([0, *LENGTHS])
+    if version == 3:
+        cuts = np.array([0, 7, 14])
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts.tolist())):
+        name = f"file-{number:03d}" if version == 3 else f"episode_{number:06d}"
+        pyarrow.parquet.write_table(table.slice(start, stop - start), folder / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_lerobot_folders_of_both_versions(tmp_path: Path, version: int) -> None:
+    """The observation after the last action is not stored; success is an end, another end is a cut; cameras are left out, and said."""
+    over = ends(True) | ends(False)
+    more = {"next.reward": rows("rewards"), "next.done": over, "next.success": ends(True)}
+    write_lerobot(tmp_path / "set", version, more)
+    dataset = read(tmp_path / "set")
+    assert dataset.episode_lengths.tolist() == [4, 5, 3]  # the episode of one step has nothing left
+    assert dataset.terminations.nonzero().flatten().tolist() == [3, 11]
+    kept = np.delete(np.arange(14), [4, 10])
+    np.testing.assert_array_equal(dataset.observations.numpy(), rows("observations")[kept])
+    np.testing.assert_array_equal(dataset.actions.numpy(), rows("actions")[kept])
+    np.testing.assert_array_equal(dataset.rewards.numpy(), rows("rewards")[kept])
+    alive = ~dataset.terminations
+    assert (dataset.next_observations[alive, 1] == dataset.observations[alive, 1] + 1).all()
+    assert dataset.spec.notes["cameras_left_out"] == 1
+    assert "done_taken_as_termination" not in dataset.spec.notes
+
+
+def test_lerobot_without_rewards_or_reasons(tmp_path: Path) -> None:
+    """Rewards are 0 and said; a bare done flag ends an episode, unless the task never terminates; several observations are a Dict."""
+    write_lerobot(tmp_path / "plain", 2, keys=2)
+    plain = read(tmp_path / "plain")
+    assert not plain.terminations.any()
+    assert not plain.rewards.any()
+    assert plain.spec.notes["steps_without_rewards"] == 14
+    assert plain.spec.observation_ranges == {"environment_state": (0, 1), "state": (1, 3)}
+    write_lerobot(tmp_path / "done", 3, {"next.done": ends(True) | ends(False), "next.reward": rows("rewards")})
+    done = read(tmp_path / "done")
+    assert int(done.terminations.sum()) == 4 == done.spec.notes["done_taken_as_termination"]
+    assert not read(tmp_path / "done", never_terminates=True).terminations.any()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_lerobot_folders_with_something_missing(tmp_path: Path, version: int) -> None:
+    write_lerobot(tmp_path / "set", version)
+    max((tmp_path / "set" / "data").rglob("*.parquet")).unlink()
+    with pytest.raises(CorruptDatasetError, match=r"holds .* episodes, meta/info.json says 4|do not follow"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "meta" / "info.json").write_text('{"features": 3}')
+    with pytest.raises(CorruptDatasetError, match="not LeRobot's description"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("layout", ["a file an episode", "one file", "older"])
+def test_vd4rl_episodes(tmp_path: Path, layout: str) -> None:
+    """Row t holds the action that led to image t; the first row's belongs to no step."""
+    folder = tmp_path / "64px"
+    folder.mkdir()
+    parts = []
+    for made, ended in zip(EPISODES, TERMINATED, strict=True):
+        steps = len(made["rewards"])
+        last = np.arange(steps + 1) == steps
+        image = np.repeat(made["observations"][:, :1, None, None] * 10 + made["observations"][:, 1:2, None, None], 3, 3)
+        part = {
+            "image": image.astype(np.uint8),
+            "action": np.concatenate([np.full((1, 2), 0.0, np.float32), made["actions"]]),
+            "reward": np.concatenate([[0.0], made["rewards"]]),
+        }
+        if layout == "older":
+            part["discount"] = np.where(last & ended, 0.0, 1.0)
+        else:
+            part |= {"is_first": np.arange(steps + 1) == 0, "is_last": last, "is_terminal": last & ended}
+        parts.append(part)
+    if layout == "one file":
+        np.savez(folder / "all.npz", **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    else:
+        for number, part in enumerate(parts):
+            np.savez_compressed(folder / f"2022-{number}.npz", **part)
+    dataset = read(folder)
+    assert dataset.observations.shape == (14, 1, 1, 3)
+    assert dataset.episode_lengths.tolist() == LENGTHS
+    assert (
+        dataset.observations[:, 0, 0, 0].tolist()
+        == (rows("observations")[:, 0] * 10 + rows("observations")[:, 1]).tolist()
+    )
+    assert (dataset.next_observations == dataset.observations + 1).all()
+    np.testing.assert_array_equal(dataset.actions.numpy(), rows("actions"))
+    np.testing.assert_array_equal(dataset.rewards.numpy(), rows("rewards"))
+    assert dataset.terminations[dataset.episode_starts[1:] - 1].tolist() == TERMINATED
+    if layout == "one file":
+        assert torch.equal(read(folder / "all.npz").rewards, dataset.rewards)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"reward": np.float32(1.0)}, "lacks|has shape|no usable"),
+        ({"action": np.zeros((3, 2))}, r"has 5 rewards, but action has shape \(3, 2\)"),
+        ({"is_terminal": np.zeros(4, bool)}, "has 5 rewards, but is_terminal"),
+    ],
+)
+def test_vd4rl_files_that_contradict_themselves(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    arrays = {
+        "image": np.zeros((5, 2, 2, 3), np.uint8),
+        "action": np.zeros((5, 2)),
+        "reward": np.zeros(5),
+        "is_terminal": np.zeros(5, bool),
+    }
+    np.savez(tmp_path / "one.npz", **(arrays | changed))
+    with pytest.raises(CorruptDatasetError, match=message):
+        read(tmp_path / "one.npz")
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+@pytest.mark.parametrize("layout", [write_npz, write_ogbench])
+def test_a_single_value_where_an_array_belongs(tmp_path: Path, layout: Any, name: str) -> None:
+    layout(tmp_path / "file.npz")
+    with np.load(tmp_path / "file.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(tmp_path / "file.npz", **(arrays | {name: np.float32(1)}))
+    with pytest.raises(CorruptDatasetError, match=r"is a single value|differ in length"):
+        read(tmp_path / "file.npz")
+
+
+def test_steps_that_do_not_add_up_are_named() -> None:
+    """A Minari file that has lost steps of an episode, or gained some."""
+    for change in (-1, 1):
+        made = make_minari(
+            [Ending(3, True, False), Ending(5, False, True)], *FAMILIES["box32"], dataset_id=f"test/lost{change + 1}-v0"
+        )
+        with h5py.File(Path(made.storage.data_path) / "main_data.hdf5", "a") as file:
+            for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+                values = file["episode_1"][name][()]
+                del file["episode_1"][name]
+                file["episode_1"][name] = values[:change] if change < 0 else np.concatenate([values, values[-1:]])
+        with pytest.raises(CorruptDatasetError, match=f"holds {8 + change} steps, its metadata say 8"):
+            read(made.spec.dataset_id)
 
 
 def test_d3rlpy_tuples_become_tuples(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_an_option_is_written_once(monkeypatch):
     assert "shuffles: how often the dataset is shuffled (default 3); a whole number of at least 1." in example.__doc__
     assert list(inspect.signature(example).parameters)[-5:] != []
     assert "shuffles" in inspect.signature(example).parameters
-    training, _ = options.read_options({"shuffles": 5})
+    training, *_ = options.read_options({"shuffles": 5})
     assert dataclasses.asdict(More(**training))["shuffles"] == 5
     with pytest.raises(ConfigError, match="shuffles must be a whole number of at least 1"):
         options.read_options({"shuffles": 0})

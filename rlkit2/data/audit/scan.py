@@ -16,6 +16,7 @@ from rlkit2.data.spaces import ROUNDING, SpaceFlattener, action_bounds, action_l
 CHUNK_BYTES = 1 << 26
 MOST_PLACES = 10  # places listed per finding
 MOST_SAMPLES = 1 << 20  # rows behind the action histograms
+FAR = 30.0  # times the distance from the median that 99 in 100 of the other rewards keep
 
 
 def chunks(dataset: TransitionDataset) -> Iterator[tuple[int, Array, dict[str, Array]]]:
@@ -67,7 +68,7 @@ class Scan:
         self.mid_flags, self.both_flags, self.breaks, self.outside = (_Tally(self) for _ in range(4))
         self.low, self.high = action_bounds(self.spec.action_space)
         self.observation_bounds = observation_bounds(self.spec.flattener)
-        self.strays = _Tally(self)
+        self.strays, self.outliers = _Tally(self), _Tally(self)
         self.worst = 0.0
         self.observed: tuple[Array, Array] | None = None
         self.share = min(1.0, MOST_SAMPLES / len(dataset))
@@ -193,6 +194,8 @@ class Scan:
         )
         yield from self._duplicate_findings()
         yield from self._constant_findings()
+        self.outliers.add(0, np.isin(np.arange(len(self.rewards)), reward_outliers(self.rewards)))
+        yield from self.outliers.finding("warning", "reward_outliers", "rewards lie far from all others")
 
     def _duplicate_findings(self) -> Iterator[Finding]:
         if self.duplicates:
@@ -214,6 +217,19 @@ class Scan:
             yield Finding("info" if image else "warning", "constant_observations", message, places)
         if len(self.rewards) > 1 and (self.rewards == self.rewards[0]).all():
             yield Finding("info", "constant_rewards", f"every reward is {self.rewards[0]:g}")
+
+
+def reward_outliers(rewards: Array) -> Array:
+    """Rows `[K]` of the rewards `[N]` that lie far from all others: more than `FAR` times as far from the median as 99 in 100 of those that differ
+    from it, and at most one in a hundred of these. Sparse rewards of one size have none."""
+    finite = np.isfinite(rewards)
+    if not finite.any():
+        return np.zeros(0, np.int64)
+    distance = np.where(finite, np.abs(rewards - np.median(rewards[finite])), 0.0)
+    usual = distance[distance > 0]
+    if not len(usual):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(distance > FAR * np.quantile(usual, 0.99, method="lower"))
 
 
 def _bits(values: Array) -> Array:

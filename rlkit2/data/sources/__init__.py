@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rlkit2.data.sources.d3rlpy import D3rlpyReader
 from rlkit2.data.sources.d4rl import D4RLReader
+from rlkit2.data.sources.lerobot import LeRobotReader
 from rlkit2.data.sources.minari import MinariReader
 from rlkit2.data.sources.npz import NpzReader
 from rlkit2.data.sources.ogbench import OGBenchReader
 from rlkit2.data.sources.reader import Reader
 from rlkit2.data.sources.robomimic import RobomimicReader
 from rlkit2.data.sources.tables import TableReader
+from rlkit2.data.sources.vd4rl import VD4RLReader
 from rlkit2.errors import ConfigError, DatasetError, first_line
 
 # The first that detects a path reads it: the special before the general.
@@ -22,6 +24,8 @@ READERS: tuple[Reader, ...] = (
     RobomimicReader(),
     D3rlpyReader(),
     D4RLReader(),
+    LeRobotReader(),
+    VD4RLReader(),
     OGBenchReader(),
     NpzReader(),
     TableReader(),

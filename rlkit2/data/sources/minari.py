@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from rlkit2.data.episodes import Episode
 from rlkit2.data.known_environments import registered_spec
 from rlkit2.data.sources.arrow import arrow_episodes
-from rlkit2.data.sources.hdf5 import check_array, open_hdf5
+from rlkit2.data.sources.hdf5 import check_values, open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.spaces import action_layout, tree_of
 from rlkit2.data.spec import DatasetSpec, read_env_spec
@@ -170,6 +172,21 @@ def _environment(env_spec: Any, data_path: Path, kind: str, trust_env: bool) -> 
 def _episodes(
     data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, chosen: Sequence[int] | None
 ) -> Iterator[Episode]:
+    steps, empty = 0, False
+    with closing(_stored_episodes(data_path, metadata, spec, chosen)) as stored:
+        for episode in stored:
+            steps += np.size(episode.rewards)
+            empty |= not np.size(episode.rewards)  # said where it is left out
+            yield episode
+    if chosen is None and not empty and steps != metadata.get("total_steps", steps):
+        raise CorruptDatasetError(
+            f"{data_path} holds {steps} steps, its metadata say {metadata['total_steps']}; files are missing or damaged"
+        )
+
+
+def _stored_episodes(
+    data_path: Path, metadata: dict[str, Any], spec: DatasetSpec, chosen: Sequence[int] | None
+) -> Generator[Episode]:
     leaves = {"observations": tuple(spec.flattener.leaves), "actions": action_layout(spec.action_space).leaves}
     jpeg = bool(metadata.get("jpeg_encoding", True))
     stored = metadata.get("data_format", "hdf5")
@@ -187,13 +204,11 @@ def _episodes(
 
 def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[int] | None) -> Iterator[Episode]:
     """Episodes with JPEG images through Minari's own storage."""
-    steps = 0
     with open_hdf5(data_path / HDF5_FILE):
         pass  # points into no other file
     try:
         numbers = range(int(metadata["total_episodes"])) if chosen is None else chosen
         for episode in MinariStorage.read(data_path).get_episodes(list(numbers)):
-            steps += len(np.asarray(episode["rewards"]))
             fields = (episode[key] for key in ("observations", "actions", "rewards", "terminations", "truncations"))
             yield Episode(f"{data_path} episode {episode['id']}", *fields)
     except (DatasetError, GeneratorExit):
@@ -202,10 +217,6 @@ def _jpeg_episodes(data_path: Path, metadata: dict[str, Any], chosen: Sequence[i
         raise CorruptDatasetError(
             f"{data_path} cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
-    if chosen is None and steps != metadata.get("total_steps", steps):
-        raise CorruptDatasetError(
-            f"{data_path} holds {steps} steps, its metadata say {metadata['total_steps']}; files are missing or damaged"
-        )
 
 
 def _hdf5_episodes(
@@ -244,12 +255,12 @@ def _array(group: Any, path: str, types: dict[str, Any], where: str) -> NDArray[
     `types` remembers the type of each path: making one anew costs a third of the time of a short array.
     """
     dataset = h5py.h5d.open(group, path.encode())
-    check_array(dataset, f"{where}: {path}")
-    stored = dataset.get_type()
+    stored, shape = dataset.get_type(), dataset.shape
     known = types.get(path)
     if known is None or not stored.equal(known[0]):
         known = types[path] = stored, stored.dtype, h5py.h5t.py_create(stored.dtype)
-    out = np.empty(dataset.shape, known[1])
+    check_values(dataset, math.prod(shape or ()) * known[1].itemsize, f"{where}: {path}")
+    out = np.empty(shape, known[1])
     if out.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, out, known[2])
     return out

@@ -34,7 +34,7 @@ class NpzReader(Reader):
 
     def steps(self, path: Path, options: ReadOptions) -> int:
         """Rows of the file."""
-        return npz_shapes(path).get("rewards", (0,))[0]
+        return npz_rows(path, "rewards")
 
 
 @contextmanager
@@ -51,6 +51,11 @@ def open_npz(path: Path) -> Iterator[Any]:
         if "allow_pickle" not in str(error):
             raise
         raise CorruptDatasetError(f"{path} holds Python objects, which are not unpickled; save plain arrays") from error
+
+
+def npz_rows(path: Path, name: str) -> int:
+    """Rows of an array in an npz file; 0 where there is none of that name, or it has no rows."""
+    return (*npz_shapes(path).get(name, ()), 0)[0]
 
 
 def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from rlkit2.data.episodes import Episode
-from rlkit2.data.sources.npz import npz_shapes, open_npz
+from rlkit2.data.sources.npz import npz_rows, npz_shapes, open_npz
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import split_at_terminations
 from rlkit2.errors import CorruptDatasetError
 
 REQUIRED = ("observations", "actions", "terminals")
+READ = (*REQUIRED, "next_observations", "rewards", "masks")
 
 
 class OGBenchReader(Reader):
@@ -37,8 +38,8 @@ class OGBenchReader(Reader):
         """A trajectory between two `terminals`."""
         with open_npz(path) as file:
             arrays = {name: file[name] for name in file.files}
-        total = len(arrays["terminals"])
-        odd = [name for name, value in arrays.items() if value.ndim and len(value) != total]
+        total = arrays["terminals"].size
+        odd = [name for name in READ if name in arrays and arrays[name].shape[:1] != (total,)]
         if odd or not total:
             raise CorruptDatasetError(
                 f"{path} has {total} terminals; {', '.join(odd) or 'rows'} differ in length or are missing"
@@ -62,4 +63,4 @@ class OGBenchReader(Reader):
 
     def steps(self, path: Path, options: ReadOptions) -> int:
         """Rows of the file."""
-        return npz_shapes(path).get("terminals", (0,))[0]
+        return npz_rows(path, "terminals")

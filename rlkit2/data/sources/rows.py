@@ -37,6 +37,9 @@ def check_rows(arrays: Mapping[str, Any], name: str, options: ReadOptions) -> in
             "--max-episode-steps N (an episode has N steps at most) or --never-terminates (every end is a cut)"
         )
     checked = (*REQUIRED, "next_observations", "episodes", *TERMINATIONS, *TRUNCATIONS)
+    single = [key for key in checked if key in arrays and not arrays[key].shape]
+    if single:
+        raise CorruptDatasetError(f"{name}: {single[0]} is a single value, not one per step")
     lengths = {key: len(arrays[key]) for key in checked if key in arrays}
     if len(set(lengths.values())) != 1:
         raise CorruptDatasetError(

@@ -65,6 +65,15 @@ class TableReader(Reader):
         yield from cut_rows(arrays, str(path), options)
 
 
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Columns of numbers (or of lists of them) of a Parquet file, `[N]` or `[N, ...]` each. Raises `DatasetError`."""
+    table = _read(path)
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise CorruptDatasetError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    return {name: _column(table.column(name).combine_chunks(), name, name, path) for name in names}
+
+
 def map_columns(present: Sequence[str], given: Mapping[str, Sequence[str]], name: str) -> dict[str, tuple[str, ...]]:
     """Which columns make up which field: those `given` (names or patterns such as `o_*`, in order), else those of the usual names.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import reward_transform
+from rlkit2.data.reading import ReadingOptions
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.evaluate import Candidate
 from rlkit2.nn import Policy
 from rlkit2.nn.policy import load_policy
+from rlkit2.training.building import reading_arguments
 from rlkit2.training.run import Run
 
 DISCOUNT = 0.99
@@ -45,6 +48,20 @@ def reward_factor(run: Run, dataset: TransitionDataset) -> float | None:
         return None
     factors = transformed[moved] / rewards[moved]
     return scale * float(factors.median()) if bool((factors / factors.median() - 1).abs().max() < 1e-3) else None
+
+
+def common_reading(runs: Sequence[Run | Policy], given: Mapping[str, Any]) -> dict[str, Any]:
+    """How all runs read their dataset, as arguments of `load_dataset`, under what is `given`; `ConfigError` where they differ."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        if isinstance(run, Run) and (own := reading_arguments(run.config, given)) not in found:
+            found.append(own)
+    if len(found) > 1:
+        names = sorted(name for name in found[0] if any(own[name] != found[0][name] for own in found))
+        raise ConfigError(
+            f"the runs read their dataset in several ways ({', '.join(names)} differ); open it yourself: dataset=load_dataset(...) in Python"
+        )
+    return found[0] if found else ReadingOptions(**given).arguments()
 
 
 def common_dataset(runs: Sequence[Run | Policy]) -> str:

@@ -216,6 +216,10 @@ def _within(possible: tuple[float, float], found: Replicates) -> Replicates:
 
 def _check_fit(candidate: Candidate, dataset: TransitionDataset) -> None:
     settings, spec = candidate.policy.actor.settings, dataset.spec
+    if not spec.discrete and not dataset.actions.is_floating_point():
+        raise ConfigError(
+            f"{spec.id} has actions of several choices or of whole numbers, which no estimator here takes; play them: rlkit2 evaluate RUN"
+        )
     sizes = settings["observation_size"], settings["action_size"], settings["head"] in ("categorical", "greedy")
     wanted = spec.observation_size, spec.action_size, spec.discrete
     if sizes != wanted:

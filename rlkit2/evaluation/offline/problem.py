@@ -156,8 +156,6 @@ def make_problem(
     spec = dataset.spec
     if not 0.0 <= discount < 1.0:
         raise ConfigError(f"discount is {discount}; an evaluation without an environment needs one in [0, 1)")
-    if not spec.discrete and not dataset.actions.is_floating_point():
-        raise ConfigError(f"{spec.id} has several discrete choices per step, which no estimator here takes")
     mean, std = observation_statistics(dataset)
     for name in ("observations", "next_observations", "rewards", "actions"):
         if not bool(getattr(dataset, name).isfinite().all()):
