@@ -232,8 +232,8 @@ class ODICE(Agent):
     def _build_expected_residual(self) -> None:
         """e(s, a), which R regresses on."""
         sizes = self.observation_size, self.action_size, self.config.value_widths
-        kinds: dict[str, Any] = {"discrete": self.discrete, "encoder": self.encoder, "stream": "residual"}
-        self.expected_residual = Critic(*sizes, members=1, **kinds, **self._placement)
+        options = {"discrete": self.discrete, "encoder": self.encoder, **self._placement}
+        self.expected_residual = Critic(*sizes, members=1, stream="residual", **options)
         self.expected_optimizer = Adam(self.expected_residual, self.config.value_learning_rate)
         self._register({"residual": self.expected_residual}, {"residual": self.expected_optimizer})
 
@@ -420,7 +420,7 @@ class ODICE(Agent):
     def learn_expected_residual(self, batch: Batch, residual: Tensor) -> Tensor:
         """e(s, a), `[S, 1, B]`, before one step of its regression on the batch's R (at most 20 spreads)."""
         target = residual.mean(1, keepdim=True).clamp(-20.0, 20.0)
-        expected = self.expected_residual(batch.observations, batch.actions)
+        expected: Tensor = self.expected_residual(batch.observations, batch.actions)
         self.expected_optimizer.minimize((expected - target).square().mean((1, 2)))
         return expected.detach()
 
