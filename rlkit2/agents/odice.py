@@ -422,7 +422,8 @@ class ODICE(Agent):
         target = residual.mean(1, keepdim=True).clamp(-20.0, 20.0)
         expected: Tensor = self.expected_residual(batch.observations, batch.actions)
         self.expected_optimizer.minimize((expected - target).square().mean((1, 2)))
-        return expected.detach()
+        found: Tensor = expected.detach()
+        return found
 
     # What it offers to others
 

@@ -71,6 +71,8 @@ def evaluate(
         agent: that of the run where it is your own, my_agents.py:MyAgent; for --checkpoint and --offline, which need its code.
         json: print everything as JSON.
     """
+    if not runs:
+        raise ConfigError("no run is named; give the folder of a run or of a saved policy")
     if agent is not None:
         import_agent(agent)
     if offline:

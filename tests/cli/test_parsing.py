@@ -26,7 +26,7 @@ PLAIN = """ Value error
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate"], "Missing from rlkit2 evaluate: PATH"),
+        (["evaluate"], "no run is named; give the folder of a run or of a saved policy"),
         (["evaluate", "x", "--episodes", "u"], "Error parsing --episodes: invalid literal for int() with base 10: 'u'; rlkit2"),
         (["evaluate", "x", "--episode", "3"], "Unrecognized options: --episode, 3; did you mean --episodes?"),
         (["evaluate", "x", "--env"], "Missing value for argument '--env'"),
