@@ -20,11 +20,11 @@ from typing import Any
 from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
+from rlkit2.files import make_folder, write_json, writing
 from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
-from rlkit2.training.run_files import write_json, writing
 
 Work = Callable[[Path], str]  # does what a folder says and returns its status
 Report = Callable[[Path, str], None]  # folder whose work has ended, and its status
@@ -68,8 +68,7 @@ def run_sweep(
     for source in dict.fromkeys(folders[folder].dataset for folder in waiting):
         load_dataset(source, trust_env=sweep.trust_env)  # fetched, built and cached once, not by every run
     for folder in waiting:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / ENDED).unlink(missing_ok=True)
         settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env}
         if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
@@ -155,7 +154,7 @@ def run_locally(work: str, folders: Sequence[Path], jobs: int, options: Mapping[
 
 def _start(work: str, folder: Path) -> subprocess.Popen[str]:
     """A process of its own session: a terminal's Ctrl-C reaches it through this one alone."""
-    with open(folder / "log.txt", "a") as log:
+    with writing(folder / "log.txt"), open(folder / "log.txt", "a") as log:
         command = [sys.executable, "-m", "rlkit2.sweeps.worker", work, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
 

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +15,7 @@ from typing import Any
 
 from rlkit2.api import train
 from rlkit2.errors import ConfigError, RLKitError, first_line
+from rlkit2.processes import end_with
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.run_files import read_json
 
@@ -102,15 +101,8 @@ def carry_out(name: str, folder: str) -> str:
         return f"error: {type(error).__name__}: {first_line(error)}; see {log}"
 
 
-def _end_with(parent: int) -> None:
-    """Interrupt this process when its parent is gone: what was killed must not run on beside what is started in its place."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGINT))
     status = json.dumps(carry_out(*sys.argv[1:]))
     sys.stdout.write(f"\n{status}\n")  # the last line, whatever was printed before

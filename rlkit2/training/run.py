@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkit2.errors import RLKitError, RunError, first_line
+from rlkit2.files import write_atomically, write_json, writing
 from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
-from rlkit2.training.run_files import read_json, read_json_lines, write_atomically, write_json, writing
+from rlkit2.training.run_files import read_json, read_json_lines
 from rlkit2.training.schemas import check_config, check_evaluation, check_manifest, check_metrics
 
 try:

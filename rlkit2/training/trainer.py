@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import RunError, first_line
+from rlkit2.files import WriteError
 from rlkit2.nn import fast_matmul
 from rlkit2.nn.encoders import can_be_rebuilt
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
@@ -24,7 +25,7 @@ from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
 from rlkit2.training.progress import Progress
 from rlkit2.training.run import Run, agent_state, describe_start, fitting
-from rlkit2.training.run_files import JsonLines, WriteError, writing
+from rlkit2.training.run_files import JsonLines
 from rlkit2.training.schemas import check_facts
 
 if TYPE_CHECKING:
@@ -400,8 +401,7 @@ class Trainer:
         }
         policy = self._whole_agent(self.seeds).policy
         if can_be_rebuilt(policy.actor.network):
-            with writing(self.run.path / "policy"):
-                policy.save(self.run.path / "policy", facts)
+            policy.save(self.run.path / "policy", facts)
         else:  # nothing could rebuild it without its code
             kind = type(policy.actor.network).__name__
             self.progress.message(
