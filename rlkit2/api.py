@@ -458,6 +458,10 @@ def _continued(
         raise ConfigError(
             f"{run.path} is a run of {plan['training']['steps']} steps; it cannot be resumed with {steps}"
         )
+    if steps > plan["training"]["steps"] and plan["training"].get("stop_when") is not None:
+        raise ConfigError(
+            f"{run.path} ends with the checkpoint that {plan['training']['stop_when']} chooses, which more steps cannot follow; train a new run"
+        )
     known = plan["dataset"]
     try:
         transitions = load_dataset(

@@ -38,7 +38,7 @@ def test_results_come_from_one_process_or_several():
 
 
 def test_a_killed_worker_and_an_error_are_what_they_are():
-    with pytest.raises(RunError, match="a worker process was killed .* run the same command again"):
+    with pytest.raises(RunError, match=r"a worker process was killed .* run the same command again"):
         list(run_jobs([(die, k) for k in range(4)], 2))
     for workers in (1, 2):
         with pytest.raises(ValueError, match="no 0"):

@@ -79,6 +79,12 @@ class JsonLines:
                 self.size += written
                 data = data[written:]
 
+    def cut(self, size: int) -> None:
+        """Take back what was appended beyond `size` bytes."""
+        with writing(self.path):
+            os.ftruncate(self._descriptor, size)
+        self.size = size
+
     def sync(self) -> None:
         """Wait until everything appended is on the disk (before a checkpoint refers to it)."""
         with writing(self.path):
