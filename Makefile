@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 TEST_EXTRAS := mujoco,robotics,box2d,trl
 
-.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill
 
 # One stamp per set of extras: reinstalled when the dependencies change, otherwise free.
 $(VENV)/.made:
@@ -44,6 +44,11 @@ MINUTES ?= 5
 FIRST ?= 0
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --first $(FIRST)
+
+# Kills every kind of work at random moments, does it again and compares.
+KILLS ?= 300
+test-kill: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill.campaign --kills $(KILLS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
