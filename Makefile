@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 TEST_EXTRAS := mujoco,robotics,box2d,trl
 
-.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill
+.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill audit
 
 # One stamp per set of extras: reinstalled when the dependencies change, otherwise free.
 $(VENV)/.made:
@@ -49,6 +49,10 @@ fuzz: $(VENV)/.dev
 KILLS ?= 300
 test-kill: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill.campaign --kills $(KILLS)
+
+# Packages, versions and licences that come along; known vulnerabilities where pip-audit is installed and there is a network.
+audit: $(VENV)/.dev
+	$(BIN)/python -m tests.audit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
