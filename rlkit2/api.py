@@ -133,7 +133,7 @@ def train(
     Raises:
         ConfigError, DatasetError: something does not fit, before any training starts.
         RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
-        KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
+        KeyboardInterrupt: after SIGINT, and as `Preempted` after SIGTERM, SIGUSR1 or SIGUSR2; the run is saved and can be resumed.
     """
     from rlkit2.agents import Agent, class_name, import_agent
     from rlkit2.training.building import (

@@ -11,9 +11,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from rlkit2.errors import RunError
+from rlkit2.errors import Preempted, RunError
+
+PREEMPTING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Let signals by which a machine is asked for raise `Preempted` in here; in the main thread, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(number)
+
+    before = {number: signal.signal(number, stop) for number in PREEMPTING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_jobs(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:

@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from rlkit2.errors import RLKitError, first_line
+from rlkit2.errors import Preempted, RLKitError, first_line
 from rlkit2.files import FULL, write_failure
 from rlkit2.terminal import options_of
+
+REQUEUE = 75  # exit status of work that was preempted and saved: EX_TEMPFAIL, try again
 
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -52,7 +54,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 fine, 1 the command found errors, 2 bad input, 130 interrupted)."""
+    """Run one command; returns the exit status (0 fine, 1 the command found errors, 2 bad input, 75 preempted, 130 interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Warnings are for users here: a line without the place in the code.
     before = warnings.formatwarning
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RLKitError as error:
         sys.stderr.write(f"rlkit2: {error}\n")
         return 2
+    except Preempted as error:
+        sys.stderr.write(f"rlkit2: {error}: saved; the same work goes on where it was\n")
+        return REQUEUE
     except KeyboardInterrupt:
         sys.stderr.write("rlkit2: interrupted\n")
         return 130

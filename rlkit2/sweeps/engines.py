@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
 from rlkit2.files import make_folder, write_json, writing
+from rlkit2.processes import preemptible
 from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
-from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
+from rlkit2.sweeps.worker import SETTINGS, SlurmWork, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
 
@@ -129,27 +129,22 @@ def run_locally(work: str, folders: Sequence[Path], jobs: int, options: Mapping[
     """`jobs` processes at a time; Ctrl-C is passed on to each once, so that all of them save."""
     waiting, running = list(folders), dict[Path, subprocess.Popen[str]]()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                folder = waiting.pop(0)
-                running[folder] = _start(work, folder)
-            time.sleep(0.1)
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                report(folder, _ended(running.pop(folder), folder))
-    except BaseException:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for folder, process in running.items():
-            process.wait()
-            report(folder, _ended(process, folder))
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with preemptible():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    folder = waiting.pop(0)
+                    running[folder] = _start(work, folder)
+                time.sleep(0.1)
+                for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                    report(folder, _ended(running.pop(folder), folder))
+        except BaseException:
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+            for folder, process in running.items():
+                process.wait()
+                report(folder, _ended(process, folder))
+            raise
 
 
 def _start(work: str, folder: Path) -> subprocess.Popen[str]:
@@ -208,7 +203,7 @@ def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping
     executor = submitit.AutoExecutor(folder=folders[0].parent / "slurm", cluster=options.get("cluster"))
     executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
     waiting = dict(
-        zip(folders, executor.map_array(carry_out, [work] * len(folders), list(map(str, folders))), strict=True)
+        zip(folders, executor.map_array(SlurmWork(), [work] * len(folders), list(map(str, folders))), strict=True)
     )
 
     def result(job: Any) -> str:

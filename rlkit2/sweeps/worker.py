@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlkit2.api import train
-from rlkit2.errors import ConfigError, RLKitError, first_line
-from rlkit2.processes import end_with
+from rlkit2.errors import ConfigError, Preempted, RLKitError, first_line, require
+from rlkit2.processes import end_with, preemptible
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.run_files import read_json
 
@@ -89,7 +89,35 @@ def carry_out(name: str, folder: str) -> str:
     Whatever is raised ends this piece of work and no other; an error that is not ours leaves its traceback in the folder's `log.txt`.
     """
     try:
+        return attempt(name, folder)
+    except Preempted:
+        return "interrupted"
+
+
+class SlurmWork:
+    """`carry_out` for submitit: work that Slurm wants to stop is saved, then goes back into the queue, where submitit puts it."""
+
+    def __call__(self, name: str, folder: str) -> str:
+        """See `carry_out`."""
+        try:
+            with preemptible():
+                return attempt(name, folder)
+        except Preempted as preempted:
+            if callable(signal.getsignal(preempted.number)):  # submitit's, which waits for one of these signals
+                signal.raise_signal(preempted.number)
+            return "interrupted"
+
+    def checkpoint(self, name: str, folder: str) -> Any:
+        """What submitit puts into the queue: the same work, which finds what it has saved."""
+        return require("submitit", extra="slurm").helpers.DelayedSubmission(self, name, folder)
+
+
+def attempt(name: str, folder: str) -> str:
+    """As `carry_out`, but `Preempted` is raised."""
+    try:
         return find_work(name)(Path(folder))
+    except Preempted:
+        raise
     except KeyboardInterrupt:
         return "interrupted"
     except RLKitError as error:

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit2.errors import RunError, first_line
+from rlkit2.errors import Preempted, RunError, first_line
 from rlkit2.files import WriteError
 from rlkit2.nn import fast_matmul
 from rlkit2.nn.encoders import can_be_rebuilt
+from rlkit2.processes import PREEMPTING
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
+from rlkit2.training.ownership import Owner, TakenOverError
 from rlkit2.training.progress import Progress
 from rlkit2.training.run import Run, agent_state, describe_start, fitting
 from rlkit2.training.run_files import JsonLines
@@ -94,6 +96,8 @@ class Trainer:
         self.rule = StopRule(self.options.stop_when, self.options.patience) if self.options.stop_when else None
         self.files: dict[str, JsonLines] = {}
         self._stop = threading.Event()
+        self._signal = signal.SIGINT  # what asked for the stop
+        self._owner: Owner | None = None
         self._warned: set[str] = set()
 
     @property
@@ -110,10 +114,10 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            KeyboardInterrupt: after SIGINT or SIGTERM, with everything saved.
+            KeyboardInterrupt: after SIGINT, with everything saved; `Preempted`, a kind of it, after SIGTERM, SIGUSR1 or SIGUSR2.
             RunError: a file cannot be written, or another process trains this run.
         """
-        with self.run.lock(), one_intraop_thread(self.device), self._signals():
+        with self.run.lock(self.progress.message) as self._owner, one_intraop_thread(self.device), self._signals():
             try:
                 self._start()
                 began, first = time.perf_counter(), self.step
@@ -129,8 +133,10 @@ class Trainer:
                         self._synchronise()
                     if self._stop.is_set() and self.step < self.options.steps and not self._ended:
                         self._finish("interrupted", began, first)
-                        raise KeyboardInterrupt
+                        raise Preempted(self._signal) if self._signal in PREEMPTING else KeyboardInterrupt
                 self._finish("finished" if self.active else "failed", began, first)
+            except TakenOverError:
+                raise
             except WriteError as error:
                 if not self.run.checkpoints:
                     raise
@@ -159,6 +165,8 @@ class Trainer:
 
     def _synchronise(self) -> None:
         """Log, evaluate and save what is due."""
+        if self._owner is not None:
+            self._owner.check()
         self._log()
         by_score = self.rule is not None and self.rule.goal.metric == SCORE
         if not by_score and self._due("checkpoint_every", self.step):
@@ -482,7 +490,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the run to save and stop, a second one ends it at once."""
+        """The first SIGINT, or signal by which a machine is asked for, lets the run save and stop, a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -490,10 +498,11 @@ class Trainer:
         def ask(number: int, frame: FrameType | None) -> None:
             if self._stop.is_set():
                 raise KeyboardInterrupt
+            self._signal = signal.Signals(number)
             self._stop.set()
             self.progress.status("saving")
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *PREEMPTING)}
         try:
             yield
         finally:
