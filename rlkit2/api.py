@@ -104,6 +104,7 @@ def train(
     loggers: Sequence[str] = (),
     progress: bool | Progress = True,
     trust_env: bool = False,
+    until: int | None = None,
     **options: Any,
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
@@ -125,6 +126,7 @@ def train(
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
         trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
+        until: stop after this step, saved as by an interruption; `resume` goes on, to the same numbers.
         **options: fields of `TrainingOptions` and `DataOptions`; None is as good as not given.
 
     Returns:
@@ -205,6 +207,7 @@ def train(
             evaluator=evaluator,
             loggers=make_loggers(loggers, run),
             progress=shown,
+            until=until,
         ).fit()
     return run
 

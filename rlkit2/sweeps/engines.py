@@ -21,7 +21,7 @@ from rlkit2.api import load_dataset
 from rlkit2.errors import ConfigError, require
 from rlkit2.files import make_folder, write_json, writing
 from rlkit2.processes import preemptible
-from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
+from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, steps_done, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, SlurmWork, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
@@ -39,6 +39,7 @@ def run_sweep(
     device: str = "auto",
     options: Mapping[str, Any] | None = None,
     report: Callable[[Experiment, str], None] = lambda experiment, status: None,
+    until: int | None = None,
 ) -> dict[Experiment, str]:
     """Train every run of a sweep that is not finished; what was half done is resumed from its newest checkpoint.
 
@@ -50,9 +51,10 @@ def run_sweep(
         device: see `rlkit2.train`.
         options: for `ray.init`, or for submitit's `update_parameters` (`partition`, `timeout_min`, ...).
         report: called with each experiment that has ended and its status.
+        until: train up to this step only; a later call goes on, to the same numbers.
 
     Returns:
-        The status of every experiment: `finished`, `failed`, or the error that ended it.
+        The status of every experiment: `finished`, `failed`, `paused` (at `until`), or the error that ended it.
 
     Raises:
         ConfigError, DatasetError: an unknown engine, or a dataset that cannot be opened, before anything is trained.
@@ -64,13 +66,17 @@ def run_sweep(
     root = Path(out).resolve() / sweep.name
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
     status = {folder: sweep_status(folder) for folder in folders}
-    waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed")]
+    if until is not None:
+        status |= {
+            folder: "paused" for folder, text in status.items() if text == "interrupted" and steps_done(folder) >= until
+        }
+    waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed", "paused")]
     for source in dict.fromkeys(folders[folder].dataset for folder in waiting):
         load_dataset(source, trust_env=sweep.trust_env)  # fetched, built and cached once, not by every run
     for folder in waiting:
         make_folder(folder)
         (folder / ENDED).unlink(missing_ok=True)
-        settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env}
+        settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env, "until": until}
         if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
             settings["agent"] = agent_source(agent_class(settings["agent"])) or settings["agent"]
         write_json(folder / SETTINGS, settings)

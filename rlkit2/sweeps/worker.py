@@ -26,7 +26,7 @@ def train_experiment(folder: Path) -> str:
     """Train what `experiment.json` in the folder says: begin it, resume it, or leave it alone if it is finished.
 
     Returns:
-        The status of the run: `finished` or `failed` (all seeds stopped).
+        The status of the run: `finished`, `failed` (all seeds stopped) or `paused` (at the step that the settings name).
     """
     settings: dict[str, Any] = read_json(folder / SETTINGS)
     run = find_run(folder)
@@ -42,6 +42,7 @@ def train_experiment(folder: Path) -> str:
             trust_env=settings["trust_env"],
             loggers=settings["loggers"],
             progress=False,
+            until=settings.get("until"),
             **settings["data"],
             **settings["training"],
         )
@@ -54,8 +55,9 @@ def train_experiment(folder: Path) -> str:
             trust_env=settings["trust_env"],
             loggers=settings["loggers"],
             progress=False,
+            until=settings.get("until"),
         )
-    return run.status
+    return "paused" if settings.get("until") and run.status == "interrupted" else run.status
 
 
 def work_name(work: Callable[[Path], str]) -> str:

@@ -60,6 +60,7 @@ class Trainer:
         progress: what the user sees.
         groups: seeds trained together by one agent; default `seed_groups`. A seed learns the same in any group up to rounding
             (vectorised sums round by where a number lies in memory), so a run keeps the groups it began with, bit for bit.
+        until: stop at this step as if interrupted, but without raising anything.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress: Progress | None = None,
         groups: Callable[[Sequence[int], torch.device], list[tuple[int, ...]]] = seed_groups,
+        until: int | None = None,
     ) -> None:
         self.run = run
         self.options = TrainingOptions(**run.config["training"])
@@ -86,6 +88,7 @@ class Trainer:
         self.loggers = loggers
         self.progress = progress or Progress(None)
         self.make_groups = groups
+        self.until = self.options.steps if until is None else min(until, self.options.steps)
         self.step = 0
         self.work = 0  # multiplications of an update's largest product, in the largest group as it began
         self.parts: list[tuple[int, ...]] = []  # the groups the run began with
@@ -124,17 +127,18 @@ class Trainer:
                 self.progress.start(
                     self.seeds, self.options.steps, lambda: self.groups[0].step if self.groups else self.step
                 )
-                while self.step < self.options.steps and self.active and not self._ended:
+                while self.step < self.until and self.active and not self._ended:
                     target = self._next_stop()
                     with fast_matmul(self.device, self.work):
-                        advance_groups(self.groups, target, self._stop)
+                        advance_groups(self.groups, min(target, self.until), self._stop)
                     self.step = self.groups[0].step
                     if self.step == target:
                         self._synchronise()
                     if self._stop.is_set() and self.step < self.options.steps and not self._ended:
                         self._finish("interrupted", began, first)
                         raise Preempted(self._signal) if self._signal in PREEMPTING else KeyboardInterrupt
-                self._finish("finished" if self.active else "failed", began, first)
+                paused = self.active and not self._ended and self.step < self.options.steps
+                self._finish("interrupted" if paused else "finished" if self.active else "failed", began, first)
             except TakenOverError:
                 raise
             except WriteError as error:
