@@ -183,9 +183,9 @@ dataset = "tiny/walk-v0"
 [base.config]
 hidden_sizes = [8]
 [base.training]
-steps = 20000
+steps = 3000
 batch_size = 8
-checkpoint_every = 10000
+checkpoint_every = 3000
 eval_every = 0
 """
 
