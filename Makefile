@@ -39,11 +39,12 @@ test-wheel: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check 'hatchling>=1.25'
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
-# Damages files of every kind and uses them; what ends in a traceback, hangs or takes too much memory is printed.
+# Damages files of every kind and uses them, and gives odd arrays to functions; what ends in a traceback, hangs or takes too much memory is printed.
 MINUTES ?= 5
 FIRST ?= 0
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --first $(FIRST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.arrays --first $(FIRST)
 
 # Kills every kind of work at random moments, does it again and compares.
 KILLS ?= 300
