@@ -27,7 +27,7 @@ from rlkit2.checksums import digest, opened, sealed
 from rlkit2.data.blocks import BlockChecks, BlockSums
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.episodes import Episode, EpisodePacker, Progress
-from rlkit2.data.folders import home, remove_leftovers
+from rlkit2.data.folders import OWNER, claim, home, remove_leftovers
 from rlkit2.data.records import (
     MemoryWriter,
     Packed,
@@ -154,6 +154,7 @@ def store(key: Key, unpacked: Unpacked) -> TransitionDataset:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root, ".*-*")
         temporary = Path(tempfile.mkdtemp(prefix=f".{key.name}-", dir=root))
+        claim(temporary)
     except OSError as error:
         return _in_memory(unpacked, error)
     try:
@@ -161,6 +162,7 @@ def store(key: Key, unpacked: Unpacked) -> TransitionDataset:
     except _CacheWriteError as error:
         return _in_memory(unpacked, error)
     else:
+        (temporary / OWNER).unlink()
         try:
             temporary.rename(folder)
         except OSError:

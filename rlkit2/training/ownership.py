@@ -15,6 +15,7 @@ from typing import Any
 
 from rlkit2.errors import RunError
 from rlkit2.files import writing
+from rlkit2.processes import is_alive, this_machine
 
 try:
     import fcntl
@@ -47,7 +48,12 @@ class Owner:
         try:
             mine.write_text(
                 json.dumps(
-                    {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid(), "token": self.token}
+                    {
+                        "host": socket.gethostname(),
+                        "machine": this_machine(),
+                        "process": os.getpid(),
+                        "token": self.token,
+                    }
                 )
             )
             self._take(mine, alone, say)
@@ -77,7 +83,7 @@ class Owner:
             self.path.unlink()  # half a file, of nobody
         if before is not None:
             silent, who = mine.stat().st_mtime - before["seen"], f"process {before['process']} on {before['host']}"
-            here = before["machine"] == _machine()
+            here = before["machine"] == this_machine()
             if silent < SILENCE and not (here and (alone or not _lives(before["process"]))):
                 raise RunError(
                     f"{self.path.parent} is being trained by {who} (last sign of life {max(silent, 0):.0f} s ago); stop it first, or wait until it "
@@ -126,7 +132,7 @@ def is_owned(folder: Path) -> bool:
     owner = read_owner(folder / FILE)
     if owner is None:
         return False
-    if owner["machine"] == _machine():
+    if owner["machine"] == this_machine():
         return bool(fcntl is None and _lives(owner["process"]))
     return bool(time.time() - owner["seen"] < SILENCE)
 
@@ -160,18 +166,6 @@ def owned(folder: Path, say: Callable[[str], None] = lambda text: None) -> Itera
         os.close(descriptor)
 
 
-def _machine() -> str:
-    """What no other machine is called, and this one no more after it was started anew."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else uuid.getnode()}"
-
-
 def _lives(process: int) -> bool:
-    """Whether there is a process of that number on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return process != os.getpid()
+    """Whether another process of that number is there on this machine."""
+    return process != os.getpid() and is_alive(process)
