@@ -126,7 +126,7 @@ def train(
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
         trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
-        until: stop after this step, saved as by an interruption; `resume` goes on, to the same numbers.
+        until: stop after this step, saved as by an interruption; `resume` continues, to the same numbers.
         **options: fields of `TrainingOptions` and `DataOptions`; None is as good as not given.
 
     Returns:

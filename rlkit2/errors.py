@@ -51,7 +51,7 @@ class MissingExtraError(RLKitError, ImportError):
 
 
 class Preempted(KeyboardInterrupt):
-    """The system wants the machine back (SIGTERM, SIGUSR1 or SIGUSR2); what was going on is saved, and the same command goes on with it."""
+    """The system wants the machine back (SIGTERM, SIGUSR1 or SIGUSR2); what was going on is saved, and the same command continues it."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -18,7 +18,7 @@ def guarded(
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorate a function of arrays: shapes, types and devices that do not fit end in an error of this kind that shows them in one line.
 
-    Nothing is checked beforehand, so a call that works costs no more; memory that runs out is no fault of the arguments and stays what it is.
+    Nothing is checked beforehand, so a call that works costs no more; memory that runs out is not their fault and stays what it is.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

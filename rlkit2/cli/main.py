@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"rlkit2: {error}\n")
         return 2
     except Preempted as error:
-        sys.stderr.write(f"rlkit2: {error}: saved; the same work goes on where it was\n")
+        sys.stderr.write(f"rlkit2: {error}: saved; the same work continues where it was\n")
         return REQUEUE
     except KeyboardInterrupt:
         sys.stderr.write("rlkit2: interrupted\n")

@@ -115,7 +115,7 @@ def _search(plan: Sweep, file: Path, out: Path, dry_run: bool, **engine: Any) ->
         trials = run_search(plan, out=out, report=report, **engine)
     except KeyboardInterrupt:
         again = join(["rlkit2", "sweep", str(file), "--out", str(out)])
-        output.say(f"interrupted; the trials are saved, go on with the same command: {again}", stderr=True)
+        output.say(f"interrupted; the trials are saved, continue with the same command: {again}", stderr=True)
         raise
     ranked = sorted(trials, key=lambda trial: (trial.state != "finished", _rank(trial, search.goal)))
     rows = [

@@ -51,7 +51,7 @@ def run_sweep(
         device: see `rlkit2.train`.
         options: for `ray.init`, or for submitit's `update_parameters` (`partition`, `timeout_min`, ...).
         report: called with each experiment that has ended and its status.
-        until: train up to this step only; a later call goes on, to the same numbers.
+        until: train up to this step only; a later call continues, to the same numbers.
 
     Returns:
         The status of every experiment: `finished`, `failed`, `paused` (at `until`), or the error that ended it.

@@ -67,7 +67,7 @@ def run_search(
         ConfigError, DatasetError: what cannot run, before anything is trained.
         RunError: no trial came to an end with a finite metric.
         MissingExtraError: Optuna or the engine is not installed.
-        KeyboardInterrupt: the runs in progress are saved; the same call goes on.
+        KeyboardInterrupt: the runs in progress are saved; the same call continues.
     """
     search = sweep.search
     assert search is not None

@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300, help="in all, spread evenly over the kinds of work")
     parser.add_argument("--only", default="", help="kinds of work whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=240.0, help="after which no further kill is begun")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -158,8 +159,12 @@ def main() -> int:
             prepare(root / "shared")
         wholes: dict[str, tuple[object, float]] = {}
         chosen = [job for job in jobs(root / "shared", places[0]) if job.name.startswith(options.only)]
-        tries = 0
-        while sum(found["kills"] for found in table.values()) < options.kills and tries < 5 * options.kills:
+        tries, until = 0, time.monotonic() + 60 * options.minutes
+        while (
+            time.monotonic() < until
+            and sum(found["kills"] for found in table.values()) < options.kills
+            and tries < 5 * options.kills
+        ):
             job = chosen[tries % len(chosen)]
             tries += 1
             if job.name not in wholes:
@@ -177,6 +182,7 @@ def main() -> int:
             if found:
                 found += judge(job, folder, whole, places)
                 table.setdefault(job.name, Counter()).update(found)
+                sys.stderr.write(f"{job.name}: {dict(found)}\n")
             shutil.rmtree(folder, ignore_errors=True)
     rows = [(name, *(found[column] for column in COLUMNS)) for name, found in table.items()]
     rows.append(("all", *(sum(found[column] for found in table.values()) for column in COLUMNS)))

@@ -172,7 +172,7 @@ def test_the_command_ends_with_a_status_of_its_own(tmp_path, monkeypatch, capsys
     assert main([*words, str(tmp_path)]) == 75
     error = capsys.readouterr().err
     assert "resume it with: rlkit2 train --resume" in error
-    assert error.endswith("rlkit2: SIGUSR1: saved; the same work goes on where it was\n")
+    assert error.endswith("rlkit2: SIGUSR1: saved; the same work continues where it was\n")
 
 
 SWEEP = """
