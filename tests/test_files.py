@@ -205,6 +205,8 @@ def test_output_that_cannot_be_printed_is_one_line() -> None:
 OWN_WAYS = {
     "files.py": "the boundary itself",
     "data/cache.py": "whole folders, and data stay in memory where it cannot be written",
+    "data/folders.py": "who fills a temporary folder",
+    "training/ownership.py": "who holds a run, by a link that only one can make",
     "data/export.py": "Minari's storage, in a folder that is renamed",
     "training/checkpoints.py": "folders that are renamed",
     "training/run_files.py": "lines that are appended",
