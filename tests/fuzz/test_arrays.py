@@ -15,7 +15,7 @@ from rlkit2.errors import ConfigError, RewardError
 from rlkit2.evaluation import statistics
 from rlkit2.guard import guarded
 from rlkit2.losses.ggd import ggd_nll
-from rlkit2.rewards import regret
+from rlkit2.rewards import TabularMDP
 from tests.fuzz.arrays import calls, try_one
 
 NO_ARRAYS = {  # make losses of losses, or take an object that is fuzzed by itself
@@ -48,8 +48,8 @@ def test_refusals_show_what_was_given() -> None:
     wrong = torch.zeros(2, 4)
     with pytest.raises(ConfigError, match=r"^ggd_nll\(\[3\] float32, \[2, 4\] float32, shape \[3\] float32\): .*size"):
         ggd_nll(torch.zeros(3), wrong, shape=torch.ones(3))
-    with pytest.raises(RewardError, match=r"^regret\(\[2, 4\] float32, \[2, 4\] float32, \[2, 4\] float32\): "):
-        regret(wrong, wrong, wrong)  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match=r"^TabularMDP\(\[2, 1, 2\] float32, 0\.9\): "):
+        TabularMDP(torch.zeros(2, 1, 2, device="meta"), 0.9)
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_arguments() -> None:
