@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 TEST_EXTRAS := mujoco,robotics,box2d,trl
 
-.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill audit
 
 # One stamp per set of extras: reinstalled when the dependencies change, otherwise free.
 $(VENV)/.made:
@@ -39,11 +39,21 @@ test-wheel: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check 'hatchling>=1.25'
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
-# Damages files of every kind and uses them; what ends in a traceback, hangs or takes too much memory is printed.
+# Damages files of every kind and uses them, and gives odd arrays to functions; what ends in a traceback, hangs or takes too much memory is printed.
 MINUTES ?= 5
 FIRST ?= 0
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --first $(FIRST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.arrays --first $(FIRST)
+
+# Kills every kind of work at random moments, does it again and compares.
+KILLS ?= 300
+test-kill: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill.campaign --kills $(KILLS)
+
+# Packages, versions and licences that come along; known vulnerabilities where pip-audit is installed and there is a network.
+audit: $(VENV)/.dev
+	$(BIN)/python -m tests.audit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -117,6 +117,11 @@ def second_open(dataset_id: str) -> None:
     read_dataset(dataset_id).sample(256, generator=torch.Generator().manual_seed(0))
 
 
+def checked_open(dataset_id: str) -> None:
+    """Open from the cache and compare every checksum, as whoever reads all rows does once."""
+    read_dataset(dataset_id).records.check()
+
+
 def sample_episodes(episodes: list[dict[str, np.ndarray]], rng: np.random.Generator, batch: int = 256) -> None:
     """Uniform transitions from a list of episodes, one by one."""
     starts = np.cumsum([0, *(len(e["rewards"]) for e in episodes)])
@@ -187,6 +192,12 @@ def main() -> None:
                 **{k: statistics.median(v) for k, v in times.items()},
             }
         )
+        times = interleaved(
+            {"first open": lambda: first_open(plain), "checks": lambda: checked_open(plain)}, options.rounds
+        )
+        checks = [check / opened for check, opened in zip(times["checks"], times["first open"], strict=True)]
+        share = statistics.median(checks)
+        rows.append({"what": "all checksums, share of a first open (at most)", "ratio": share, "gate": 0.03})
         shutil.rmtree(cache_folder())
         memory = {"minari": growth("iterate", plain), "rlkit2": growth("first_open", plain)}
         share = memory["rlkit2"] / memory["minari"]

@@ -112,6 +112,7 @@ def train(
     loggers: Sequence[str] = (),
     progress: bool | Progress = True,
     trust_env: bool = False,
+    until: int | None = None,
     **options: Any,
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
@@ -133,6 +134,7 @@ def train(
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
         trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
+        until: stop after this step, saved as by an interruption; `resume` continues, to the same numbers.
         **options: fields of `TrainingOptions`, `DataOptions` and `ReadingOptions`; None is as good as not given.
 
     Returns:
@@ -141,7 +143,7 @@ def train(
     Raises:
         ConfigError, DatasetError: something does not fit, before any training starts.
         RunError: the folder cannot be written, is in use, or the dataset of a resumed run has changed.
-        KeyboardInterrupt: after SIGINT or SIGTERM; the run is saved and can be resumed.
+        KeyboardInterrupt: after SIGINT, and as `Preempted` after SIGTERM, SIGUSR1 or SIGUSR2; the run is saved and can be resumed.
     """
     from rlkit2.agents import Agent, class_name, import_agent
     from rlkit2.training.building import (
@@ -216,6 +218,7 @@ def train(
             evaluator=evaluator,
             loggers=make_loggers(loggers, run),
             progress=shown,
+            until=until,
         ).fit()
     return run
 
@@ -477,6 +480,10 @@ def _continued(
     if steps < plan["training"]["steps"]:
         raise ConfigError(
             f"{run.path} is a run of {plan['training']['steps']} steps; it cannot be resumed with {steps}"
+        )
+    if steps > plan["training"]["steps"] and plan["training"].get("stop_when") is not None:
+        raise ConfigError(
+            f"{run.path} ends with the checkpoint that {plan['training']['stop_when']} chooses, which more steps cannot follow; train a new run"
         )
     known = plan["dataset"]
     try:

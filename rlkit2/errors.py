@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import signal
 import warnings
 from types import ModuleType
 
@@ -47,6 +48,14 @@ class EnvironmentUnavailableError(RLKitError):
 
 class MissingExtraError(RLKitError, ImportError):
     """An optional dependency is not installed."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The system wants the machine back (SIGTERM, SIGUSR1 or SIGUSR2); what was going on is saved, and the same command continues it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -133,8 +133,8 @@ def model(
     from rlkit2.entanglement.diagnose import diagnose
     from rlkit2.entanglement.model_folder import ModelFolder, reference_scores
     from rlkit2.entanglement.pair_files import read_pairs
+    from rlkit2.files import make_folder, write_json
     from rlkit2.reporting.entanglement_figures import write_model_page
-    from rlkit2.training.run_files import write_json
 
     examples = read_pairs(pairs, limit, format=format, tell=partial(output.say, stderr=True))
     loaded = ModelFolder.load(model, dtype=dtype, device=device)
@@ -163,7 +163,7 @@ def model(
         ]
         labels = sides[0], sides[1]
         report["tokens"]["labels_chosen"], report["tokens"]["labels_rejected"] = labels
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / "report.json", report)
     page = write_model_page(
         report, out / "report.html", title=f"entanglement of {model.name} on {pairs.name}", labels=labels
@@ -370,6 +370,7 @@ def toy(
         workers: processes; default: one per core.
         json: print the curves as JSON.
     """
+    from rlkit2.files import save_figure
     from rlkit2.studies.entanglement_toy import REMEDIES, ToyConfig, figure, run_toy
 
     config = ToyConfig(
@@ -386,7 +387,7 @@ def toy(
         summary = run_toy(config, out, workers=workers, progress=bar)
     drawn = figure(summary)
     for name in ("toy.svg", "toy.png"):
-        drawn.savefig(out / name, dpi=130)
+        save_figure(drawn, out / name, dpi=130)
     console = output.console()
     if json:
         console.print_json(json_format.dumps(summary))

@@ -8,8 +8,11 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from rlkit2.errors import RLKitError, first_line
+from rlkit2.errors import Preempted, RLKitError, first_line
+from rlkit2.files import FULL, write_failure
 from rlkit2.terminal import options_of
+
+REQUEUE = 75  # exit status of work that was preempted and saved: EX_TEMPFAIL, try again
 
 # command -> (module with `run(arguments: Sequence[str]) -> int | None`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -51,8 +54,42 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 fine, 1 the command found errors, 2 bad input, 130 interrupted)."""
+    """Run one command; returns the exit status (0 fine, 1 the command found errors, 2 bad input, 75 preempted, 130 interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Warnings are for users here: a line without the place in the code.
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"rlkit2: {message}\n"
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()  # here, where a full disk can still be said
+        return status
+    except RLKitError as error:
+        sys.stderr.write(f"rlkit2: {error}\n")
+        return 2
+    except Preempted as error:
+        sys.stderr.write(f"rlkit2: {error}: saved; the same work continues where it was\n")
+        return REQUEUE
+    except KeyboardInterrupt:
+        sys.stderr.write("rlkit2: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        sys.stderr.write(f"rlkit2: {write_failure(error, error.filename)}\n")
+        return 2
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.stderr.write(f"rlkit2: not enough memory{_memory_limit()}: {first_line(error)}\n")
+        return 2
+    finally:
+        warnings.formatwarning = before
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """What the first word says."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(usage())
         return 0 if arguments else 2
@@ -76,27 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
         sys.stderr.write(f"rlkit2: unknown command {name!r}{hint}\n")
         return 2
-    # Warnings are for users here: a line without the place in the code.
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"rlkit2: {message}\n"
-    try:
-        with options_of(rest) as own:
-            return importlib.import_module(COMMANDS[name][0]).run(own) or 0
-    except RLKitError as error:
-        sys.stderr.write(f"rlkit2: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("rlkit2: interrupted\n")
-        return 130
-    except BrokenPipeError:
-        return 0
-    except (MemoryError, ImportError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        sys.stderr.write(f"rlkit2: not enough memory{_memory_limit()}: {first_line(error)}\n")
-        return 2
-    finally:
-        warnings.formatwarning = before
+    with options_of(rest) as own:
+        status: int | None = importlib.import_module(COMMANDS[name][0]).run(own)
+    return status or 0
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.data.reward_file import save_rewards
 from rlkit2.errors import ConfigError, DatasetError
 from rlkit2.evaluation.environments import Env, make_environment
+from rlkit2.files import save_figure
 from rlkit2.preferences import (
     RewardEnsemble,
     ScriptedTeacher,
@@ -237,7 +238,7 @@ def fit(
     if figure is not None:
         from rlkit2.reporting.preference_figures import reward_figure
 
-        reward_figure(model, rows["learned"], held_out, data, truth).savefig(figure, dpi=150)
+        save_figure(reward_figure(model, rows["learned"], held_out, data, truth), figure, dpi=150)
     how = asdict(relabelling)
     save_rewards(out / REWARDS, data, *relabelled_rewards(data, model, **how))
     if relabel_as is not None:
@@ -359,7 +360,7 @@ def study(
         result = run_study(settings, out, engine=engine, jobs=jobs, options=options, progress=bar)
     texts = {name: f"rank correlation with regret {result.correlations[name]}" for name in ("starc", "error")}
     picture = figure or out / "study.png"
-    study_figure(result.rows, texts, f"{dataset}, {agent}").savefig(picture, dpi=150)
+    save_figure(study_figure(result.rows, texts, f"{dataset}, {agent}"), picture, dpi=150)
     if json:
         print_json(result.to_dict())
         return 0

@@ -13,10 +13,10 @@ from tyro.conf import Positional, arg
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
+from rlkit2.files import write_atomically
 from rlkit2.reporting.groups import open_runs, split_folders
 from rlkit2.reporting.report import report_page
 from rlkit2.reporting.watching import served, state_of
-from rlkit2.training.run_files import write_atomically
 
 
 def report(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
@@ -23,6 +22,7 @@ from rlkit2.data.relabel import load_reward
 from rlkit2.data.reward_calls import reads_infos
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.fields import show_fields
+from rlkit2.files import make_folder, save_figure, write_atomically
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
 from rlkit2.progress import progress_bar
 from rlkit2.rewards import (
@@ -41,7 +41,6 @@ from rlkit2.rewards.sampled.collecting import collect
 from rlkit2.rewards.sampled.features import FeatureName
 from rlkit2.rewards.sampled.grams import Estimator
 from rlkit2.studies.starc_study import StudyConfig, run_study
-from rlkit2.training.run_files import write_atomically
 
 
 def tabular(
@@ -454,10 +453,7 @@ def _print_diagnostics(matrix: RewardDistanceMatrix) -> None:
 def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:
     if out is None:
         return []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); give a folder") from error
+    make_folder(out)
     write_atomically(out / "distances.json", matrix.to_json())
     write_atomically(out / "distances.csv", matrix.to_csv())
     paths = [out / "distances.json", out / "distances.csv"]
@@ -468,16 +464,6 @@ def _save(matrix: RewardDistanceMatrix, out: Path | None) -> list[str]:
             continue  # fewer than two rewards have numbers
         paths.append(save_figure(figure, out / f"{name}.svg"))
     return [str(path) for path in paths]
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as SVG in one step."""
-    import io
-
-    data = io.BytesIO()
-    figure.savefig(data, format="svg")
-    write_atomically(path, data.getvalue())
-    return path
 
 
 def _say_saved(saved: list[str]) -> None:

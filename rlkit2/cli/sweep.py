@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from shlex import join, quote
+from typing import Any
 
 from rich.table import Table
 from tyro.conf import Positional
@@ -16,7 +18,9 @@ from rlkit2.cli.parsing import command, name_values
 from rlkit2.errors import RunError
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs, sweep_status
+from rlkit2.sweeps.search import BEST, Trial, run_search
 from rlkit2.training import Run
+from rlkit2.training.selection import Goal
 
 
 def sweep(
@@ -31,13 +35,13 @@ def sweep(
     trust_env: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Train the runs of a sweep file, several at a time. Call it again after an interruption or a change of the file:
+    """Train the runs of a sweep file, or the trials of its search, several at a time. Call it again after an interruption or a change of the file:
     finished runs are skipped, half-done ones are resumed from their newest checkpoint.
 
     Example: rlkit2 sweep sweep.toml --jobs 2
 
     Args:
-        file: TOML with [base], [grid] and [[runs]].
+        file: TOML with [base], [grid] and [[runs]], or with [base] and [search].
         engine: local (processes on this machine), ray or slurm.
         jobs: runs trained at the same time (local); default: as many as there are cores for.
         out: folder in which the sweep's own folder is made.
@@ -51,6 +55,10 @@ def sweep(
         import_agent(name)
     plan = load_sweep(file, trust_env=trust_env)
     console = output.console(stderr=True)
+    if plan.search is not None:
+        return _search(
+            plan, file, out, dry_run, engine=engine, jobs=jobs, device=device, options=name_values(option, "--option")
+        )
     failed = False
     if not dry_run:
         folders = [out / plan.name / experiment.folder for experiment in plan.experiments]
@@ -85,6 +93,48 @@ def sweep(
             raise
     _print(plan, out)
     return 1 if failed else 0
+
+
+def _search(plan: Sweep, file: Path, out: Path, dry_run: bool, **engine: Any) -> int:
+    """Carry out a search, print its trials and where the best setting is."""
+    search = plan.search
+    assert search is not None
+    word = "highest" if search.goal.rising else "lowest"
+    output.say(
+        f"{plan.name}: {search.trials} trials ({search.method}) for the {word} {search.goal.metric}", stderr=True
+    )
+    if dry_run:
+        output.print_table(["field", "may be"], [[name, str(part)] for name, part in search.space.items()], left=2)
+        return 0
+
+    def report(trial: Trial) -> None:
+        value = "" if trial.value is None else f", {search.goal.metric} {trial.value:.6g}"
+        output.say(f"trial {trial.number}: {trial.state} at step {trial.step}{value} ({_chosen(trial)})", stderr=True)
+
+    try:
+        trials = run_search(plan, out=out, report=report, **engine)
+    except KeyboardInterrupt:
+        again = join(["rlkit2", "sweep", str(file), "--out", str(out)])
+        output.say(f"interrupted; the trials are saved, continue with the same command: {again}", stderr=True)
+        raise
+    ranked = sorted(trials, key=lambda trial: (trial.state != "finished", _rank(trial, search.goal)))
+    rows = [
+        [str(t.number), _chosen(t), t.state, str(t.step), "" if t.value is None else f"{t.value:.6g}"] for t in ranked
+    ]
+    output.print_table(["trial", "setting", "state", "step", search.goal.metric], rows, left=3)
+    best = out / plan.name / BEST
+    output.say(f"best setting: {best}")
+    output.say_next("rlkit2", "train", "--recipe", best, "--seeds", 4)
+    return 0
+
+
+def _chosen(trial: Trial) -> str:
+    return trial.experiment.label.partition(" ")[2]
+
+
+def _rank(trial: Trial, goal: Goal) -> float:
+    value = math.inf if trial.value is None else trial.value
+    return -value if goal.rising and trial.value is not None else value
 
 
 def _print(plan: Sweep, out: Path) -> None:

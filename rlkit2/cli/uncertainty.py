@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json as json_format
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
+from rlkit2.files import make_folder, save_figure, write_atomically
 from rlkit2.progress import progress_bar
 from rlkit2.training.building import reading_arguments, split_dataset
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
-from rlkit2.training.run_files import write_atomically, writing
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @dataclass(frozen=True)
@@ -120,19 +119,12 @@ def _write(
 ) -> Path:
     from rlkit2.reporting.calibration_figures import calibration_figure, noise_figure
 
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     figures = {"calibration": calibration_figure(found, seeds)} | ({"noise_map": noise_figure(known)} if known else {})
     for name, figure in figures.items():
-        _write_figure(folder / f"{name}.png", figure)
+        save_figure(figure, folder / f"{name}.png", dpi=110)
     write_atomically(folder / "diagnostics.json", json_format.dumps(report, indent=1) + "\n")
     return folder
-
-
-def _write_figure(path: Path, figure: Figure) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_atomically(path, picture.getvalue())
 
 
 def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics, known: NoiseMap | None) -> None:
@@ -180,8 +172,7 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
     from rlkit2.studies import heteroscedastic, noisy_mdp
 
     if out is not None:  # before the work, not after it
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     figure = None
     with progress_bar(name) as progress:
         if name == "noisy-mdp":
@@ -204,7 +195,7 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
     if out is not None:
         write_atomically(out / f"{name}.json", json_format.dumps(finite(rows), indent=1, allow_nan=False) + "\n")
         if figure is not None:
-            _write_figure(out / f"{name}.png", figure)
+            save_figure(figure, out / f"{name}.png", dpi=110)
         console.print(f"table and figure: {out}")
     return 0
 

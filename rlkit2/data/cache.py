@@ -1,13 +1,14 @@
 """The cache of packed datasets: one folder per dataset, read-only, shared between processes, complete or absent.
 
-A folder holds `records.bin` (packed rows), `episode_starts.npy` and `dataset.json`. It is written under another name and renamed when
-complete; whoever renames first wins and the others use that one.
+A folder holds `records.bin` (packed rows), `blocks.npy` (checksums of its blocks), `episode_starts.npy` and `dataset.json` (with checksums of
+the others and of itself). It is written under another name and renamed when complete; whoever renames first wins and the others use that one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,15 +17,17 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlkit2.checksums import digest, opened, sealed
+from rlkit2.data.blocks import BlockChecks, BlockSums
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.episodes import Episode, EpisodePacker, Fill, Progress, column_means
-from rlkit2.data.folders import home, remove_leftovers
+from rlkit2.data.folders import OWNER, claim, home, remove_leftovers
 from rlkit2.data.records import (
     MemoryWriter,
     Packed,
@@ -41,6 +44,7 @@ from rlkit2.errors import CorruptDatasetError
 FORMAT = 2
 BLOCK = 4096  # bytes of a sampled block
 SAMPLES = 256  # blocks sampled from the files of a dataset
+STARTS, BLOCKS = "episode_starts.npy", "blocks.npy"
 
 
 def cache_folder() -> Path:
@@ -156,6 +160,7 @@ def store(key: Key, unpacked: Unpacked) -> TransitionDataset:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root, ".*-*")
         temporary = Path(tempfile.mkdtemp(prefix=f".{key.name}-", dir=root))
+        claim(temporary)
     except OSError as error:
         return _in_memory(unpacked, error)
     try:
@@ -163,6 +168,7 @@ def store(key: Key, unpacked: Unpacked) -> TransitionDataset:
     except _CacheWriteError as error:
         return _in_memory(unpacked, error)
     else:
+        (temporary / OWNER).unlink()
         try:
             temporary.rename(folder)
         except OSError:
@@ -259,6 +265,7 @@ def _in_memory(unpacked: Unpacked, error: Exception) -> TransitionDataset:
 
 def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
     dtype, layout = unpacked.dtype, unpacked.spec.layout
+    sums = BlockSums(dtype.itemsize)
     with contextlib.ExitStack() as open_files:
 
         def sink(name: str) -> Callable[[NDArray[np.uint8]], None]:
@@ -268,6 +275,8 @@ def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
                 raise _CacheWriteError(error) from error
 
             def write(block: NDArray[np.uint8]) -> None:
+                if name == "records.bin":
+                    sums.update(block.view(np.uint8))
                 view = block.data.cast("B")
                 try:
                     while view:
@@ -280,7 +289,8 @@ def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
         sinks = (sink("records.bin"), layout, sink("frames.bin")) if layout else (sink("records.bin"),)
         spec, packed = unpacked.write(RecordWriter(dtype, *sinks))
     try:
-        np.save(folder / "episode_starts.npy", packed.episode_starts)
+        for name, array in ((STARTS, packed.episode_starts), (BLOCKS, sums.finish())):
+            np.save(folder / name, array)
         described = {
             "format": FORMAT,
             "files": key.files,
@@ -288,32 +298,27 @@ def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
             "records": dtype_to_json(dtype),
             "spec": spec.to_json(),
         }
-        (folder / "dataset.json").write_text(json.dumps(described))
+        digests = {name: digest((folder / name).read_bytes()) for name in (STARTS, BLOCKS)}
+        (folder / "dataset.json").write_text(json.dumps(sealed(described, digests)))
     except OSError as error:
         raise _CacheWriteError(error) from error
 
 
 def _read(folder: Path) -> TransitionDataset:
-    described = json.loads((folder / "dataset.json").read_text())
+    described, digests = opened(json.loads((folder / "dataset.json").read_text()))
+    if digests is None:
+        raise CorruptDatasetError("it was written without checksums, by an older rlkit2")
+    starts, sums = (_read_array(folder / name, digests[name]) for name in (STARTS, BLOCKS))
     dtype = dtype_from_json(described["records"])
     length = described["length"]
     size = (folder / "records.bin").stat().st_size
     if size != length * dtype.itemsize:
         raise CorruptDatasetError(f"records.bin has {size} bytes, {length * dtype.itemsize} expected")
-    starts = np.load(folder / "episode_starts.npy", allow_pickle=False)
-    if (
-        starts.dtype != np.int64
-        or starts.ndim != 1
-        or starts[0] != 0
-        or starts[-1] != length
-        or (np.diff(starts) <= 0).any()
-    ):
-        raise CorruptDatasetError("episode_starts.npy does not fit records.bin")
     spec = DatasetSpec.from_json(described["spec"])
     records = Records.map_file(folder / "records.bin", dtype, length)
     if spec.layout is not None:
         records = records.with_frames(_map_frames(folder, spec.layout.nbytes, records), spec.layout)
-    return TransitionDataset(records, torch.from_numpy(starts), spec)
+    return TransitionDataset(_checked(records, sums, folder), torch.from_numpy(starts), spec)
 
 
 def _map_frames(folder: Path, nbytes: int, records: Records) -> NDArray[np.uint8]:
@@ -325,6 +330,29 @@ def _map_frames(folder: Path, nbytes: int, records: Records) -> NDArray[np.uint8
     if path.stat().st_size != last * nbytes:
         raise CorruptDatasetError(f"frames.bin has {path.stat().st_size} bytes, {last * nbytes} expected")
     return np.memmap(path, dtype=np.uint8, mode="c", shape=(last, nbytes))
+
+
+def _read_array(path: Path, checksum: str) -> NDArray[Any]:
+    data = path.read_bytes()
+    if digest(data) != checksum:
+        raise CorruptDatasetError(f"{path.name} does not have the checksum it was written with")
+    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def _checked(records: Records, sums: NDArray[np.uint32], folder: Path) -> Records:
+    """The records, with checksums that are compared where a row is first read."""
+
+    def damaged(first: int, last: int) -> NoReturn:
+        _remove(folder)
+        mend = f"remove {folder}" if folder.exists() else "it is removed"
+        raise CorruptDatasetError(
+            f"rows {first} to {last} of the cached copy {folder} are damaged; {mend}, then the same command (for a run, its --resume) reads the "
+            "dataset anew"
+        )
+
+    words = records.words.numpy()
+    return replace(records, checks=BlockChecks(words.reshape(-1).view(np.uint8), sums, records.dtype.itemsize, damaged))
 
 
 def _remove(folder: Path) -> None:

@@ -183,10 +183,12 @@ class TransitionDataset:
         """The dataset in the memory of `device` (a selection is copied out of its records)."""
         if torch.device(device) == self.device:
             return self
-        words = self.records.words if self.rows is None else self.records.gather(self.rows)
+        records = self.records
+        if self.rows is not None:
+            records = replace(records, words=records.gather(self.rows), checks=None)
         return replace(
             self,
-            records=replace(self.records, words=words).to(device),
+            records=records.to(device),
             episode_starts=self.episode_starts.to(device),
             rows=None,
             new_rewards=None if self.new_rewards is None else self.new_rewards.to(device),

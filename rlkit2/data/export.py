@@ -22,6 +22,7 @@ from rlkit2.data.sources.minari import HDF5_FILE
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import env_spec_text
 from rlkit2.errors import DatasetError
+from rlkit2.files import writing
 
 Progress = Callable[[int, int], None]
 
@@ -75,7 +76,10 @@ def to_minari(
         **metadata,
     }
     try:
-        with new_folder(folder, root) as new:
+        with (
+            writing(folder, "set MINARI_DATASETS_PATH to a folder that can be written"),
+            new_folder(folder, root) as new,
+        ):
             write_minari(
                 new / "data",
                 dataset_id,
@@ -86,7 +90,7 @@ def to_minari(
                 metadata=described,
                 data_format=data_format,
             )
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{dataset_id} could not be written to {root}: {error}") from error

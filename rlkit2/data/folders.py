@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlkit2.errors import DatasetError
+from rlkit2.processes import is_alive, this_machine
 
 DAY = 86400
+OWNER = "owner.json"
 
 
 def home(variable: str) -> Path:
@@ -45,6 +48,7 @@ def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[P
     temporary = root / f".building-{uuid.uuid4().hex}"
     try:
         (temporary / "new").mkdir(parents=True)
+        claim(temporary)
         remove_leftovers(root, ".building-*")
         yield temporary / "new"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +64,25 @@ def new_folder(folder: Path, root: Path, *, replace: bool = False) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def claim(folder: Path) -> None:
+    """Write into a temporary folder which process fills it."""
+    (folder / OWNER).write_text(json.dumps([this_machine(), os.getpid()]))
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what processes killed in mid-work left in `folder`: temporary folders of that name pattern, untouched for a day."""
+    """Delete temporary folders of that name pattern whose process is dead: known to be on this machine, taken for dead after a day otherwise."""
     for path in folder.glob(pattern):
         try:
-            if time.time() - path.stat().st_mtime > DAY:
+            if _is_abandoned(path) or time.time() - path.stat().st_mtime > DAY:
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:  # another process has removed it
             continue
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether the process that filled a temporary folder was one of this machine, and is gone."""
+    try:
+        machine, process = json.loads((folder / OWNER).read_text())
+        return bool(machine == this_machine() and not is_alive(int(process)))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -24,6 +24,7 @@ from rlkit2.data.batch import Batch
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError
+from rlkit2.files import make_folder, write_atomically, write_json, writing
 
 FORMAT = 1
 JSON_FILE = "preferences.json"
@@ -250,15 +251,13 @@ class PreferenceDataset:
             "tensors": tensors,
             "source": self.source,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / tensors, data)
-            replace_file(folder / JSON_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        make_folder(folder)
+        write_atomically(folder / tensors, data)
+        write_json(folder / JSON_FILE, description)
+        with writing(folder):
             for old in folder.glob("preferences-*.safetensors"):
                 if old.name != tensors:
                     old.unlink(missing_ok=True)
-        except OSError as error:
-            raise DatasetError(f"cannot write the labels to {folder} ({error.strerror or error})") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PreferenceDataset:
@@ -425,21 +424,3 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def replace_file(target: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old or the new content; raises `OSError`.
-
-    A private file can be read by its owner alone, from its first byte on.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # its permissions would stay
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

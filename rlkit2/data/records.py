@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.data.blocks import BlockChecks
 from rlkit2.errors import DatasetError
 
 WORD = 8  # bytes; rows are whole words so that a gather copies int64
@@ -145,12 +146,14 @@ class Records:
     """Rows of packed transitions as one `[N, words]` int64 tensor with typed views of its columns.
 
     `frames`: the observations, `[F, words]`, where `dtype` has numbers of frames in their place; `layout` says how to read them.
+    `checks`: checksums of the file that the rows are mapped from, compared where a row is first read.
     """
 
     words: Tensor
     dtype: np.dtype[Any]
     frames: Tensor | None = None
     layout: FrameLayout | None = None
+    checks: BlockChecks | None = None
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> Records:
@@ -228,16 +231,26 @@ class Records:
 
     def view(self, name: str) -> Tensor:
         """Field `name` of all rows as a strided view `[N, *field shape]`; a copy for observations that are frames."""
+        self.check()
         return self.views(self.words, (name,))[name]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The words of `rows` (any shape): `[*rows.shape, W]`."""
-        return torch.index_select(self.words, 0, rows.flatten()).view(*rows.shape, -1)
+        found = torch.index_select(self.words, 0, rows.flatten()).view(*rows.shape, -1)
+        if self.checks is not None:
+            self.checks.see(rows)
+        return found
+
+    def check(self) -> None:
+        """Compare the checksums of all rows that were not read before."""
+        if self.checks is not None:
+            self.checks.see_all()
 
     def to(self, device: torch.device | str) -> Records:
         """The records on `device`."""
+        self.check()
         frames = None if self.frames is None else self.frames.to(device)
-        return replace(self, words=self.words.to(device), frames=frames)
+        return replace(self, words=self.words.to(device), frames=frames, checks=None)
 
 
 _TORCH = {

@@ -13,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.preferences import replace_file, transitions_hash
+from rlkit2.data.preferences import transitions_hash
 from rlkit2.data.relabel import reward_values
 from rlkit2.errors import DatasetError, RewardError
+from rlkit2.files import make_folder, write_atomically
 
 
 def save_rewards(
@@ -32,11 +33,8 @@ def save_rewards(
         "dataset_hash": transitions_hash(dataset),
         "provenance": json.dumps(dict(provenance)),
     }
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(Path(path), save({"rewards": values.contiguous()}, metadata=facts))
-    except OSError as error:
-        raise RewardError(f"cannot write the rewards to {path} ({error.strerror or error})") from error
+    make_folder(Path(path).parent)
+    write_atomically(path, save({"rewards": values.contiguous()}, metadata=facts))
 
 
 def load_rewards(path: str | os.PathLike[str], dataset: TransitionDataset) -> Tensor:

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +25,7 @@ from rlkit2.envs.behaviors import make_behavior
 from rlkit2.envs.recipe import DatasetRecipe, PolicyRecipe, read_recipe
 from rlkit2.envs.rollouts import rollout
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError
+from rlkit2.files import writing
 from rlkit2.recipes import recipe_folder
 
 Progress = Callable[[int, int], None]
@@ -142,16 +143,13 @@ def _mend(recipe: DatasetRecipe) -> str:
 
 
 def _build(recipe: DatasetRecipe, root: Path, folder: Path, progress: Progress | None, rebuild: bool) -> None:
-    try:
-        with new_folder(folder, root, replace=rebuild) as new:
-            write_dataset(recipe, new / "data", progress=progress)
-    except FileExistsError:
-        return  # the same dataset, from a faster process
-    except OSError as error:
-        variable = "RLKIT2_DATA" if recipe.id.startswith("builtin/") else "MINARI_DATASETS_PATH"
-        raise DatasetError(
-            f"cannot write {folder} ({error.strerror or error}); set {variable} to a folder that can be written"
-        ) from error
+    variable = "RLKIT2_DATA" if recipe.id.startswith("builtin/") else "MINARI_DATASETS_PATH"
+    with (
+        writing(folder, f"set {variable} to a folder that can be written"),
+        suppress(FileExistsError),  # the same dataset, from a faster process
+        new_folder(folder, root, replace=rebuild) as new,
+    ):
+        write_dataset(recipe, new / "data", progress=progress)
 
 
 def write_dataset(recipe: DatasetRecipe, path: Path, *, progress: Progress | None = None) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Sequence[Array]], Array]
@@ -41,6 +42,7 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+@guarded()
 def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> Array:
     """Mean of the middle half of the values: the lowest and the highest `n // 4` are dropped (Agarwal et al. 2021, section 4.2).
 
@@ -57,11 +59,13 @@ def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> Array:
     )  # NaN sorts last; a diverged seed is not an outlier to drop
 
 
+@guarded()
 def pooled_mean(tasks: Sequence[Array]) -> Array:
     """Mean over tasks of the mean over seeds: `[..., S]` per task to `[...]`. Every task counts the same, however many seeds it has."""
     return np.asarray(np.mean([task.mean(axis=-1) for task in tasks], axis=0))
 
 
+@guarded()
 def pooled_iqm(tasks: Sequence[Array]) -> Array:
     """Interquartile mean over the seeds of all tasks together: `[..., S]` per task to `[...]`.
 
@@ -83,6 +87,7 @@ def pooled_iqm(tasks: Sequence[Array]) -> Array:
     return np.asarray(np.where(np.isnan(values).any(axis=-1), np.nan, means))
 
 
+@guarded()
 def checked(scores: ArrayLike, name: str = "scores") -> Array:
     """Scores as float64 `[S, E]`; one dimension is read as S seeds with one score each. Raises `ConfigError` for anything else."""
     try:
@@ -116,6 +121,7 @@ def resampled_seed_scores(scores: Array, resamples: int, generator: np.random.Ge
     return out
 
 
+@guarded()
 def bootstrap(
     tasks: Sequence[ArrayLike],
     statistic: Statistic = pooled_mean,
@@ -226,6 +232,7 @@ def _resampled(scores: Array, resamples: int, generator: np.random.Generator) ->
     return drawn if len(scores) > 1 else drawn.mean(axis=1, keepdims=True)
 
 
+@guarded()
 def probability_of_improvement(
     tasks: Sequence[ArrayLike],
     baseline: Sequence[ArrayLike],
@@ -297,6 +304,7 @@ def _superiority(x: Array, y: Array) -> Array:
     return share
 
 
+@guarded()
 def standard_errors(scores: ArrayLike) -> tuple[float | None, float | None]:
     """Standard errors of the mean of `[S, E]`: between seeds, and within these policies.
 

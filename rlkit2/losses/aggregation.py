@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.nn.critics import mean_less_deviations
 
 
+@guarded()
 def lower_bound(values: Tensor, coefficient: float | None = None) -> Tensor:
     """mean - k std (of M - 1 degrees of freedom) over the members of `values [S, M, ...]` -> `[S, ...]`; the mean itself for one member.
 
@@ -23,6 +25,7 @@ def lower_bound(values: Tensor, coefficient: float | None = None) -> Tensor:
     return mean_less_deviations(values, k)
 
 
+@guarded()
 def grouped(values: Tensor, groups: int) -> Tensor:
     """`[S, G N, ...]` as `[S, G, N, ...]`.
 
@@ -34,16 +37,19 @@ def grouped(values: Tensor, groups: int) -> Tensor:
     return values.view(len(values), groups, -1, *values.shape[2:])
 
 
+@guarded()
 def grouped_minimum(values: Tensor, groups: int = 2) -> Tensor:
     """Member by member the minimum over the groups, `[S, G N, ...]` -> `[S, N, ...]`: the next values of the released SAC."""
     return grouped(values, groups).amin(1)
 
 
+@guarded()
 def grouped_mean_minimum(values: Tensor, groups: int = 2) -> Tensor:
     """Mean over a group's members, then the minimum over groups, `[S, G N, ...]` -> `[S, ...]`: the actor's value in the released SAC."""
     return grouped(values, groups).mean(2).amin(1)
 
 
+@guarded()
 def shape_weighted_vote(values: Tensor, shape: Tensor | None = None) -> Tensor:
     """Action values by which the released DQN acts: `[S, M, B, n]` -> `[S, B, n]`, weighted by beta over members (None: their mean)."""
     if shape is None:
@@ -51,6 +57,7 @@ def shape_weighted_vote(values: Tensor, shape: Tensor | None = None) -> Tensor:
     return (shape * values).sum(1) / shape.sum(1)
 
 
+@guarded()
 def member_advantages(
     rewards: Tensor, values: Tensor, next_values: Tensor, continues: Tensor, discount: float, trace: float
 ) -> tuple[Tensor, Tensor]:

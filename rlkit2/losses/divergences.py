@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 
 _ALIASES = {"Pearson_chi_square": "pearson", "Reverse_KL": "rkl"}
 Divergence = Literal["pearson", "rkl", "soft_chi2", "alpha", "Pearson_chi_square", "Reverse_KL"]
@@ -35,6 +36,7 @@ WEIGHT_KINDS: tuple[str, ...] = get_args(WeightKind)
 Array = TypeVar("Array", Tensor, NDArray[np.floating])
 
 
+@guarded()
 def f_conjugate(name: str, residual: Array, *, alpha: float = 1.5) -> Array:
     """f*(R), element-wise and differentiable.
 
@@ -62,6 +64,7 @@ def f_conjugate(name: str, residual: Array, *, alpha: float = 1.5) -> Array:
     return _on_tensors(conjugate, residual)
 
 
+@guarded()
 def f_conjugate_grad(name: str, residual: Array, *, alpha: float = 1.5) -> Array:
     """(f*)'(R), the optimal weight; arguments and errors as for `f_conjugate`."""
     name = resolve_divergence(name, alpha)
@@ -78,6 +81,7 @@ def f_conjugate_grad(name: str, residual: Array, *, alpha: float = 1.5) -> Array
     return _on_tensors(gradient, residual)
 
 
+@guarded()
 def policy_weight(
     name: str, residual: Array, clamp: float | None = 100.0, *, kind: str = "positive_residual", alpha: float = 1.5
 ) -> Array:
@@ -107,6 +111,7 @@ def policy_weight(
     return _on_tensors(weight, residual)
 
 
+@guarded()
 def f_value(name: str, weight: Array, *, alpha: float = 1.5) -> Array:
     """f(w), infinite for w < 0; arguments and errors as for `f_conjugate`."""
     name = resolve_divergence(name, alpha)

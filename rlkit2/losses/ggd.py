@@ -29,6 +29,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 
 Array = TypeVar("Array", Tensor, NDArray[np.floating])
 
@@ -55,6 +56,7 @@ def _on_arrays(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return either
 
 
+@guarded()
 @_on_arrays
 def ggd_nll(
     values: Tensor,
@@ -106,6 +108,7 @@ def _smooth_power(x: Tensor, exponent: Tensor, smoothing: float) -> Tensor:
     return torch.where(zero, 0.0, torch.exp((exponent * log).clamp(max=LARGEST_EXPONENT)))
 
 
+@guarded()
 @_on_arrays
 def gaussian_nll(
     values: Tensor, targets: Tensor, variance: Tensor, *, floor: float = VARIANCE_FLOOR, reduction: str = "mean"
@@ -129,6 +132,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
 # Weights between members
 
 
+@guarded()
 @_on_arrays
 def shape_weights(shape: Tensor, axis: int = -2) -> Tensor:
     """beta / sum of beta over the members on `axis` (default: M of `[S, M, B]`): they sum to one, and 1 for a single member.
@@ -141,6 +145,7 @@ def shape_weights(shape: Tensor, axis: int = -2) -> Tensor:
 # Weights between samples, on the last axis
 
 
+@guarded()
 @_on_arrays
 def effective_sample_size(weights: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2 over the last axis: `[..., B]` -> `[...]`, between 1 and B."""
@@ -148,6 +153,7 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return scaled.sum(-1).square() / scaled.square().sum(-1)
 
 
+@guarded()
 @_on_arrays
 @torch.no_grad()
 def batch_inverse_variance(variance: Tensor, xi: Tensor | float = 0.0) -> Tensor:
@@ -165,6 +171,7 @@ def batch_inverse_variance(variance: Tensor, xi: Tensor | float = 0.0) -> Tensor
     return weights / weights.mean(-1, keepdim=True)
 
 
+@guarded()
 @_on_arrays
 @torch.no_grad()
 def solve_xi(variance: Tensor, min_effective: float) -> Tensor:
@@ -189,12 +196,14 @@ def solve_xi(variance: Tensor, min_effective: float) -> Tensor:
     return torch.where(enough, 0.0, high.exp())
 
 
+@guarded()
 def inverse_variance_weights(variance: Array, min_effective: float) -> Array:
     """`batch_inverse_variance` at the xi of `solve_xi`: as unequal as an effective sample size of `min_effective` allows."""
     weights: Array = batch_inverse_variance(variance, solve_xi(variance, min_effective))
     return weights
 
 
+@guarded()
 @_on_arrays
 def mbbe_variance(errors: Tensor, axis: int = -1, *, ddof: int = 1, floor: float = 0.0) -> Tensor:
     """The multiple of the sample variance with the least mean squared error, s^2 / (kappa/n + (n+1)/(n-1)).
@@ -225,6 +234,7 @@ def mbbe_variance(errors: Tensor, axis: int = -1, *, ddof: int = 1, floor: float
     return (variance / (kurtosis / count + (count + 1) / (count - 1))).clamp(min=floor)
 
 
+@guarded()
 def expected_minimum(count: int) -> float:
     """Minus the expected minimum of `count` standard normal numbers: 0.56 (2), 1.16 (5), 1.54 (10), 2.25 (50).
 

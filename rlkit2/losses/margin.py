@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 from rlkit2.losses.margin_base import MarginInputs, MarginLoss, Terms
 from rlkit2.losses.margin_table import MARGIN_LOSSES, alpha_reward, f_score
 
@@ -62,6 +63,7 @@ def get_margin_loss(name: str | MarginLoss) -> MarginLoss:
     return found
 
 
+@guarded()
 def margin_loss(name: str | MarginLoss, inputs: MarginInputs, **hyperparameters: Any) -> Any:
     """The loss of every pair, `[..., P]`; the training loss is its mean over pairs.
 
@@ -71,6 +73,7 @@ def margin_loss(name: str | MarginLoss, inputs: MarginInputs, **hyperparameters:
     return get_margin_loss(name).value(inputs, **hyperparameters)
 
 
+@guarded()
 def margin_coefficients(name: str | MarginLoss, inputs: MarginInputs, **hyperparameters: Any) -> tuple[Any, Any]:
     """`(d_w, d_l) = (-dloss/da, dloss/db)` of every pair in closed form, each `[..., P]`.
 
@@ -208,6 +211,7 @@ def _on_scores(
     return replace(base, name=name, terms=terms, ratio=f"{base.ratio}, times the scores' slopes", aliases=())
 
 
+@guarded()
 def length_desensitized_logp(token_logps: Tensor, mask: Tensor, other_length: Tensor, ld_alpha: float) -> Tensor:
     """LD-DPO's log-probability: tokens beyond the shorter completion's length count `ld_alpha` times (Liu et al. 2024).
 

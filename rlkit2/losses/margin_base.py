@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 
 Terms = tuple[Tensor, Tensor, Tensor]
 """`(value, d_w, d_l)`, each of shape `[..., P]`."""
@@ -48,6 +49,7 @@ class MarginInputs:
     context_chosen: Any = None
     from_numpy: bool = field(init=False, default=False)
 
+    @guarded()
     def __post_init__(self) -> None:
         names = [item.name for item in fields(self) if item.init]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 from rlkit2.losses.margin_base import MarginInputs, MarginLoss, Terms, softplus
 
 MARGIN_LOSSES: dict[str, MarginLoss] = {}
@@ -272,6 +273,7 @@ def _f_dpo(x: MarginInputs, beta: Any, divergence: str, alpha: Any = None) -> Te
     return softplus(-z), k * slope_w, k * slope_l
 
 
+@guarded()
 def f_score(divergence: str, ratio: Tensor, alpha: Any = 0.5) -> tuple[Tensor, Tensor]:
     """f-DPO's score `f'(pi/pi0)` of a log-ratio to the reference, and its slope (Wang et al. 2023).
 
@@ -397,6 +399,7 @@ def _alphapo(x: MarginInputs, beta: Any, gamma: Any, alpha: Any, label_smoothing
     return value, k * slope_w / x.len_chosen, k * slope_l / x.len_rejected
 
 
+@guarded()
 def alpha_reward(logp: Tensor, alpha: Any) -> tuple[Tensor, Tensor]:
     """AlphaPO's reward `(1 - p^-alpha)/alpha` of a log-probability, and its slope `p^-alpha`; alpha 0 is the log-probability itself."""
     if alpha == 0:

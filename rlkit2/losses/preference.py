@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError
+from rlkit2.guard import guarded
 from rlkit2.losses.margin_base import softplus
 
 
+@guarded()
 def bradley_terry_loss(
     return_w: Any, return_l: Any, *, label_mass: Any = 0.0, beta: Any = 1.0, margin: Any = 0.0, centering: float = 0.0
 ) -> Any:
@@ -43,6 +45,7 @@ def bradley_terry_loss(
     return _as_given(value, numpy)
 
 
+@guarded()
 def segment_advantage(logp: Any, *, alpha: float = 0.1, discount: float = 1.0) -> Any:
     """CPL's segment score `sum_t alpha discount^t log pi(a_t|s_t)` (Hejna et al. 2023, eq. 5): `[..., H]` to `[...]`."""
     if not 0.0 < discount <= 1.0:
@@ -52,6 +55,7 @@ def segment_advantage(logp: Any, *, alpha: float = 0.1, discount: float = 1.0) -
     return _as_given(alpha * (tensor * powers).sum(-1), not isinstance(logp, Tensor))
 
 
+@guarded()
 def cpl_loss(
     logp_w: Any, logp_l: Any, *, alpha: float = 0.1, lam: float = 0.5, discount: float = 1.0, label_mass: Any = 0.0
 ) -> Any:
@@ -77,6 +81,7 @@ def cpl_loss(
     return _as_given((1 - y) * softplus(lam * score_l - score_w) + y * softplus(lam * score_w - score_l), numpy)
 
 
+@guarded()
 def cpl_rank_loss(advantages: Any, scores: Any, *, lam: float = 0.5) -> Any:
     """CPL on all pairs that a ranking implies (the dense variant of Hejna et al. 2023).
 
@@ -95,6 +100,7 @@ def cpl_rank_loss(advantages: Any, scores: Any, *, lam: float = 0.5) -> Any:
     return _as_given((better * loss).sum((-2, -1)) / better.sum((-2, -1)).clamp(min=1), numpy)
 
 
+@guarded()
 def implicit_reward(q: Any, next_value: Any, *, discount: float, chi2: float = 0.5, clip: bool = True) -> Any:
     """IPL's reward `Q(s,a) - discount V(s')` (Hejna and Sadigh 2023, eq. 4); `V` clipped to `1/(chi2 (1-discount))` in size, its largest
     value under rewards that the chi2 penalty keeps within `1/chi2`.
@@ -106,6 +112,7 @@ def implicit_reward(q: Any, next_value: Any, *, discount: float, chi2: float = 0
     return _as_given(q_ - discount * v, numpy)
 
 
+@guarded()
 def ipl_loss(
     q_w: Any,
     q_l: Any,

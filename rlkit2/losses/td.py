@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlkit2.guard import guarded
 
+
+@guarded()
 def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discount: float) -> Tensor:
     """r + discount (1 - terminated) next_value; a truncated step bootstraps, a terminated one does not.
 
@@ -19,11 +22,13 @@ def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discoun
     return torch.add(rewards, continued, alpha=discount)
 
 
+@guarded()
 def expectile_slope(difference: Tensor, expectile: float) -> Tensor:
     """|expectile - 1(difference < 0)| difference, element by element; half the derivative of `expectile_loss`."""
     return expectile * F.leaky_relu(difference, (1.0 - expectile) / expectile)
 
 
+@guarded()
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     """|expectile - 1(difference < 0)| difference^2, element by element: asymmetric least squares (Newey and Powell, 1987).
 
@@ -34,6 +39,7 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     return expectile_slope(difference, expectile) * difference
 
 
+@guarded()
 def squared_error(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Regression of every ensemble member on the same targets.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
 import uuid
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
 from rlkit2.errors import ConfigError, RunError, first_line
+from rlkit2.files import make_folder, write_atomically
 from rlkit2.nn.actors import Actor, rebuild_actor
 from rlkit2.nn.encoders import as_rows, can_be_rebuilt, encoded_size, plans_of
 from rlkit2.nn.mlp import named_tensors
@@ -95,13 +94,14 @@ class Policy(nn.Module):
 
         Raises:
             ConfigError: the actor's network is one of your own, so nothing here could rebuild it.
+            WriteError: the folder cannot be written.
         """
         if not can_be_rebuilt(self.actor.network):
             raise ConfigError(
                 f"a policy on {type(self.actor.network).__name__} cannot be saved; save its state_dict yourself"
             )
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         pair = uuid.uuid4().hex  # both files carry it, so half a replacement is noticed
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
         content = save(tensors, metadata={"pair": pair})
@@ -116,8 +116,8 @@ class Policy(nn.Module):
             "metadata": self.metadata if metadata is None else metadata,
         }
         text = json.dumps(sealed(description, {"policy.safetensors": digest(content)}), indent=2) + "\n"
-        _replace(folder / "policy.safetensors", content)
-        _replace(folder / "policy.json", text.encode())
+        write_atomically(folder / "policy.safetensors", content)
+        write_atomically(folder / "policy.json", text)
 
 
 def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
@@ -207,14 +207,3 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
         for part, module in (("actor", policy.actor), ("normalizer", policy.normalizer))
         for name, tensor in named_tensors(module).items()
     }
-
-
-def _replace(target: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

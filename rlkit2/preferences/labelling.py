@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, parse_json, replace_file, transitions_hash
+from rlkit2.data.preferences import PreferenceDataset, SegmentIndex, parse_json, transitions_hash
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError, require
+from rlkit2.files import make_folder, write_atomically, writing
 from rlkit2.preferences.pictures import FrameRenderer, animation, offscreen, state_plot
 from rlkit2.preferences.samplers import PairModel, sample_pairs
 
@@ -131,11 +132,8 @@ class LabellingSession:
             "pairs": self.pairs,
             "answers": self.answers,
         }
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(self.out / SESSION_FILE, (json.dumps(session) + "\n").encode(), private=True)
-        except OSError as error:
-            raise DatasetError(f"cannot write {self.out / SESSION_FILE} ({error.strerror or error})") from error
+        make_folder(self.out)
+        write_atomically(self.out / SESSION_FILE, json.dumps(session) + "\n", private=True)
         self.labels().save(self.out)
 
     def labels(self) -> PreferenceDataset:
@@ -419,18 +417,16 @@ def serve_labelling(
 def _open(address: str, opener: Path) -> None:
     """Show an address through a file that only this person can read: everybody on this computer can read a browser's command line."""
     page = f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={address}"><a href="{address}">label</a>\n'
-    replace_file(opener, page.encode(), private=True)
+    write_atomically(opener, page, private=True)
     webbrowser.open(opener.resolve().as_uri())
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """One page at a time may write a folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with writing(folder):
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise DatasetError(f"cannot write the labels to {folder} ({error.strerror or error})") from error
     try:
         if fcntl is not None:
             try:

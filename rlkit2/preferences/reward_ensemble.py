@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.files import make_folder, write_atomically, write_json
 from rlkit2.nn import StackedMLP
 
 FORMAT = 1
@@ -286,17 +287,9 @@ class RewardEnsemble(nn.Module):
             "settings": self.settings,
             "description": self.description,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, data in (
-                ("reward.safetensors", self._bytes()),
-                ("reward.json", json.dumps(text, indent=2).encode()),
-            ):
-                temporary = folder / f".{name}.tmp"
-                temporary.write_bytes(data)
-                os.replace(temporary, folder / name)
-        except OSError as error:
-            raise RewardError(f"cannot write the reward model to {folder} ({error.strerror or error})") from error
+        make_folder(folder)
+        write_atomically(folder / "reward.safetensors", self._bytes())
+        write_json(folder / "reward.json", text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RewardEnsemble:

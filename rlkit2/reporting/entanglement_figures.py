@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from rlkit2.entanglement.geometry import REGIMES
 from rlkit2.errors import ConfigError
+from rlkit2.files import write_atomically
 from rlkit2.reporting.figures import svg
 from rlkit2.reporting.page import Tables, page
-from rlkit2.training.run_files import write_atomically
 
 Record = Mapping[str, Any]
 COLORS = {"ideal": "C2", "both_down": "C3", "both_up": "C1", "inverted": "C4", "still": "0.6", "undecided": "0.8"}

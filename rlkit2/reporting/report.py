@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from rlkit2.files import write_atomically
 from rlkit2.reporting.comparison import Comparison, compare
 from rlkit2.reporting.groups import Group
 from rlkit2.reporting.page import Tables, legend, page
@@ -26,7 +27,6 @@ from rlkit2.reporting.score_sections import (
     scores_section,
 )
 from rlkit2.training.run import Run
-from rlkit2.training.run_files import write_atomically
 
 
 def write_report(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import power_of_two
 from rlkit2.rewards.norms import rounding
 
@@ -32,6 +33,7 @@ def batched_advantage(reward: Tensor, transitions: Tensor, discount: Tensor | fl
     return reward + discount * ahead.reshape(*ahead.shape[:-1], states, actions) - values
 
 
+@guarded(RewardError)
 def batched_starc_distance(
     reward_a: Tensor,
     reward_b: Tensor,

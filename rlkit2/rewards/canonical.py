@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlkit2.errors import RewardError
 from rlkit2.fields import Checked, Fraction
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, any_floating, give_back, result_dtype
 from rlkit2.rewards.mdp import TabularMDP
 from rlkit2.rewards.minimal import P, minimal, minimal_potential
@@ -152,6 +153,7 @@ def common_process(mdp: TabularMDP, *rewards: Any) -> TabularMDP:
     return mdp.to(torch.float64) if wider else mdp
 
 
+@guarded(RewardError)
 def canonicalize(
     reward: Array,
     mdp: TabularMDP,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.fields import Checked, NonNegative
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, is_torch, power_of_two, result_dtype, to_float
 from rlkit2.rewards.canonical import Canonicalization, Canonicalizer, common_process
 from rlkit2.rewards.matrix import RewardDistanceMatrix, named_rewards
@@ -168,6 +169,7 @@ class Metric:
         )
 
 
+@guarded(RewardError)
 def starc_distance(
     reward_a: Array,
     reward_b: Array,
@@ -210,6 +212,7 @@ def starc_distance(
     return give_back(metric.finish(gap, sums, first_trivial | second_trivial), *given)  # type: ignore[no-any-return]
 
 
+@guarded(RewardError)
 def starc_matrix(
     rewards: Mapping[str, Array] | Iterable[Array],
     mdp: TabularMDP,
@@ -274,6 +277,7 @@ def default_tolerance(mdp: TabularMDP, *rewards: Any) -> float:
     return rounding(result_dtype(*rewards) if any_floating(*rewards) else mdp.dtype, mdp.discount)
 
 
+@guarded(RewardError)
 def epic_distance(
     reward_a: Array,
     reward_b: Array,
@@ -301,6 +305,7 @@ def epic_distance(
     return _compared("epic", reward_a, reward_b, mdp, coverage, convention, state_dist, action_dist, discount)
 
 
+@guarded(RewardError)
 def dard_distance(
     reward_a: Array,
     reward_b: Array,
@@ -318,6 +323,7 @@ def dard_distance(
     return _compared("dard", reward_a, reward_b, mdp, coverage, convention, None, action_dist, discount)
 
 
+@guarded(RewardError)
 def srrd_distance(
     reward_a: Array,
     reward_b: Array,

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from rlkit2.errors import MissingExtraError, RewardError
+from rlkit2.files import write_atomically
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -220,7 +220,5 @@ def _plain(value: Any) -> Any:
 
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_atomically(path, text)
     return text

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, give_back, sparse_matrix, to_float, to_tensor
 from rlkit2.rewards.dynamics import DenseDynamics, SparseDynamics
 
@@ -42,6 +43,7 @@ class TabularMDP:
     wrong shapes, `ConfigError` for a discount outside [0, 1).
     """
 
+    @guarded(RewardError)
     def __init__(self, transitions: Any, discount: float, initial_distribution: Array | None = None) -> None:
         self.discount = float(discount)
         if not (math.isfinite(self.discount) and 0.0 <= self.discount < 1.0):

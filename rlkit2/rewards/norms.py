@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
 from rlkit2.fields import Checked
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, Scalar, give_back, power_of_two, to_float
 from rlkit2.rewards.canonical import canonicalize
 from rlkit2.rewards.mdp import RewardWarning, TabularMDP
@@ -199,6 +200,7 @@ def warn_trivial(form: Tensor, axes: int, length: Tensor, size: Tensor, trivial:
         )
 
 
+@guarded(RewardError)
 def standardize(
     canonical: Array,
     norm: NormName = "l2",
@@ -229,6 +231,7 @@ def standardize(
     return give_back(scaled, canonical), give_back(size, canonical), bool(trivial)
 
 
+@guarded(RewardError)
 def minimal_norm(
     reward: Array, mdp: TabularMDP, *, p: P = 2, kind: Literal["minimal", "minimal_potential"] = "minimal"
 ) -> Scalar:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkit2.errors import RewardError
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, Scalar, give_back
 from rlkit2.rewards.dynamics import DenseDynamics, SparseDynamics, solve_sparse
 from rlkit2.rewards.mdp import TabularMDP
@@ -95,6 +96,7 @@ def expected_one(mdp: TabularMDP, reward: Any, name: str = "reward") -> Tensor:
     return expected
 
 
+@guarded(RewardError)
 def optimal_policy(reward: Array, mdp: TabularMDP, *, minimize: bool = False) -> Any:
     """The policy with the largest (with `minimize`, the smallest) return: one action per state, int64 `[S]`.
 
@@ -104,6 +106,7 @@ def optimal_policy(reward: Array, mdp: TabularMDP, *, minimize: bool = False) ->
     return give_back(optimal_actions(mdp, (-expected if minimize else expected)[None])[0], reward)
 
 
+@guarded(RewardError)
 def policy_return(policy: Array, reward: Array, mdp: TabularMDP) -> Scalar:
     """The discounted return `J = mu0 . V^pi` of a policy, `[S, A]` probabilities or `[S]` actions, under one reward."""
     from rlkit2.rewards.canonical import common_process

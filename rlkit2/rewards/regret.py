@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RewardError
+from rlkit2.guard import guarded
 from rlkit2.rewards.arrays import Array, Scalar, any_floating, give_back, power_of_two, result_dtype
 from rlkit2.rewards.canonical import Canonicalizer
 from rlkit2.rewards.mdp import TabularMDP
@@ -71,6 +72,7 @@ def _pair(flags: Tensor) -> tuple[bool, bool]:
     return first, second
 
 
+@guarded(RewardError)
 def regret(true: Array, proxy: Array, mdp: TabularMDP) -> Scalar:
     """What the policy that is optimal for `proxy` loses under `true`, as a share of the range of returns, in [0, 1].
 
@@ -90,6 +92,7 @@ def regret(true: Array, proxy: Array, mdp: TabularMDP) -> Scalar:
 def worst_case_regret(true: Array, proxy: Array, mdp: TabularMDP, method: Literal["dual"] = "dual") -> Scalar: ...
 @overload
 def worst_case_regret(true: Array, proxy: Array, mdp: TabularMDP, method: Literal["lp"]) -> tuple[Scalar, Any, Any]: ...
+@guarded(RewardError)
 def worst_case_regret(true: Array, proxy: Array, mdp: TabularMDP, method: str = "dual") -> Any:
     """The most that can be lost under `true` by a change of policy that `proxy` does not disapprove of, as a share of the range, in [0, 1].
 
@@ -194,6 +197,7 @@ class RegretBound:
         )
 
 
+@guarded(RewardError)
 def regret_bound(
     true: Array,
     proxy: Array,

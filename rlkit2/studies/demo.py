@@ -20,12 +20,12 @@ from rlkit2.api import load_dataset, train
 from rlkit2.data.audit.checks import audit
 from rlkit2.data.audit.findings import AuditReport
 from rlkit2.envs.rooms import RoomsVectorEnv, is_free
+from rlkit2.files import save_figure
 from rlkit2.reporting.comparison import Comparison, compare, group_runs
 from rlkit2.reporting.figures import learning_curves, svg
 from rlkit2.reporting.report import write_report
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run
-from rlkit2.training.run_files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,10 +88,7 @@ def run_demo(
     comparison = compare(list(runs.values()), baseline="bc")
     figure = demo_figure(dataset, runs)
     picture = Path(out) / "demo.png"
-    with writing(picture):
-        temporary = picture.with_name(".demo.tmp.png")
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(picture)
+    save_figure(figure, picture, dpi=130)
     page = write_report(
         list(runs.values()),
         Path(out) / "demo.html",

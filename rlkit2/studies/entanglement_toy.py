@@ -9,10 +9,8 @@ where it stopped.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,12 @@ from rlkit2.entanglement.mitigation import (
 from rlkit2.entanglement.probe import EntanglementProbe
 from rlkit2.entanglement.token_mask import TokenMask, masked_loss
 from rlkit2.errors import ConfigError
+from rlkit2.files import make_folder, write_atomically, write_json
 from rlkit2.losses.margin import MarginInputs, margin_coefficients, margin_loss
 from rlkit2.preferences.entanglement import PairBatch, SequenceScore, causal_lm_logp, pair_geometry
+from rlkit2.processes import run_jobs
 from rlkit2.studies.toy_language import PROMPT_LENGTH, SentimentGrammar, SmallGPT
-from rlkit2.training.run_files import read_json, write_atomically, write_json
+from rlkit2.training.run_files import read_json
 
 REMEDIES = {
     "none": "DPO alone",
@@ -251,7 +251,7 @@ def run_toy(
     config = config or ToyConfig()
     folder = Path(out)
     for name in ("fits", "runs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / name)
     _same_settings(folder, config)
     fits = list(dict.fromkeys((suffix, seed) for suffix, _, seed in config.runs))
     stages: list[list[tuple[Any, ...]]] = [
@@ -261,26 +261,13 @@ def run_toy(
     everything = len(fits) + len(config.runs)
     done = everything - sum(map(len, stages))
     for stage in stages:
-        for _ in _finished(stage, workers or os.cpu_count() or 1):
+        for _ in run_jobs(stage, workers or os.cpu_count() or 1):
             done += 1
             if progress:
                 progress(done, everything)
     summary = summarise([read_json(_run_path(folder, *run)) for run in config.runs], config)
     write_json(folder / "toy.json", summary)
     return summary
-
-
-def _finished(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[None]:
-    """Yield as jobs `(function, *arguments)` finish, in processes of their own where more than one is wanted."""
-    if min(workers, len(jobs)) <= 1:
-        for function, *arguments in jobs:
-            function(*arguments)
-            yield
-        return
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(*job) for job in jobs]):
-            future.result()
-            yield
 
 
 def _same_settings(folder: Path, config: ToyConfig) -> None:

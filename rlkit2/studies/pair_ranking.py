@@ -19,7 +19,8 @@ from rlkit2.entanglement.model_folder import ModelFolder
 from rlkit2.entanglement.pair_scores import FORWARD, GRADIENT, forward_scores, measured_scores
 from rlkit2.entanglement.scores import PairBatch
 from rlkit2.errors import ConfigError, DatasetError, first_line
-from rlkit2.training.run_files import JsonLines, read_json_lines, write_atomically
+from rlkit2.files import write_atomically
+from rlkit2.training.run_files import JsonLines, read_json_lines
 
 Line = dict[str, Any]
 MEASURED_AT_ONCE = 16

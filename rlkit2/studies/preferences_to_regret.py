@@ -33,6 +33,7 @@ from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.evaluation import evaluate_policy
 from rlkit2.evaluation.statistics import Estimate
 from rlkit2.fields import read_fields
+from rlkit2.files import make_folder, write_json
 from rlkit2.preferences.collecting import collect_preferences
 from rlkit2.preferences.evaluation import evaluate_reward, shuffled_labels, starc_to_truth
 from rlkit2.preferences.fitting import fit_reward_model
@@ -42,7 +43,7 @@ from rlkit2.preferences.teachers import ScriptedTeacher
 from rlkit2.studies.rank_tests import Measured, answers
 from rlkit2.sweeps import check_engine, run_folders
 from rlkit2.training.groups import BatchIndices, one_intraop_thread
-from rlkit2.training.run_files import read_json, write_json, writing
+from rlkit2.training.run_files import read_json
 
 Array = NDArray[np.float64]
 CONSTRUCTIONS = ("shaped", "noise", "offset", "blend")
@@ -216,8 +217,7 @@ def run_study(
     cells = {folder / "cells" / name: cell for name, cell in settings.cells.items()}
     waiting = [cell for cell in cells if not (cell / ROWS).exists()]
     for cell in waiting:
-        with writing(cell):
-            cell.mkdir(parents=True, exist_ok=True)
+        make_folder(cell)
         teacher, labels = cells[cell]
         write_json(cell / CELL, {"teacher": teacher, "labels": labels, "settings": settings.shared})
     ended: dict[Path, str] = {}
@@ -239,8 +239,7 @@ def run_study(
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
     """Make the folder that of a study with these settings; `RunError` where it is that of another one."""
     path = folder / "settings.json"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     before = read_json(path) if path.exists() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:

@@ -8,10 +8,9 @@ of an exact run over 384 processes, with all rewards and without those that are 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,11 +24,13 @@ from scipy import stats
 from torch import Tensor
 
 from rlkit2.errors import ConfigError, RunError
+from rlkit2.files import make_folder, save_figure, write_atomically, write_json
+from rlkit2.processes import run_jobs
 from rlkit2.rewards import TabularMDP
 from rlkit2.rewards.canonical import Canonicalizer
 from rlkit2.rewards.norms import Norm
 from rlkit2.rewards.planning import deterministic_returns, optimal_actions
-from rlkit2.training.run_files import read_json, write_atomically, write_json
+from rlkit2.training.run_files import read_json
 
 Floats = NDArray[np.float64]
 FORMS: dict[str, tuple[Any, Any]] = {
@@ -226,7 +227,7 @@ def run_study(
     Results are written every few processes: started again in the same folder with the same configuration, a killed study continues, to the
     same numbers. Raises `RunError` where `out` holds another study.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings = out / "study.json"
     if settings.exists() and read_json(settings) != asdict(config):
         raise RunError(f"{out} holds a study with other settings; give another folder, or delete it")
@@ -234,7 +235,7 @@ def run_study(
     starts = range(0, config.mdps, _PART)
     missing = [start for start in starts if not _part(out, start).exists()]
     done = len(starts) - len(missing)
-    for _ in _run_parts(config, missing, out, min(workers, len(missing))):
+    for _ in run_jobs([(_run_part, config, start, out) for start in missing], workers):
         done += 1
         if progress is not None:
             progress(min(done * _PART, config.mdps), config.mdps)
@@ -244,26 +245,8 @@ def run_study(
             parts.append(Comparisons(**{key: file[key] for key in file.files}))
     result = StudyResult(config, Comparisons.join(parts))
     write_atomically(out / "table.csv", result.to_csv())
-    result.figure().savefig(out / "distance_and_regret.svg")
+    save_figure(result.figure(), out / "distance_and_regret.svg")
     return result
-
-
-def _run_parts(config: StudyConfig, starts: Sequence[int], out: Path, workers: int) -> Iterator[None]:
-    """Yields whenever a part is on the disk."""
-    if workers <= 1:
-        for start in starts:
-            _run_part(config, start, out)
-            yield
-        return
-    with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        try:
-            for future in as_completed([pool.submit(_run_part, config, start, out) for start in starts]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _part(out: Path, start: int) -> Path:
@@ -273,11 +256,11 @@ def _part(out: Path, start: int) -> Path:
 def _run_part(config: StudyConfig, start: int, out: Path) -> None:
     stop = min(start + _PART, config.mdps)
     found = Comparisons.join([compare_process(config, index) for index in range(start, stop)])
-    temporary = out / f".{start:05d}.tmp.npz"
+    data = io.BytesIO()
     np.savez_compressed(
-        temporary, distances=found.distances, regret=found.regret, trivial=found.trivial, process=found.process
+        data, distances=found.distances, regret=found.regret, trivial=found.trivial, process=found.process
     )
-    temporary.replace(_part(out, start))
+    write_atomically(_part(out, start), data.getvalue())
 
 
 @dataclass(frozen=True)

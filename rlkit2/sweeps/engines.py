@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rlkit2.agents import agent_class, agent_source
 from rlkit2.api import load_dataset
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, require
-from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, sweep_status
-from rlkit2.sweeps.worker import SETTINGS, carry_out, train_experiment, work_name
+from rlkit2.files import make_folder, write_json, writing
+from rlkit2.processes import preemptible
+from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, steps_done, sweep_status
+from rlkit2.sweeps.worker import SETTINGS, SlurmWork, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
-from rlkit2.training.run_files import write_json, writing
 
 Work = Callable[[Path], str]  # does what a folder says and returns its status
 Report = Callable[[Path, str], None]  # folder whose work has ended, and its status
@@ -40,6 +40,7 @@ def run_sweep(
     device: str = "auto",
     options: Mapping[str, Any] | None = None,
     report: Callable[[Experiment, str], None] = lambda experiment, status: None,
+    until: int | None = None,
 ) -> dict[Experiment, str]:
     """Train every run of a sweep that is not finished; what was half done is resumed from its newest checkpoint.
 
@@ -51,9 +52,10 @@ def run_sweep(
         device: see `rlkit2.train`.
         options: for `ray.init`, or for submitit's `update_parameters` (`partition`, `timeout_min`, ...).
         report: called with each experiment that has ended and its status.
+        until: train up to this step only; a later call continues, to the same numbers.
 
     Returns:
-        The status of every experiment: `finished`, `failed`, or the error that ended it.
+        The status of every experiment: `finished`, `failed`, `paused` (at `until`), or the error that ended it.
 
     Raises:
         ConfigError, DatasetError: an unknown engine, or a dataset that cannot be opened, before anything is trained.
@@ -65,15 +67,18 @@ def run_sweep(
     root = Path(out).resolve() / sweep.name
     folders = {root / experiment.folder: experiment for experiment in sweep.experiments}
     status = {folder: sweep_status(folder) for folder in folders}
-    waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed")]
+    if until is not None:
+        status |= {
+            folder: "paused" for folder, text in status.items() if text == "interrupted" and steps_done(folder) >= until
+        }
+    waiting = [folder for folder in folders if status.get(folder) not in ("finished", "failed", "paused")]
     opened = {(one.dataset, ReadingOptions(**one.reading)) for one in (folders[folder] for folder in waiting)}
     for source, reading in sorted(opened, key=str):
         load_dataset(source, **reading.arguments(), trust_env=sweep.trust_env)  # cached once, not by every run
     for folder in waiting:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / ENDED).unlink(missing_ok=True)
-        settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env}
+        settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env, "until": until}
         if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
             settings["agent"] = agent_source(agent_class(settings["agent"])) or settings["agent"]
         write_json(folder / SETTINGS, settings)
@@ -132,32 +137,27 @@ def run_locally(work: str, folders: Sequence[Path], jobs: int, options: Mapping[
     """`jobs` processes at a time; Ctrl-C is passed on to each once, so that all of them save."""
     waiting, running = list(folders), dict[Path, subprocess.Popen[str]]()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                folder = waiting.pop(0)
-                running[folder] = _start(work, folder)
-            time.sleep(0.1)
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                report(folder, _ended(running.pop(folder), folder))
-    except BaseException:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for folder, process in running.items():
-            process.wait()
-            report(folder, _ended(process, folder))
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with preemptible():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    folder = waiting.pop(0)
+                    running[folder] = _start(work, folder)
+                time.sleep(0.1)
+                for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                    report(folder, _ended(running.pop(folder), folder))
+        except BaseException:
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+            for folder, process in running.items():
+                process.wait()
+                report(folder, _ended(process, folder))
+            raise
 
 
 def _start(work: str, folder: Path) -> subprocess.Popen[str]:
     """A process of its own session: a terminal's Ctrl-C reaches it through this one alone."""
-    with open(folder / "log.txt", "a") as log:
+    with writing(folder / "log.txt"), open(folder / "log.txt", "a") as log:
         command = [sys.executable, "-m", "rlkit2.sweeps.worker", work, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
 
@@ -211,7 +211,7 @@ def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping
     executor = submitit.AutoExecutor(folder=folders[0].parent / "slurm", cluster=options.get("cluster"))
     executor.update_parameters(**{name: value for name, value in options.items() if name != "cluster"})
     waiting = dict(
-        zip(folders, executor.map_array(carry_out, [work] * len(folders), list(map(str, folders))), strict=True)
+        zip(folders, executor.map_array(SlurmWork(), [work] * len(folders), list(map(str, folders))), strict=True)
     )
 
     def result(job: Any) -> str:

@@ -14,6 +14,19 @@ agent = ["bc", "iql"]
 [[runs]]                              # and these, one by one
 agent = "odice"
 config.lambda_ = 0.7
+
+In place of a grid and of runs, a search chooses:
+
+[search]
+metric = "min:policy/loss"            # as for --stop-when
+trials = 20
+method = "random"                     # or "optuna", which learns from the trials before
+seed = 0
+batch = 4                             # trials that are chosen together
+prune = [1000, 3000]                  # steps at which trials that are worse than the median of all so far end
+[search.space]
+"config.learning_rate" = { low = 1e-4, high = 1e-2, log = true }
+"config.hidden_sizes" = [[64, 64], [256, 256]]
 """
 
 from __future__ import annotations
@@ -35,11 +48,14 @@ from rlkit2.agents.base import as_seeds
 from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
+from rlkit2.sweeps.space import SAMPLERS, Space, read_space
 from rlkit2.toml import read_toml
 from rlkit2.training import Run
 from rlkit2.training.loggers import check_names
 from rlkit2.training.options import SECTIONS as OPTIONS
+from rlkit2.training.options import TrainingOptions
 from rlkit2.training.run_files import read_json
+from rlkit2.training.selection import Goal, read_goal
 
 SECTIONS = ("config", *OPTIONS)
 NAMES = ("agent", "dataset", "seeds", "env", "loggers")
@@ -72,13 +88,29 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What is searched for and how. `steps`: updates of a whole trial; `base`: what all trials share."""
+
+    goal: Goal
+    space: Space
+    trials: int
+    method: str
+    seed: int
+    batch: int
+    prune: tuple[int, ...]
+    steps: int
+    base: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """The experiments of a file; `trust_env`: environments are built as it and its datasets say."""
+    """The experiments of a file, or its search, which makes them; `trust_env`: environments are built as it and its datasets say."""
 
     path: Path
     name: str
     experiments: tuple[Experiment, ...]
     trust_env: bool = False
+    search: Search | None = None
 
 
 def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Sweep:
@@ -96,8 +128,9 @@ def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Swee
     path = Path(path)
     content = read_toml(path, "sweep")
     try:
-        _check_names(content, ("name", "base", "grid", "runs"), "the file")
-        settings = [*_grid(content.get("base", {}), content.get("grid", {})), *_listed(content)]
+        _check_names(content, ("name", "base", "grid", "runs", "search"), "the file")
+        search = _search(content) if "search" in content else None
+        settings = [] if search else [*_grid(content.get("base", {}), content.get("grid", {})), *_listed(content)]
         if "grid" not in content and "runs" in content:
             settings = settings[1:]  # the base alone is not a run
         experiments = tuple(_experiment(values, label) for values, label in settings)
@@ -112,7 +145,51 @@ def load_sweep(path: str | os.PathLike[str], *, trust_env: bool = False) -> Swee
     name = content.get("name", path.stem)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w .=+-]*", name):  # a folder below `out` and nowhere else
         raise ConfigError(f"sweep {path}: name must be a plain name of a folder, not {name!r}")
-    return Sweep(path, name, experiments, trust_env)
+    return Sweep(path, name, experiments, trust_env, search)
+
+
+def trial_experiment(sweep: Sweep, number: int, values: Mapping[str, Any]) -> Experiment:
+    """The run of a trial with these values.
+
+    Raises:
+        ConfigError: the values do not fit the agent; the message names the trial.
+    """
+    assert sweep.search is not None
+    settings = copy.deepcopy(dict(sweep.search.base))
+    for name, value in values.items():
+        _assign(settings, name, value)
+    return _experiment(settings, f"trial={number} {_label(values)}")
+
+
+def _search(content: Mapping[str, Any]) -> Search:
+    """The `[search]` of a file, checked as far as that goes before a trial is chosen."""
+    given = content["search"]
+    known = ("metric", "trials", "method", "seed", "batch", "prune", "space")
+    _check_names(given, known, "search")
+    if "grid" in content or "runs" in content:
+        raise ConfigError("search stands in place of [grid] and [[runs]]; leave them out")
+    if not isinstance(given.get("metric"), str):
+        raise ConfigError('search names no metric; add metric = "min:policy/loss" or another column of metrics.csv')
+    numbers = {"trials": given.get("trials", 20), "seed": given.get("seed", 0), "batch": given.get("batch", 4)}
+    for name, value in numbers.items():
+        if type(value) is not int or value < (name != "seed"):
+            raise ConfigError(f"search: {name} must be a whole number of at least {int(name != 'seed')}, not {value!r}")
+    method, prune, base = given.get("method", "random"), given.get("prune", []), content.get("base", {})
+    if method not in SAMPLERS:
+        raise ConfigError(f"search: method must be one of {', '.join(SAMPLERS)}, not {method!r}")
+    steps = TrainingOptions(**read_fields(TrainingOptions, base.get("training", {}))).steps
+    if (
+        not isinstance(prune, list)
+        or any(type(s) is not int or not 0 < s < steps for s in prune)
+        or sorted({*prune}) != prune
+    ):
+        raise ConfigError(f"search: prune must be rising steps below {steps}, not {prune!r}")
+    space = read_space(given.get("space"))
+    if "training.steps" in space:
+        raise ConfigError("search: trials of unequal steps cannot be compared; leave training.steps out of the space")
+    return Search(
+        read_goal(given["metric"]), space, method=method, prune=tuple(prune), steps=steps, base=base, **numbers
+    )
 
 
 def _grid(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -209,7 +286,7 @@ def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
             raise ConfigError(
                 f"{what} has an unknown entry {name!r}; {f'did you mean {close[0]}?' if close else 'there are ' + ', '.join(known)}"
             )
-        if name in (*SECTIONS, "base", "grid") and not isinstance(value, dict):
+        if name in (*SECTIONS, "base", "grid", "search") and not isinstance(value, dict):
             raise ConfigError(f"{what}: {name} must be a section, not {value!r}")
 
 
@@ -241,3 +318,9 @@ def find_run(folder: Path) -> Run | None:
     """The run in an experiment's folder, or None."""
     found = sorted(folder.glob("*/config.json"))
     return Run(found[-1].parent) if found else None
+
+
+def steps_done(folder: Path) -> int:
+    """The step of the newest checkpoint of the run in an experiment's folder; 0 without one."""
+    run = find_run(folder)
+    return 0 if run is None else max(run.checkpoints, default=0)

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlkit2.api import train
-from rlkit2.errors import ConfigError, RLKitError, first_line
+from rlkit2.errors import ConfigError, Preempted, RLKitError, first_line, require
+from rlkit2.processes import end_with, preemptible
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.run_files import read_json
 
@@ -27,7 +26,7 @@ def train_experiment(folder: Path) -> str:
     """Train what `experiment.json` in the folder says: begin it, resume it, or leave it alone if it is finished.
 
     Returns:
-        The status of the run: `finished` or `failed` (all seeds stopped).
+        The status of the run: `finished`, `failed` (all seeds stopped) or `paused` (at the step that the settings name).
     """
     settings: dict[str, Any] = read_json(folder / SETTINGS)
     run = find_run(folder)
@@ -43,6 +42,7 @@ def train_experiment(folder: Path) -> str:
             trust_env=settings["trust_env"],
             loggers=settings["loggers"],
             progress=False,
+            until=settings.get("until"),
             **settings["data"],
             **settings["training"],
             **settings["reading"],
@@ -56,8 +56,9 @@ def train_experiment(folder: Path) -> str:
             trust_env=settings["trust_env"],
             loggers=settings["loggers"],
             progress=False,
+            until=settings.get("until"),
         )
-    return run.status
+    return "paused" if settings.get("until") and run.status == "interrupted" else run.status
 
 
 def work_name(work: Callable[[Path], str]) -> str:
@@ -91,7 +92,35 @@ def carry_out(name: str, folder: str) -> str:
     Whatever is raised ends this piece of work and no other; an error that is not ours leaves its traceback in the folder's `log.txt`.
     """
     try:
+        return attempt(name, folder)
+    except Preempted:
+        return "interrupted"
+
+
+class SlurmWork:
+    """`carry_out` for submitit: work that Slurm wants to stop is saved, then goes back into the queue, where submitit puts it."""
+
+    def __call__(self, name: str, folder: str) -> str:
+        """See `carry_out`."""
+        try:
+            with preemptible():
+                return attempt(name, folder)
+        except Preempted as preempted:
+            if callable(signal.getsignal(preempted.number)):  # submitit's, which waits for one of these signals
+                signal.raise_signal(preempted.number)
+            return "interrupted"
+
+    def checkpoint(self, name: str, folder: str) -> Any:
+        """What submitit puts into the queue: the same work, which finds what it has saved."""
+        return require("submitit", extra="slurm").helpers.DelayedSubmission(self, name, folder)
+
+
+def attempt(name: str, folder: str) -> str:
+    """As `carry_out`, but `Preempted` is raised."""
+    try:
         return find_work(name)(Path(folder))
+    except Preempted:
+        raise
     except KeyboardInterrupt:
         return "interrupted"
     except RLKitError as error:
@@ -103,15 +132,8 @@ def carry_out(name: str, folder: str) -> str:
         return f"error: {type(error).__name__}: {first_line(error)}; see {log}"
 
 
-def _end_with(parent: int) -> None:
-    """Interrupt this process when its parent is gone: what was killed must not run on beside what is started in its place."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGINT))
     status = json.dumps(carry_out(*sys.argv[1:]))
     sys.stdout.write(f"\n{status}\n")  # the last line, whatever was printed before

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
 from rlkit2.errors import RunError, first_line
-from rlkit2.training.run_files import read_json, sync_folder, write_synced, writing
+from rlkit2.files import sync_folder, write_synced, writing
+from rlkit2.training.run_files import read_json
 
 FORMAT = 2  # 1 had no checksums
 STATE = "state.safetensors"

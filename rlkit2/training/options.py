@@ -20,6 +20,7 @@ from rlkit2.fields import (
     read_fields,
     show_fields,
 )
+from rlkit2.training.selection import read_goal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,15 @@ class TrainingOptions(Checked):
     eval_episodes: Count = 10
     # updates between two checkpoints; default: a twentieth of the steps, at most 10000
     checkpoint_every: Count | None = None
+    # min:METRIC or max:METRIC (a loss or evaluation/score needs no min or max): end with the checkpoint at which it is best; default: the last one
+    stop_when: str | None = None
+    # checkpoints in a row without a new best (evaluations, for evaluation/score) after which `stop_when` ends the training
+    patience: Count = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stop_when is not None:
+            read_goal(self.stop_when)
         defaults = {
             "log_every": max(1, min(1000, self.steps // 100)),
             "eval_every": self.steps,

@@ -12,22 +12,19 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkit2.errors import RLKitError, RunError, first_line
+from rlkit2.files import write_atomically, write_json, writing
 from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
-from rlkit2.training.run_files import read_json, read_json_lines, write_atomically, write_json, writing
+from rlkit2.training.ownership import Owner, is_owned, owned
+from rlkit2.training.run_files import read_json, read_json_lines
 from rlkit2.training.schemas import check_config, check_evaluation, check_manifest, check_metrics
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from rlkit2.agents.base import Agent
@@ -130,23 +127,7 @@ class Run:
         """`created`, `running`, `interrupted`, `finished`, `failed` (every seed stopped), or `died`: killed, or ended by an error (`error` in the
         manifest), and to be resumed."""
         status = str(self.manifest.get("status", "created"))
-        return "died" if status == "running" and not self._in_use() else status
-
-    def _in_use(self) -> bool:
-        """Whether a process holds the run; taken for granted where the system cannot tell."""
-        if fcntl is None:
-            return True
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # held, or a file system without locks
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return "died" if status == "running" and not is_owned(self.path) else status
 
     def update_manifest(self, **changes: Any) -> None:
         """Change entries of the manifest."""
@@ -234,26 +215,13 @@ class Run:
         writer.writerows(lines)
         write_atomically(self.path / "metrics.csv", text.getvalue())
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing; the system gives it back even when the process is killed.
+    def lock(self, say: Callable[[str], None] = lambda text: None) -> AbstractContextManager[Owner]:
+        """Hold the run for writing, see `rlkit2.training.ownership.owned`; `say` is told when a dead owner's place is taken.
 
         Raises:
-            RunError: another process trains this run.
+            RunError: another process trains this run, on this machine or on another one.
         """
-        with writing(self.path):
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise RunError(
-                        f"{self.path} is being trained by another process; wait for it or stop it first"
-                    ) from error
-            yield
-        finally:
-            os.close(descriptor)
+        return owned(self.path, say)
 
 
 @contextmanager

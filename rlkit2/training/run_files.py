@@ -1,72 +1,17 @@
-"""Files of a run: whole files appear by atomic rename, growing ones are JSON lines that can be cut back to a checkpoint."""
+"""Files of a run: JSON that is read through a check, and JSON lines that grow and can be cut back to a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rlkit2.errors import RunError, first_line
+from rlkit2.files import writing
 
 LARGEST = 2**30  # bytes of a file that is read as a whole
-
-
-class WriteError(RunError):
-    """A full disk or a read-only folder."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (full disk, read-only folder) below `path` into one clear `WriteError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"cannot write {path}: {reason}; make room there or name another place") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace `path` in one step: a reader, or a kill at any moment, sees the old or the new content, never a part.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            write_synced(temporary, data.encode() if isinstance(data, str) else data)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically, indented for people."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, check: Callable[[Any], None] | None = None) -> dict[str, Any]:
@@ -133,6 +78,12 @@ class JsonLines:
                 written = os.write(self._descriptor, data)
                 self.size += written
                 data = data[written:]
+
+    def cut(self, size: int) -> None:
+        """Take back what was appended beyond `size` bytes."""
+        with writing(self.path):
+            os.ftruncate(self._descriptor, size)
+        self.size = size
 
     def sync(self) -> None:
         """Wait until everything appended is on the disk (before a checkpoint refers to it)."""

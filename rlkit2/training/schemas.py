@@ -51,6 +51,9 @@ FACTS: Schema = {
     "groups": tuple[tuple[int, ...], ...],
     "sizes": Object,
 }
+FACTS_MORE: Schema = {"rule": Object}
+RULE: Schema = {"chosen": Object | None, "judged": Natural, "waited": Natural, "ended": bool}
+CHOSEN: Schema = {"step": Natural, "after": Natural, "value": float}
 LINE: Schema = {"step": Natural, "seed": int}
 EVALUATION: Schema = {
     **LINE,
@@ -104,7 +107,11 @@ def check_manifest(values: Any) -> None:
 
 def check_facts(values: Any, seeds: list[int], files: tuple[str, ...]) -> None:
     """Raise `SchemaError` unless `values` are those of a checkpoint of a run with these seeds and growing files."""
-    check(values, FACTS)
+    check(values, FACTS, FACTS_MORE)
+    if "rule" in values:
+        check(values["rule"], RULE, where="rule.")
+        if values["rule"]["chosen"] is not None:
+            check(values["rule"]["chosen"], CHOSEN, where="rule.chosen.")
     if values["best"] is not None:
         check(values["best"], BEST, where="best.")
     check(values["sizes"], dict.fromkeys(files, Natural), where="sizes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -15,17 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit2.errors import RunError, first_line
+from rlkit2.errors import Preempted, RunError, first_line
+from rlkit2.files import WriteError
 from rlkit2.nn import fast_matmul
 from rlkit2.nn.encoders import can_be_rebuilt
+from rlkit2.processes import PREEMPTING
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
+from rlkit2.training.ownership import Owner, TakenOverError
 from rlkit2.training.progress import Progress
 from rlkit2.training.run import Run, agent_state, describe_start, fitting
-from rlkit2.training.run_files import JsonLines, WriteError, writing
+from rlkit2.training.run_files import JsonLines
 from rlkit2.training.schemas import check_facts
+from rlkit2.training.selection import SCORE, Goal, StopRule, mean_over, score_lines
 
 if TYPE_CHECKING:
     from rlkit2.agents.base import Agent
@@ -55,6 +60,7 @@ class Trainer:
         progress: what the user sees.
         groups: seeds trained together by one agent; default `seed_groups`. A seed learns the same in any group up to rounding
             (vectorised sums round by where a number lies in memory), so a run keeps the groups it began with, bit for bit.
+        until: stop at this step as if interrupted, but without raising anything.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress: Progress | None = None,
         groups: Callable[[Sequence[int], torch.device], list[tuple[int, ...]]] = seed_groups,
+        until: int | None = None,
     ) -> None:
         self.run = run
         self.options = TrainingOptions(**run.config["training"])
@@ -81,6 +88,7 @@ class Trainer:
         self.loggers = loggers
         self.progress = progress or Progress(None)
         self.make_groups = groups
+        self.until = self.options.steps if until is None else min(until, self.options.steps)
         self.step = 0
         self.work = 0  # multiplications of an update's largest product, in the largest group as it began
         self.parts: list[tuple[int, ...]] = []  # the groups the run began with
@@ -88,8 +96,11 @@ class Trainer:
         self.stopped: dict[int, dict[str, Any]] = {}  # seed -> step, metric, rows of its batch, last finite checkpoint
         self.frozen: dict[int, dict[str, Tensor]] = {}  # seed -> its state at that checkpoint
         self.best: dict[str, Any] | None = None  # step and score of the best evaluation
+        self.rule = StopRule(self.options.stop_when, self.options.patience) if self.options.stop_when else None
         self.files: dict[str, JsonLines] = {}
         self._stop = threading.Event()
+        self._signal = signal.SIGINT  # what asked for the stop
+        self._owner: Owner | None = None
         self._warned: set[str] = set()
 
     @property
@@ -97,31 +108,39 @@ class Trainer:
         """Seeds that still learn."""
         return [seed for seed in self.seeds if seed not in self.stopped]
 
+    @property
+    def _ended(self) -> bool:
+        """Whether a stop rule has ended the training."""
+        return self.rule is not None and self.rule.ended
+
     def fit(self) -> None:
         """Train to the last step.
 
         Raises:
-            KeyboardInterrupt: after SIGINT or SIGTERM, with everything saved.
+            KeyboardInterrupt: after SIGINT, with everything saved; `Preempted`, a kind of it, after SIGTERM, SIGUSR1 or SIGUSR2.
             RunError: a file cannot be written, or another process trains this run.
         """
-        with self.run.lock(), one_intraop_thread(self.device), self._signals():
+        with self.run.lock(self.progress.message) as self._owner, one_intraop_thread(self.device), self._signals():
             try:
                 self._start()
                 began, first = time.perf_counter(), self.step
                 self.progress.start(
                     self.seeds, self.options.steps, lambda: self.groups[0].step if self.groups else self.step
                 )
-                while self.step < self.options.steps and self.active:
+                while self.step < self.until and self.active and not self._ended:
                     target = self._next_stop()
                     with fast_matmul(self.device, self.work):
-                        advance_groups(self.groups, target, self._stop)
+                        advance_groups(self.groups, min(target, self.until), self._stop)
                     self.step = self.groups[0].step
                     if self.step == target:
                         self._synchronise()
-                    if self._stop.is_set() and self.step < self.options.steps:
+                    if self._stop.is_set() and self.step < self.options.steps and not self._ended:
                         self._finish("interrupted", began, first)
-                        raise KeyboardInterrupt
-                self._finish("finished" if self.active else "failed", began, first)
+                        raise Preempted(self._signal) if self._signal in PREEMPTING else KeyboardInterrupt
+                paused = self.active and not self._ended and self.step < self.options.steps
+                self._finish("interrupted" if paused else "finished" if self.active else "failed", began, first)
+            except TakenOverError:
+                raise
             except WriteError as error:
                 if not self.run.checkpoints:
                     raise
@@ -150,10 +169,20 @@ class Trainer:
 
     def _synchronise(self) -> None:
         """Log, evaluate and save what is due."""
+        if self._owner is not None:
+            self._owner.check()
         self._log()
-        evaluate = self.evaluator is not None and bool(self.active) and self._due("eval_every", self.step)
+        by_score = self.rule is not None and self.rule.goal.metric == SCORE
+        if not by_score and self._due("checkpoint_every", self.step):
+            self._judge()
+        due = self._due("eval_every", self.step) or (self._ended and self.options.eval_every != 0)
+        evaluate = self.evaluator is not None and bool(self.active) and due
         if evaluate:
+            size = self.files["evaluations"].size
             self._evaluate()
+            if by_score and self._judge():
+                self.files["evaluations"].cut(size)  # the last evaluation is that of the policy that stays
+                self._evaluate()
         if evaluate or self._due("checkpoint_every", self.step) or not self.active:
             self._save()
 
@@ -178,6 +207,8 @@ class Trainer:
                 }
             )
         self.files["metrics"].append(lines)
+        if self.rule is not None and lines:
+            self.rule.check([*lines[0], *([SCORE] if self.evaluator is not None else [])])
         self._tell(lines)
         self._warn(lines)
         if bad:
@@ -202,13 +233,48 @@ class Trainer:
         rows = self.evaluator(agent.policy, self.step)
         lines = [{"step": self.step, **row, "seed": seed} for seed, row in zip(seeds, rows, strict=True)]
         self.files["evaluations"].append(lines)
-        scores = [mean_score(line) for line in lines]
-        score = float(np.mean(scores))
-        if self.best is None or score > self.best["score"]:
-            self.best = {"step": self.step, "score": score}
+        self._find_best()
         normalized = all(line.get("normalized_scores") is not None for line in lines)
-        name = "evaluation/score" if normalized else "evaluation/return"
-        self._tell([{"step": self.step, "seed": seed, name: score} for seed, score in zip(seeds, scores, strict=True)])
+        name = SCORE if normalized else "evaluation/return"
+        self._tell([{"step": self.step, "seed": line["seed"], name: line[SCORE]} for line in score_lines(lines)])
+
+    def _find_best(self) -> None:
+        """Compare this evaluation with the best one so far, both over the seeds that still learn."""
+        score = self._value(SCORE, self.step - 1, self.step)
+        if self.best is not None:
+            self.best["score"] = self._value(SCORE, self.best["step"] - 1, self.best["step"])
+        if Goal(SCORE, rising=True).better(score, math.nan if self.best is None else self.best["score"]):
+            self.best = {"step": self.step, "score": score}
+
+    # ---- a metric that says when to stop ------------------------------------------------------------------------------
+
+    def _value(self, metric: str, after: int, until: int) -> float:
+        """Mean of a metric over the seeds that still learn and the log lines from step `after` + 1 to `until`; read from the files, which a resume
+        puts back to where they were."""
+        lines = score_lines(self.run.evaluations()) if metric == SCORE else self.run.metrics()
+        return mean_over(lines, metric, self.active, after, until)
+
+    def _judge(self) -> bool:
+        """Whether the training ends here by its stop rule, with the weights of an earlier checkpoint, which are taken back."""
+        if self.rule is None or not self.active:
+            return False
+        self.rule.judge(self.step, self._value, last=self.step == self.options.steps)
+        return self.rule.ended and self._take_chosen()
+
+    def _take_chosen(self) -> bool:
+        """Go back to the weights of the chosen checkpoint; False where they are those of now."""
+        assert self.rule is not None
+        assert self.rule.chosen is not None
+        step = self.rule.chosen["step"]
+        if step == self.step:
+            return False
+        _, generators = self._states()
+        states = _slices(agent_state(self.run.checkpoint(step)), self.seeds)
+        self._build(states, generators)
+        self.progress.message(
+            f"{self.options.stop_when} was best at step {step}; training ends at step {self.step} with the weights of then"
+        )
+        return True
 
     def _tell(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for logger in (self.progress, *self.loggers):
@@ -265,6 +331,8 @@ class Trainer:
                 check_facts(facts, self.seeds, GROWING)
             self.stopped = {int(seed): record for seed, record in facts["stopped"].items()}
             self.best = facts["best"]
+            if self.rule is not None:
+                self.rule.restore(facts["rule"])
             self._warned = set(facts["warned"])
             if facts.get("device") == self.device.type:
                 self.parts = [tuple(part) for part in facts["groups"]]
@@ -342,6 +410,7 @@ class Trainer:
             "warned": sorted(self._warned),
             "device": self.device.type,
             "groups": self.parts,
+            **({} if self.rule is None else {"rule": self.rule.facts}),
         }
         if interrupted:
             taken = [group.metrics.take() for group in self.groups]
@@ -362,7 +431,7 @@ class Trainer:
         """The last two checkpoints, the best, and those a stopped seed went back to; an interruption's own comes on top."""
         regular = [step for step in self.run.checkpoints if not self._is_interruption(step)]
         newer = {step for step in self.run.checkpoints if not regular or step > regular[-1]}
-        best = {self.best["step"]} if self.best else set()
+        best = {found["step"] for found in (self.best, self.rule and self.rule.chosen) if found}
         return {*regular[-2:], *newer, *best, *(record["last_finite_checkpoint"] for record in self.stopped.values())}
 
     def _is_interruption(self, step: int) -> bool:
@@ -401,8 +470,7 @@ class Trainer:
         }
         policy = self._whole_agent(self.seeds).policy
         if can_be_rebuilt(policy.actor.network):
-            with writing(self.run.path / "policy"):
-                policy.save(self.run.path / "policy", facts)
+            policy.save(self.run.path / "policy", facts)
         else:  # nothing could rebuild it without its code
             kind = type(policy.actor.network).__name__
             self.progress.message(
@@ -416,6 +484,7 @@ class Trainer:
             seconds=round(self.run.manifest.get("seconds", 0.0) + seconds, 3),
             updates_per_second=round((self.step - first) / seconds, 3) if seconds > 0 else None,
             best=self.best,
+            **({} if self.rule is None else {"chosen": self.rule.chosen}),
         )
         for seed, record in self.stopped.items():
             self.progress.message(
@@ -426,7 +495,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the run to save and stop, a second one ends it at once."""
+        """The first SIGINT, or signal by which a machine is asked for, lets the run save and stop, a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -434,21 +503,16 @@ class Trainer:
         def ask(number: int, frame: FrameType | None) -> None:
             if self._stop.is_set():
                 raise KeyboardInterrupt
+            self._signal = signal.Signals(number)
             self._stop.set()
             self.progress.status("saving")
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *PREEMPTING)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def mean_score(line: Mapping[str, Any]) -> float:
-    """The score of one line of `evaluations.jsonl`: mean normalised score, or mean return where there is none."""
-    scores = line.get("normalized_scores") or line["returns"]
-    return float(np.mean([np.nan if score is None else score for score in scores]))
 
 
 def _slices(state: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[int, dict[str, Tensor]]:

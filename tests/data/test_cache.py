@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ import rlkit2.data.cache as cache
 import rlkit2.data.sources.minari as minari_source
 from rlkit2.data import DatasetWarning, read_dataset
 from rlkit2.data.cache import verify
+from rlkit2.data.folders import OWNER, remove_leftovers
+from rlkit2.processes import this_machine
 from tests.data.make import FAMILIES, Ending, box, make_minari
 
 ENDINGS = [Ending(4, True, False), Ending(6, False, True)]
@@ -53,6 +56,7 @@ def test_second_opening_reads_the_cache_only(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert verify(second)
     assert sorted(path.name for path in entry(tmp_path).iterdir()) == [
+        "blocks.npy",
         "dataset.json",
         "episode_starts.npy",
         "records.bin",
@@ -194,11 +198,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_built_again_with_a_message(tmp_path: Path, damage: str) -> None:
     made = make_minari(ENDINGS, *FAMILIES["box32"])
-    first = read_dataset(made.spec.dataset_id)
+    before = read_dataset(made.spec.dataset_id).observations.clone()
     DAMAGES[damage](entry(tmp_path))
     with pytest.warns(DatasetWarning, match="damaged .* built again"):
         second = read_dataset(made.spec.dataset_id)
-    assert torch.equal(first.observations, second.observations)
+    assert torch.equal(before, second.observations)
     assert verify(read_dataset(made.spec.dataset_id))
 
 
@@ -300,3 +304,21 @@ def test_sampling_from_the_map_keeps_nothing_in_memory() -> None:
     assert dataset.nbytes > 45e6
     assert seen.float().mean() > 0.95
     assert anonymous_memory() - before < 10
+
+
+def test_what_a_killed_process_left_goes_at_once_and_that_of_living_or_distant_ones_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owners = {
+        "dead": [this_machine(), dead.pid],
+        "living": [this_machine(), os.getppid()],
+        "distant": ["elsewhere", dead.pid],
+    }
+    for name, owner in owners.items():
+        (tmp_path / f".building-{name}").mkdir()
+        (tmp_path / f".building-{name}" / OWNER).write_text(json.dumps(owner))
+    (tmp_path / ".building-nobody").mkdir()
+    remove_leftovers(tmp_path, ".building-*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".building-{name}" for name in ("distant", "living", "nobody")
+    ]

@@ -361,7 +361,7 @@ def test_a_session_file_that_was_changed_is_refused(dataset, tmp_path, change):
 
 
 def test_a_full_disk_is_said_on_the_page(dataset, tmp_path, monkeypatch):
-    from rlkit2.preferences import labelling
+    from rlkit2 import files
 
     session = LabellingSession(dataset, tmp_path, count=3, length=6)
 
@@ -369,7 +369,7 @@ def test_a_full_disk_is_said_on_the_page(dataset, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with served(session) as base:
-        monkeypatch.setattr(labelling, "replace_file", full)
+        monkeypatch.setattr(files, "write_synced", full)
         status, body, _ = request(f"{base}/{TOKEN}/answer", {"index": 0, "answer": "left"})
         assert (status, "No space left" in json.loads(body)["error"]) == (500, True)
         monkeypatch.undo()

@@ -24,8 +24,9 @@ import rlkit2
 import rlkit2.evaluation
 import rlkit2.training.building
 import rlkit2.training.loggers
+from rlkit2 import files
 from rlkit2.agents.bc import BCConfig
-from rlkit2.training import checkpoints, run_files
+from rlkit2.training import checkpoints
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 DATASET = tiny_dataset()
@@ -63,7 +64,7 @@ def install(deadly: int) -> Callable[[], int]:
 
         return wrapped
 
-    write, write_synced, rmtree = os.write, run_files.write_synced, shutil.rmtree
+    write, write_synced, rmtree = os.write, files.write_synced, shutil.rmtree
 
     def torn_write(descriptor: int, data: bytes) -> int:
         if deadly_now():
@@ -71,11 +72,11 @@ def install(deadly: int) -> Callable[[], int]:
             die()
         return write(descriptor, data)
 
-    def torn_file(path: Path, data: bytes) -> None:
+    def torn_file(path: Path, data: bytes, **options: Any) -> None:
         if deadly_now():
             path.write_bytes(data[: len(data) // 2])
             die()
-        write_synced(path, data)
+        write_synced(path, data, **options)
 
     def half_deleted(path: Path, *arguments: Any, **options: Any) -> None:
         if path.exists() and deadly_now():
@@ -85,7 +86,7 @@ def install(deadly: int) -> Callable[[], int]:
 
     os.write, os.replace, os.ftruncate = torn_write, wrap(os.replace), wrap(os.ftruncate)
     shutil.rmtree = half_deleted
-    run_files.write_synced = checkpoints.write_synced = torn_file
+    files.write_synced = checkpoints.write_synced = torn_file
     return lambda: count
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import rlkit2
+from rlkit2 import files
 from rlkit2.agents.bc import BCConfig
 from rlkit2.checksums import UncheckedWarning
 from rlkit2.errors import RLKitError, RunError
-from rlkit2.training import Run, checkpoints, run_files
+from rlkit2.training import Run, checkpoints
 from rlkit2.training.progress import Progress
 from rlkit2.training.run import DamageWarning
 from tests.training.tiny_problem import Walk, contents, fit, tiny_dataset, tiny_run
@@ -35,7 +36,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path
     """Every write from one of them on takes half of its data and fails, as on a disk that has filled up."""
     run = tiny_run(tmp_path, CONFIG, DATASET, [0, 1], **SCHEDULE)
     count = itertools.count(1)
-    write, write_synced = os.write, run_files.write_synced
+    write, write_synced = os.write, files.write_synced
 
     def full():
         return next(count) >= operation
@@ -46,15 +47,15 @@ def test_a_full_disk_at_any_write_is_one_line_and_the_run_goes_on_later(tmp_path
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(descriptor, data)
 
-    def short_file(path, data):
+    def short_file(path, data, **options):
         if full():
             path.write_bytes(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_synced(path, data)
+        write_synced(path, data, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", short_write)
-        patch.setattr(run_files, "write_synced", short_file)
+        patch.setattr(files, "write_synced", short_file)
         patch.setattr(checkpoints, "write_synced", short_file)
         with pytest.raises(RunError, match=rf"cannot write {run.path}.*: No space left on device") as caught:
             fit(run, DATASET)
@@ -71,7 +72,9 @@ def test_a_real_limit_on_file_sizes_is_met_in_the_same_way(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
-        with pytest.raises(RunError, match=r"cannot write .*checkpoints/000000000: File too large"):
+        with pytest.raises(
+            RunError, match=r"cannot write .*checkpoints/000000000: File too large \([\d,.]+ MiB free\)"
+        ):
             rlkit2.train(CONFIG, DATASET, steps=8, out=tmp_path, eval_every=0, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -18,10 +18,10 @@ from rlkit2.data.audit.glance import glance
 from rlkit2.data.audit.scan import reward_outliers
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.files import write_json
 from rlkit2.sweeps.experiment import load_sweep
 from rlkit2.sweeps.worker import train_experiment
 from rlkit2.training import load_recipe
-from rlkit2.training.run_files import write_json
 
 COLUMNS = ["observations=x_*", "actions=order", "rewards=earned", "episodes=day"]
 FLAGS = ["--columns", *COLUMNS, "--action-space", "box(-5,5)", "--fill-missing", "previous"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit2.errors import ConfigError, DatasetError
+from rlkit2.files import save_figure
 
 MOST_PLOTS = 16  # action columns drawn
 BINS = 20
@@ -97,7 +96,7 @@ class AuditReport:
     def figure(self, path: str | os.PathLike[str]) -> Path:
         """Draw the distributions into `path` (its suffix says the format, such as .png or .svg) and return it.
 
-        Raises `ConfigError` for an unknown format, `DatasetError` where the file cannot be written; nothing is left half-written.
+        Raises `ConfigError` for an unknown format, `WriteError` where the file cannot be written; nothing is left half-written.
         """
         from matplotlib.figure import Figure
 
@@ -117,14 +116,4 @@ class AuditReport:
                 axes.stairs(values.counts, values.edges, fill=True)
         for axes in figure.axes[len(shown) :]:
             axes.remove()
-        if target.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-            raise ConfigError(f"{target}: a figure needs a suffix such as .png, .svg or .pdf")
-        temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
-        try:
-            figure.savefig(temporary)
-            temporary.replace(target)
-        except OSError as error:
-            raise DatasetError(f"figure {target} cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+        return save_figure(figure, target)

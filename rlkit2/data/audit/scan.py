@@ -22,6 +22,7 @@ FAR = 30.0  # times the distance from the median that 99 in 100 of the other rew
 def chunks(dataset: TransitionDataset) -> Iterator[tuple[int, Array, dict[str, Array]]]:
     """First row, record words `[n, W]` and fields `[n, ...]` of consecutive pieces of the dataset."""
     count = max(1, CHUNK_BYTES // dataset.records.row_bytes)
+    dataset.records.check()
     for start in range(0, len(dataset), count):
         rows = slice(start, start + count)
         words = dataset.records.words[rows] if dataset.rows is None else dataset.records.gather(dataset.rows[rows])
