@@ -3,7 +3,7 @@
     L(Q) = L_DQN(Q) + alpha E[ sum_i (log sum_a' exp Q_i(s, a') - Q_i(s, a)) ]
 
 The second term is the negative log-likelihood of the data's action under softmax(Q_i). With a noise model (`rlkit2.agents.error_model`) it
-concerns the values alone: the likelihood of the errors is taken at the data's actions.
+concerns the values alone: the likelihood of the errors is taken at the data's actions, around a location that this term does not move.
 
 Source: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning" (NeurIPS 2020), the CQL(H) of its equation 4 on the
 double DQN of `rlkit2.agents.dqn`. Differences from the authors' discrete agent: an ordinary regression on scalar values instead of quantiles.
@@ -35,6 +35,11 @@ class CQL(DQN):
 
     config_class = CQLConfig
     config: CQLConfig
+
+    @property
+    def moves_values(self) -> bool:
+        """Down, outside the data."""
+        return self.config.alpha > 0.0
 
     def conservative_term(self, every: Tensor, chosen: Tensor) -> Tensor:
         """E[ sum_i (log sum_a' exp Q_i(s, a') - Q_i(s, a)) ], `[S]`, for values `[S, M, B, n]` and those of the data `[S, M, B]`."""

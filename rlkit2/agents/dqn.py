@@ -108,7 +108,9 @@ class DQN(UncertainAgent):
     def td_loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The regression of the outputs `[S, M, B, 1 + k]` at the actions taken on their targets."""
         spread = self.target_variance(batch) if self.config.sample_weighting == "iv" else None
-        return self.errors.loss(outputs, self.critic_targets(batch), self.config.discount, spread)
+        targets = self.critic_targets(batch)
+        location = self.fit_location(batch, targets)
+        return self.errors.loss(outputs, targets, self.config.discount, spread, location=location)
 
     # One update
 

@@ -44,6 +44,11 @@ class EDAC(SACN):
     config_class = EDACConfig
     config: EDACConfig
 
+    @property
+    def moves_values(self) -> bool:
+        """To where their slopes differ."""
+        return self.config.eta > 0.0
+
     def diversity(self, slopes: Tensor) -> Tensor:
         """1/(N - 1) E[ sum_(i != j) <g_i, g_j> ], `[S]`, for action gradients `[S, M, B, act]`."""
         unit = slopes / (torch.linalg.vector_norm(slopes, dim=-1, keepdim=True) + 1e-10)
@@ -58,7 +63,8 @@ class EDAC(SACN):
         outputs = (values if self.critic.noise_outputs else values.unsqueeze(-1)).requires_grad_()
         slopes = slopes[..., self.observation_size :].requires_grad_()
         targets, spread = self.regression(batch)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, spread)
+        location = self.fit_location(batch, targets)
+        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, spread, location=location)
         diversity = self.diversity(slopes)
         on_outputs, on_slopes = torch.autograd.grad((loss + self.config.eta * diversity).sum(), (outputs, slopes))
         gradient = pullback(on_outputs.view_as(values), torch.nn.functional.pad(on_slopes, (self.observation_size, 0)))

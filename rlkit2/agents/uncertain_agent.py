@@ -18,7 +18,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
-from rlkit2.nn import vjp
+from rlkit2.nn import Adam, Critic, vjp
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
 
 Array = NDArray[np.float32]
@@ -33,6 +33,7 @@ class Uncertainty:
     """
 
     q_mean: Array  # mean over members
+    target_mean: Array  # member mean of the noise's location: `q_mean`, unless the agent moves Q away from its targets (cql, edac)
     q_lower: Array  # mean - k epistemic_sd, k as the agent's lcb_coefficient (matched to the minimum unless given)
     aleatoric_sd: Array  # root of the member-mean variance
     epistemic_sd: Array  # standard deviation over members (M - 1 degrees of freedom); 0 for one member
@@ -40,9 +41,9 @@ class Uncertainty:
     shape: Array  # member mean of beta: 1 Laplace, 2 Gaussian
     scale: Array  # member mean of alpha
     excess_kurtosis: Array  # member mean, of the noise alone
-    mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members: their disagreement included
+    mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members' targets: their disagreement included
     quantiles: Array  # of that mixture, `[..., K]`
-    members: dict[str, Array] | None = None  # `q`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
+    members: dict[str, Array] | None = None  # `q`, `target_mean`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,37 @@ class UncertainAgent(Agent):
     errors: ErrorModel
     lcb_coefficient: float
 
+    @property
+    def moves_values(self) -> bool:
+        """Whether the loss moves Q away from the mean of its targets on purpose; the noise then has a location of its own."""
+        return False
+
     def critic_targets(self, batch: Batch) -> Tensor:
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
 
     def _build_critics(self) -> None:
         """The critics with the error model of the config, their targets and optimiser, and the k of their lower bounds."""
-        self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
+        config = self.config
+        self.errors = ErrorModel(config, len(self.seeds), self.dtype, self.device, moved=self.moves_values)
         self._register(buffers=self.errors.buffers)
         self._build_critic(
-            self.config.critic_learning_rate, noise_outputs=self.errors.outputs, detach_noise=self.errors.detached
+            config.critic_learning_rate, noise_outputs=self.errors.outputs, detach_noise=self.errors.detached
         )
-        given = getattr(self.config, "lcb_coefficient", None)
-        self.lcb_coefficient = expected_minimum(self.config.num_critics) if given is None else given
+        if self.errors.own_location:
+            self.location = Critic(
+                self.observation_size,
+                self.action_size,
+                config.hidden_sizes,
+                members=config.num_critics,
+                discrete=self.discrete,
+                stream="location",
+                **self._placement,
+            )
+            self.location_optimizer = Adam(self.location, config.critic_learning_rate)
+            self._register({"location": self.location}, {"location": self.location_optimizer})
+        given = getattr(config, "lcb_coefficient", None)
+        self.lcb_coefficient = expected_minimum(config.num_critics) if given is None else given
 
     @torch.no_grad()
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -82,6 +101,18 @@ class UncertainAgent(Agent):
     def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
         """Signs of trouble in the noise model."""
         return error_warnings(metrics)
+
+    def fit_location(self, batch: Batch, targets: Tensor) -> Tensor | None:
+        """One step of the noise's own location on a normalised batch, by squared error; the values before it, `[S, M, B]` (None without one).
+
+        `targets`: `[S, B]`, or `[S, M, B]` where members have their own.
+        """
+        if not self.errors.own_location:
+            return None
+        values, pullback = self.location.vjp(batch.observations, batch.actions)
+        error = values - (targets if targets.ndim == 3 else targets.unsqueeze(1))
+        self.location_optimizer.step(pullback(error * (2.0 / error.shape[2])))
+        return values
 
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
         """One step of all members on a normalised batch, with metrics.
@@ -98,7 +129,8 @@ class UncertainAgent(Agent):
             means = batch_means({"critic/loss": losses, "critic/q_mean": q[:, 0]})
             return {"critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1), **means}
         outputs = self.critic.outputs(batch.observations, batch.actions)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance)
+        location = self.fit_location(batch, targets)
+        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance, location=location)
         gradient_norm = self.critic_optimizer.minimize(loss)
         q_mean = outputs[:, 0, :, 0].detach().mean(1)
         return {"critic/loss": loss.detach(), "critic/grad_norm": gradient_norm, "critic/q_mean": q_mean, **metrics}
@@ -119,7 +151,7 @@ class UncertainAgent(Agent):
         self._require_noise()
         batch = self.normalize(batch)
         targets = self.critic_targets(batch)
-        heads = self.errors.heads(self.critic.outputs(batch.observations, batch.actions))
+        heads = self.heads(batch.observations, batch.actions)
         targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
         return PredictedTargets(targets.expand_as(heads.q), heads)
 
@@ -129,13 +161,26 @@ class UncertainAgent(Agent):
         observed = self._seeded(observations, 2)
         inputs = self.normalizer.observations(observed.to(self.dtype))
         if actions is None and self.discrete:
-            return self.errors.heads(self.critic.every_output(inputs))
+            return self.heads(inputs)
         if actions is None:
             chosen = self.policy(observed)
         else:
             chosen = self._seeded(actions, 1 if self.discrete else 2)
         chosen = chosen if self.discrete else chosen.to(self.dtype)
-        return self.errors.heads(self.critic.outputs(inputs, self.normalizer.actions(chosen)))
+        return self.heads(inputs, self.normalizer.actions(chosen))
+
+    def heads(self, observations: Tensor, actions: Tensor | None = None) -> Heads:
+        """Heads of every member at normalised observations and actions, `[S, M, B]`; without actions at every discrete one, `[S, M, B, n]`."""
+        location = None
+        if actions is None:
+            outputs = self.critic.every_output(observations)
+            if self.errors.own_location:
+                location = self.location.every_action(observations)
+        else:
+            outputs = self.critic.outputs(observations, actions)
+            if self.errors.own_location:
+                location = self.location(observations, actions)
+        return self.errors.heads(outputs, location)
 
     def _seeded(self, values: Any, ndim: int) -> Tensor:
         """`[B, ...]` for every seed alike, or `[S, B, ...]`."""
@@ -170,12 +215,13 @@ class UncertainAgent(Agent):
         heads = self.heads_at(observations, actions)
         deviation = heads.q.std(1) if heads.q.shape[1] > 1 else torch.zeros_like(heads.q[:, 0])
         scale, variance = heads.log_scale.exp(), heads.variance
-        q, alpha, beta = (t.double().movedim(1, -1) for t in (heads.q, scale, heads.shape))
-        mixture = GeneralizedNormal(q, alpha, beta, validate_args=False)
+        location, alpha, beta = (t.double().movedim(1, -1) for t in (heads.location, scale, heads.shape))
+        mixture = GeneralizedNormal(location, alpha, beta, validate_args=False)
         levels = torch.tensor(list(quantiles), dtype=torch.float64, device=self.device)
         aleatoric = variance.mean(1).sqrt()
         found = {
             "q_mean": heads.q.mean(1),
+            "target_mean": heads.location.mean(1),
             "q_lower": lower_bound(heads.q, self.lcb_coefficient),
             "aleatoric_sd": aleatoric,
             "epistemic_sd": deviation,
@@ -186,7 +232,13 @@ class UncertainAgent(Agent):
             "mixture_excess_kurtosis": mixture_excess_kurtosis(mixture),
             "quantiles": mixture_icdf(mixture, levels),
         }
-        members = {"q": heads.q, "aleatoric_sd": variance.sqrt(), "shape": heads.shape, "scale": scale}
+        members = {
+            "q": heads.q,
+            "target_mean": heads.location,
+            "aleatoric_sd": variance.sqrt(),
+            "shape": heads.shape,
+            "scale": scale,
+        }
         return Uncertainty(
             **{name: self._array(value) for name, value in found.items()},
             members={name: self._array(value) for name, value in members.items()} if per_member else None,
