@@ -36,6 +36,8 @@ class EDACConfig(SACNConfig):
         super().__post_init__()
         if self.num_critics < 2:
             raise ConfigError("edac needs num_critics of at least 2: diversity is between critics")
+        if self.prior_scale > 0.0:
+            raise ConfigError("edac keeps its critics apart by their diversity; leave prior_scale at 0")
 
 
 class EDAC(SACN):
@@ -63,8 +65,7 @@ class EDAC(SACN):
         outputs = (values if self.critic.noise_outputs else values.unsqueeze(-1)).requires_grad_()
         slopes = slopes[..., self.observation_size :].requires_grad_()
         targets, spread = self.regression(batch)
-        location = self.fit_location(batch, targets)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, spread, location=location)
+        loss, metrics = self.error_loss(batch, outputs, targets, spread)
         diversity = self.diversity(slopes)
         on_outputs, on_slopes = torch.autograd.grad((loss + self.config.eta * diversity).sum(), (outputs, slopes))
         gradient = pullback(on_outputs.view_as(values), torch.nn.functional.pad(on_slopes, (self.observation_size, 0)))

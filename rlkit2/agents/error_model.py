@@ -62,7 +62,7 @@ class ErrorOptions(Checked):
     coupling: Literal["mean", "ggd"] = "mean"
     # "shape": members count by their shape
     member_weighting: Literal["none", "shape"] = "none"
-    # "biv", "biev": a further term with inverse-variance weights; "iv": such weights where Q is fitted; "shape": there by the shape, beta over its batch mean
+    # "biv", "biev": a further term with inverse-variance weights; where Q is fitted: "iv": such weights, "shape": beta over its batch mean
     sample_weighting: Literal["none", "biv", "biev", "iv", "shape"] = "none"
     # weight of the further term of "biv" and "biev"
     regulariser_weight: NonNegative = 0.1
@@ -70,6 +70,10 @@ class ErrorOptions(Checked):
     min_effective_fraction: Rate = 0.8
     # divide that term by the batch size once more, as the released code does
     legacy_batch_mean: bool = False
+    # "rows": every member counts the data's rows anew (Poisson), so that members differ as Q does between datasets; "none": all see the same rows
+    bootstrap: Literal["none", "rows"] = "none"
+    # deviation, in units of Q, of the fixed random function that each member's Q is learnt on top of; members part where there are no data
+    prior_scale: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +85,8 @@ class ErrorOptions(Checked):
             raise ConfigError("sample_weighting = 'shape' needs the shapes of critic = 'ggd'")
         if self.sample_weighting not in ("none", "shape") and getattr(self, "num_critics", 2) < 2:
             raise ConfigError(f"sample_weighting = {self.sample_weighting!r} needs num_critics of at least 2")
+        if self.bootstrap != "none" and getattr(self, "num_critics", 2) < 2:
+            raise ConfigError("bootstrap is between members; it needs num_critics of at least 2")
         if self.sample_weighting == "iv" and self.coupling == "ggd":
             raise ConfigError("sample_weighting = 'iv' needs coupling = 'mean'; a likelihood weighs by its own scale")
 
@@ -97,10 +103,13 @@ RELEASED: dict[str, Any] = {
 }
 """Options of the released code's `iev-ggd` variant."""
 
+CALIBRATED: dict[str, Any] = {"critic": "ggd", "bootstrap": "rows", "target": "independent", "num_critics": 10}
+"""Options under which the size of `epistemic_sd` is that of Q's error from the chance in the data (see the page on uncertainty)."""
+
 
 @dataclass(frozen=True)
 class Heads:
-    """What the members say, each `[S, M, B]` (discrete, for every action: `[S, M, B, n]`): value, and shape, log scale and location of the target's noise."""
+    """What the members say, each `[S, M, B]` (discrete, for every action: `[S, M, B, n]`): value; shape, log scale and location of the noise."""
 
     q: Tensor
     shape: Tensor
@@ -200,7 +209,7 @@ class ErrorModel:
         targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
         error = outputs[..., 0] - targets
         if self.options.critic == "mse":
-            return _counted(error.square(), row_weights).mean(2).sum(1), {}
+            return counted(error.square(), row_weights).mean(2).sum(1), {}
         noise = (error if location is None else location - targets).detach()
         self.track(noise)
         heads = self.heads(outputs, location)
@@ -209,9 +218,9 @@ class ErrorModel:
             weights, xi = self.sample_weights(heads, noise, discount, target_variance)
         member, fit = self.member_loss(heads, targets), self.fit_loss(heads, targets)
         on_fit = weights if self.options.sample_weighting in ("iv", "shape") else None
-        loss = _counted(member, row_weights if fit is not None else _product(on_fit, row_weights)).sum(1).mean(1)
+        loss = counted(member, row_weights if fit is not None else _product(on_fit, row_weights)).sum(1).mean(1)
         if fit is not None:
-            loss = loss + _counted(fit, _product(on_fit, row_weights)).sum(1).mean(1)
+            loss = loss + counted(fit, _product(on_fit, row_weights)).sum(1).mean(1)
         if weights is not None and on_fit is None:
             loss = loss + self.options.regulariser_weight * self.regulariser(error, weights[:, 0], row_weights)
         return loss, self.metrics(heads, noise, member, weights, xi)
@@ -248,8 +257,8 @@ class ErrorModel:
     ) -> tuple[Tensor, Tensor]:
         """Weights of mean one over the batch, `[S, 1, B]` ("shape": `[S, M, B]`), and the xi `[S]` that keeps the effective size.
 
-        All are 1 / (v + xi), with v by kind: biv the variance of the members' Q; biev the best biased estimate of the variance of their errors; iv the
-        aleatoric variance plus that of the target; shape 1 / beta of every member, so that the weights are its shapes over their mean.
+        All are 1 / (v + xi), with v by kind: biv the variance of the members' Q; biev the best biased estimate of the variance of their errors; iv
+        the aleatoric variance plus that of the target; shape 1 / beta of every member, so that the weights are its shapes over their mean.
         """
         kind = self.options.sample_weighting
         if kind == "biv":
@@ -267,7 +276,7 @@ class ErrorModel:
     def regulariser(self, error: Tensor, weights: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """Weighted errors, absolute for the generalized and squared for the Gaussian likelihood, `[S]`."""
         size = error.abs() if self.options.critic == "ggd" else error.square()
-        term = (weights * _counted(size, row_weights).sum(1)).mean(1)
+        term = (weights * counted(size, row_weights).sum(1)).mean(1)
         return term / weights.shape[1] if self.options.legacy_batch_mean else term
 
     @torch.no_grad()
@@ -301,12 +310,13 @@ class ErrorModel:
         return found
 
 
-def _counted(values: Tensor, weights: Tensor | None) -> Tensor:
+def counted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """`values`, times `weights` where there are any."""
     return values if weights is None else values * weights
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return second if first is None else _counted(first, second)
+    return second if first is None else counted(first, second)
 
 
 def _share(flags: Tensor, like: Tensor) -> Tensor:

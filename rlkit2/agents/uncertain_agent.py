@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from torch import Tensor
 
 from rlkit2.agents.base import Agent, batch_means
-from rlkit2.agents.error_model import ErrorModel, Heads, error_warnings
-from rlkit2.data.batch import Batch
+from rlkit2.agents.error_model import ErrorModel, Heads, counted, error_warnings
+from rlkit2.data.batch import Batch, RowBatch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
-from rlkit2.nn import Adam, Critic, vjp
+from rlkit2.nn import Adam, Critic
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
+from rlkit2.nn.random import uniform_at
 
 Array = NDArray[np.float32]
+
+POISSON = [float(stats.poisson.cdf(k, 1.0)) for k in range(10)]  # P(count <= k)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,25 @@ class Uncertainty:
     excess_kurtosis: Array  # member mean, of the noise alone
     mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members' targets: their disagreement included
     quantiles: Array  # of that mixture, `[..., K]`
+    num_members: int = 1
     members: dict[str, Array] | None = None  # `q`, `target_mean`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
+
+    def interval(self, level: float = 0.9) -> tuple[Array, Array]:
+        """Lower and upper end of an interval for Q(s, a) itself, shaped as `q_mean`: q_mean -+ t sqrt(1 + 1/M) epistemic_sd, t of M - 1 degrees of freedom.
+
+        It holds the chance in the data where the members differ as Q does between datasets (bootstrap = "rows" with independent targets), and
+        never the bias of the method or of the networks.
+
+        Raises:
+            ConfigError: a single member, or a level that is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ConfigError(f"level must be between 0 and 1, not {level}")
+        if self.num_members < 2:
+            raise ConfigError("one critic knows no ignorance, so there is no interval; raise num_critics")
+        reach = stats.t.ppf(0.5 + 0.5 * level, self.num_members - 1) * np.sqrt(1.0 + 1.0 / self.num_members)
+        half = (reach * self.epistemic_sd).astype(np.float32)
+        return self.q_mean - half, self.q_mean + half
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,26 @@ class UncertainAgent(Agent):
         """Whether the loss moves Q away from the mean of its targets on purpose; the noise then has a location of its own."""
         return False
 
+    @property
+    def epistemic_limits(self) -> tuple[str, ...]:
+        """Why the size of `epistemic_sd` is not that of Q's error from the chance in the data, a line each; nothing where it is meant to be."""
+        found = []
+        if self.config.num_critics < 2:
+            found.append("one critic knows no ignorance: epistemic_sd is 0; raise num_critics")
+        elif self.config.bootstrap == "none":
+            found.append(
+                "the critics saw the same rows, so epistemic_sd is too small and only ranks; set bootstrap = 'rows'"
+            )
+        if getattr(self.config, "target", None) != "independent":
+            found.append(
+                "the critics learn from shared targets, so epistemic_sd misses what these err; set target = 'independent'"
+            )
+        if self.moves_values:
+            found.append(
+                "Q is moved away from its targets on purpose (conservative, diverse): epistemic_sd is that of the moved Q, not of the return"
+            )
+        return tuple(found)
+
     def critic_targets(self, batch: Batch) -> Tensor:
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
@@ -75,7 +117,10 @@ class UncertainAgent(Agent):
         self.errors = ErrorModel(config, len(self.seeds), self.dtype, self.device, moved=self.moves_values)
         self._register(buffers=self.errors.buffers)
         self._build_critic(
-            config.critic_learning_rate, noise_outputs=self.errors.outputs, detach_noise=self.errors.detached
+            config.critic_learning_rate,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
+            prior_scale=config.prior_scale,
         )
         if self.errors.own_location:
             self.location = Critic(
@@ -89,6 +134,7 @@ class UncertainAgent(Agent):
             )
             self.location_optimizer = Adam(self.location, config.critic_learning_rate)
             self._register({"location": self.location}, {"location": self.location_optimizer})
+        self._counts = torch.tensor(POISSON, dtype=self.dtype, device=self.device)
         given = getattr(config, "lcb_coefficient", None)
         self.lcb_coefficient = expected_minimum(config.num_critics) if given is None else given
 
@@ -102,17 +148,46 @@ class UncertainAgent(Agent):
         """Signs of trouble in the noise model."""
         return error_warnings(metrics)
 
-    def fit_location(self, batch: Batch, targets: Tensor) -> Tensor | None:
+    def row_weights(self, batch: Batch) -> Tensor | None:
+        """How often every row counts for every member, `[S, M, B]` with mean 1: Poisson numbers that seed, member and row alone decide; None: alike.
+
+        So every member sees its own resample of the data (Efron's bootstrap, drawn row by row as by Oza and Russell, 2001).
+
+        Raises:
+            ConfigError: with bootstrap = "rows", a batch that does not know its rows.
+        """
+        if self.config.bootstrap == "none":
+            return None
+        if not isinstance(batch, RowBatch):
+            raise ConfigError(
+                "bootstrap = 'rows' needs to know the batch's rows; take it from dataset.gather or dataset.sample"
+            )
+        members: int = self.config.num_critics
+        position = batch.rows.to(self.device).unsqueeze(1) * members + torch.arange(members, device=self.device).view(
+            -1, 1
+        )
+        drawn = uniform_at(position, self.seed_keys, stream="bootstrap", dtype=self.dtype)
+        return torch.bucketize(drawn, self._counts).to(self.dtype)
+
+    def fit_location(self, batch: Batch, targets: Tensor, row_weights: Tensor | None = None) -> Tensor | None:
         """One step of the noise's own location on a normalised batch, by squared error; the values before it, `[S, M, B]` (None without one).
 
-        `targets`: `[S, B]`, or `[S, M, B]` where members have their own.
+        Arguments as for `ErrorModel.loss`.
         """
         if not self.errors.own_location:
             return None
         values, pullback = self.location.vjp(batch.observations, batch.actions)
-        error = values - (targets if targets.ndim == 3 else targets.unsqueeze(1))
+        error = counted(values - (targets if targets.ndim == 3 else targets.unsqueeze(1)), row_weights)
         self.location_optimizer.step(pullback(error * (2.0 / error.shape[2])))
         return values
+
+    def error_loss(
+        self, batch: Batch, outputs: Tensor, targets: Tensor, target_variance: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ErrorModel.loss` of outputs at a normalised batch, with the weights of its rows and a step of the noise's location."""
+        weights = self.row_weights(batch)
+        location = self.fit_location(batch, targets, weights)
+        return self.errors.loss(outputs, targets, self.config.discount, target_variance, weights, location)
 
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
         """One step of all members on a normalised batch, with metrics.
@@ -121,16 +196,15 @@ class UncertainAgent(Agent):
             targets: `[S, B]`, or `[S, M, B]` where members have their own.
             target_variance: as for `ErrorModel.loss`.
         """
-        if not self.errors.outputs and targets.ndim == 2:
-            q, pullback = vjp(self.critic, batch.observations, batch.actions)
+        if not self.errors.outputs and targets.ndim == 2 and self.config.bootstrap == "none":
+            q, pullback = self.critic.vjp(batch.observations, batch.actions)
             losses, cotangent = squared_error(q, targets)
             gradient = pullback(cotangent)
             self.critic_optimizer.step(gradient)
             means = batch_means({"critic/loss": losses, "critic/q_mean": q[:, 0]})
             return {"critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1), **means}
         outputs = self.critic.outputs(batch.observations, batch.actions)
-        location = self.fit_location(batch, targets)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance, location=location)
+        loss, metrics = self.error_loss(batch, outputs, targets, target_variance)
         gradient_norm = self.critic_optimizer.minimize(loss)
         q_mean = outputs[:, 0, :, 0].detach().mean(1)
         return {"critic/loss": loss.detach(), "critic/grad_norm": gradient_norm, "critic/q_mean": q_mean, **metrics}
@@ -241,6 +315,7 @@ class UncertainAgent(Agent):
         }
         return Uncertainty(
             **{name: self._array(value) for name, value in found.items()},
+            num_members=heads.q.shape[1],
             members={name: self._array(value) for name, value in members.items()} if per_member else None,
         )
 

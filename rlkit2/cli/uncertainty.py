@@ -21,8 +21,10 @@ from rlkit2.cli import output
 from rlkit2.cli.output import finite
 from rlkit2.cli.parsing import command
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.errors import ConfigError
 from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
+from rlkit2.evaluation.return_coverage import LEVEL, LIMITS, ReturnCoverage, return_coverage
 from rlkit2.progress import progress_bar
 from rlkit2.training.building import split_dataset
 from rlkit2.training.options import DataOptions
@@ -51,7 +53,7 @@ def uncertainty(
     agent: str | None = None,
     json: bool = False,
 ) -> int:
-    """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
+    """Hold a run's noise model against episodes it was not trained on: calibration, tails, AUROC and size of its ignorance.
 
     Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
 
@@ -77,6 +79,7 @@ def uncertainty(
     episodes = _episodes(opened, dataset)
     with progress_bar("TD errors") as progress:
         found = td_diagnostics(trained, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
+    size = _size(trained, episodes.dataset)
     known = noise_map(trained, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
     values = {
         "run": str(run),
@@ -85,6 +88,8 @@ def uncertainty(
         "held_out": episodes.held_out,
         "seeds": opened.config["seeds"],
         **found.to_dict(),
+        "epistemic_size": size if isinstance(size, str) else size.to_dict(),
+        "epistemic_limits": list(trained.epistemic_limits),
         **({"noise_map": known.to_dict()} if known else {}),
     }
     report: dict[str, Any] = finite(values)
@@ -93,9 +98,18 @@ def uncertainty(
     if json:
         output.print_json(report)
     else:
-        _print(console, opened, episodes, found, known)
+        _print(console, opened, episodes, found, known, size)
+        _print_size(console, trained, size)
         console.print(f"figures and numbers: {folder}")
     return 0
+
+
+def _size(agent: Any, episodes: TransitionDataset) -> ReturnCoverage | str:
+    """What held-out returns say about the size of the epistemic deviation, or why they say nothing."""
+    try:
+        return return_coverage(agent, episodes)
+    except ConfigError as error:
+        return str(error)
 
 
 def _episodes(run: Run, dataset: str | None) -> _Episodes:
@@ -129,7 +143,14 @@ def _write_figure(path: Path, figure: Figure) -> None:
     write_atomically(path, picture.getvalue())
 
 
-def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics, known: NoiseMap | None) -> None:
+def _print(
+    console: Console,
+    run: Run,
+    episodes: _Episodes,
+    found: TDDiagnostics,
+    known: NoiseMap | None,
+    size: ReturnCoverage | str,
+) -> None:
     table = Table(title=f"{run.path.name}: {found.transitions} transitions of {episodes.what}", title_justify="left")
     table.add_column("")
     for seed in run.config["seeds"]:
@@ -149,6 +170,12 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
     row("mean of standardised TD errors", found.mean_standardized)
     row("skewness of standardised TD errors", found.skewness, 2)
     row("AUROC, random against data actions", found.auroc)
+    if not isinstance(size, str):
+        row("Q against held-out returns: error of a group's mean", size.error)
+        row("  noise of the returns in it", size.noise)
+        row("  epistemic deviation", size.epistemic)
+        row(f"  groups inside the {100 * LEVEL:g} % interval", size.coverage)
+        row("  of the noise of the returns alone", size.coverage_without)
     if known is not None:
         row("correlation with the true deviation", known.correlation)
         row("  median ratio to it", known.ratio)
@@ -160,6 +187,17 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
         )
     for warning in found.warnings():
         console.print(f"warning: {warning}")
+
+
+def _print_size(console: Console, agent: Any, size: ReturnCoverage | str) -> None:
+    """What may be made of the size of the epistemic deviation."""
+    for limit in agent.epistemic_limits:
+        console.print(f"size of epistemic_sd: {limit}")
+    if isinstance(size, str):
+        console.print(f"size of epistemic_sd: not held against returns: {size}")
+        return
+    console.print(f"size of epistemic_sd: {size.verdict()}")
+    console.print(f"size of epistemic_sd: {LIMITS[0]}")
 
 
 def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, out: Path | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rlkit2.data.batch import Batch
+from rlkit2.data.batch import Batch, RowBatch
 from rlkit2.data.infer import infer_spaces
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, MemoryWriter, Records, record_dtype
@@ -131,7 +131,7 @@ class TransitionDataset:
         fields = self.records.views(words)
         if self.new_rewards is not None:
             fields["rewards"] = self.new_rewards[indices]
-        return Batch(**fields)
+        return RowBatch(**fields, rows=indices)
 
     def sample(
         self, batch_size: int, *, seeds: int = 1, generator: torch.Generator | Sequence[torch.Generator] | None = None
