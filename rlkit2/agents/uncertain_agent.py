@@ -51,7 +51,7 @@ class Uncertainty:
     members: dict[str, Array] | None = None  # `q`, `target_mean`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
 
     def interval(self, level: float = 0.9) -> tuple[Array, Array]:
-        """Lower and upper end of an interval for Q(s, a) itself, shaped as `q_mean`: q_mean -+ t sqrt(1 + 1/M) epistemic_sd, t of M - 1 degrees of freedom.
+        """Ends of an interval for Q(s, a) itself, shaped as `q_mean`: q_mean -+ t sqrt(1 + 1/M) epistemic_sd, t of M - 1 degrees of freedom.
 
         It holds the chance in the data where the members differ as Q does between datasets (bootstrap = "rows" with independent targets), and
         never the bias of the method or of the networks.

@@ -151,7 +151,8 @@ def _print(
     known: NoiseMap | None,
     size: ReturnCoverage | str,
 ) -> None:
-    table = Table(title=f"{run.path.name}: {found.transitions} transitions of {episodes.what}", title_justify="left")
+    console.print(f"{run.path.name}: {found.transitions} transitions of {episodes.what}", soft_wrap=True)
+    table = Table()
     table.add_column("")
     for seed in run.config["seeds"]:
         table.add_column(f"seed {seed}", justify="right")
@@ -171,7 +172,7 @@ def _print(
     row("skewness of standardised TD errors", found.skewness, 2)
     row("AUROC, random against data actions", found.auroc)
     if not isinstance(size, str):
-        row("Q against held-out returns: error of a group's mean", size.error)
+        row("Q of groups against their returns, error", size.error)
         row("  noise of the returns in it", size.noise)
         row("  epistemic deviation", size.epistemic)
         row(f"  groups inside the {100 * LEVEL:g} % interval", size.coverage)
@@ -191,17 +192,19 @@ def _print(
 
 def _print_size(console: Console, agent: Any, size: ReturnCoverage | str) -> None:
     """What may be made of the size of the epistemic deviation."""
-    for limit in agent.epistemic_limits:
-        console.print(f"size of epistemic_sd: {limit}")
-    if isinstance(size, str):
-        console.print(f"size of epistemic_sd: not held against returns: {size}")
-        return
-    console.print(f"size of epistemic_sd: {size.verdict()}")
-    console.print(f"size of epistemic_sd: {LIMITS[0]}")
+    against = [f"not held against returns: {size}"] if isinstance(size, str) else [size.verdict(), *LIMITS]
+    for line in (*agent.epistemic_limits, *against):
+        console.print(f"size of epistemic_sd: {line}", soft_wrap=True)
 
 
-def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, out: Path | None = None) -> int:
-    """Known noise, all losses: tabular MDPs ("noisy-mdp"), regression ("regression", minutes) or linear weighting ("weighting").
+Study = Literal["noisy-mdp", "regression", "weighting", "shape-weights", "epistemic"]
+
+
+def study(name: Positional[Study], *, out: Path | None = None) -> int:
+    """Known truth, all methods: what each makes of the noise, and whether epistemic_sd has the size of Q's errors.
+
+    "noisy-mdp": losses in tabular MDPs; "regression": losses of a network (minutes); "weighting", "shape-weights": weights between samples of a
+    linear model; "epistemic": epistemic_sd against the spread of Q over datasets (minutes).
 
     Example: rlkit2 uncertainty study noisy-mdp --out study
 
@@ -209,7 +212,7 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
         name: which one.
         out: folder for the table as JSON and the figure; default: print only.
     """
-    from rlkit2.studies import heteroscedastic, noisy_mdp
+    from rlkit2.studies import epistemic, heteroscedastic, noisy_mdp
 
     if out is not None:  # before the work, not after it
         with writing(out):
@@ -222,11 +225,15 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
         elif name == "regression":
             fits = heteroscedastic.run_regression(progress=progress)
             rows, figure = [r.row() for r in fits], heteroscedastic.regression_figure(fits)
+        elif name == "epistemic":
+            rows = [r.row() for r in epistemic.run_epistemic_study(progress=progress)]
+        elif name == "shape-weights":
+            rows = heteroscedastic.run_shape_weighting()
         else:
             rows = [dict(row) for row in heteroscedastic.run_weighting()]
     table = Table()
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("noise", "method") else "right")
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(
             *(f"{value:.3f}".replace("nan", "") if isinstance(value, float) else str(value) for value in row.values())

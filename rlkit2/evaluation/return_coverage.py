@@ -5,7 +5,7 @@ discounted return from a step to the end of its episode,
 
     D = mean_g(G) - mean_g(Q),     e = deviation over members of mean_g(Q_i),     n = standard error of mean_g(G - Q), by episodes
 
-and a true e makes |D| <= t sqrt((1 + 1/M) e^2 + n^2) in 90 % of the groups. Member means are taken before their deviation: errors of a group go together.
+and a true e makes |D| <= t sqrt((1 + 1/M) e^2 + n^2) in 90 % of the groups. Means come before deviations: the errors of a group go together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ data,
 
     ratio     root mean epistemic_sd^2 over datasets, to the standard deviation of q_mean over datasets
     coverage  share of (dataset, point) whose 90 % interval, `Uncertainty.interval(0.9)`, holds the true Q
-    AUROC     epistemic_sd of actions that no dataset holds, above that of actions which they do hold; on versions of the problems that leave some out
+    auroc     epistemic_sd of actions that no dataset holds, above that of actions which they do hold; on versions of the problems that leave some out
 
 Problems: "tabular", an MDP of 6 states and 3 actions with noisy rewards and random successors; "one-step", its rewards alone; "lqr", a line with
 linear dynamics, quadratic cost and a linear behaviour policy, whose Q is a quadratic function. Truth: the fixed point of what the agent computes with
@@ -14,8 +14,8 @@ the model known, so Q of the optimal policy for dqn, of the behaviour's expectil
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -138,17 +138,27 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "lqr, actions left out": lambda: line(leave_out=True),
 }
 AGENTS: dict[str, dict[str, Any]] = {
-    "dqn": {"discount": DISCOUNT},
-    "cql": {"discount": DISCOUNT},
-    "iql": {"discount": DISCOUNT, "expectile": 0.7},
-    "td3bc": {"discount": DISCOUNT, "alpha": 0.0, "target_noise": 0.0},
+    "dqn": {},
+    "cql": {},
+    "iql": {},
+    "td3bc": {"alpha": 0.0, "target_noise": 0.0},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "as released": {"critic": "ggd"},
-    "independent targets": {"critic": "ggd", "target": "independent"},
-    "bootstrap": {"critic": "ggd", "bootstrap": "rows"},
-    "CALIBRATED": {name: value for name, value in CALIBRATED.items() if name != "num_critics"},
+    "bootstrap alone": {"critic": "ggd", "bootstrap": "rows"},
+    "CALIBRATED": CALIBRATED,
+    "CALIBRATED, prior": {**CALIBRATED, "prior_scale": 3.0},
 }
+CELLS = (
+    ("one-step", "dqn", 300),
+    ("tabular", "dqn", 1000),
+    ("tabular", "iql", 1000),
+    ("tabular", "cql", 1000),
+    ("lqr", "iql", 1000),
+    ("lqr", "td3bc", 1000),
+    ("tabular, actions left out", "dqn", 1000),
+    ("lqr, actions left out", "iql", 1000),
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,36 @@ class EpistemicResult:
 
     def row(self) -> dict[str, Any]:
         """For a table."""
-        return {name.replace("auroc", "AUROC"): value for name, value in vars(self).items()}
+        return vars(self) | {}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained: D datasets, M critics each, updates of the minibatch size, hidden width, Adam's step size."""
+
+    datasets: int = 8
+    members: int = 8
+    steps: int = 800
+    batch: int = 64
+    width: int = 16
+    learning_rate: float = 2e-3
+
+
+def run_epistemic_study(
+    cells: Sequence[tuple[str, str, int]] = CELLS,
+    methods: Sequence[str] = ("as released", "CALIBRATED", "CALIBRATED, prior"),
+    budget: Budget | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[EpistemicResult]:
+    """Every method in every cell of (problem, agent, rows); `progress` is called with (done, all)."""
+    found: list[EpistemicResult] = []
+    for problem, agent, rows in cells:
+        for method in methods:
+            found.append(run_epistemic(problem, agent, method, rows=rows, budget=budget))
+            if progress is not None:
+                progress(len(found), len(cells) * len(methods))
+    return found
 
 
 def run_epistemic(
@@ -176,120 +215,66 @@ def run_epistemic(
     method: str,
     *,
     rows: int = 1000,
-    datasets: int = 16,
-    members: int = 10,
-    steps: int = 3000,
-    batch: int = 128,
-    width: int = 32,
-    learning_rate: float = 1e-3,
+    budget: Budget | None = None,
     options: dict[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> EpistemicResult:
     """Train on all datasets at once and compare.
 
     Args:
         problem, agent, method: names in `PROBLEMS`, `AGENTS`, `METHODS`.
         rows: of every dataset.
-        datasets: D.
-        members: critics of each.
-        steps, batch, width, learning_rate: of the training.
+        budget: of the training.
         options: further fields of the agent's config.
-        progress: called with (done, all) updates.
     """
     world = PROBLEMS[problem]()
-    trained = _trained(
-        world,
-        agent,
-        {**METHODS[method], **(options or {})},
-        rows,
-        datasets,
-        members,
-        steps,
-        batch,
-        width,
-        learning_rate,
-        progress,
-    )
-    observations, actions = world.points
-    found = trained.uncertainty(observations, actions)
+    trained = _trained(world, agent, {**METHODS[method], **(options or {})}, rows, budget or Budget())
+    found = trained.uncertainty(*world.points)
     q, deviation = (np.asarray(part, np.float64) for part in (found.q_mean, found.epistemic_sd))
-    spread = q.std(0, ddof=1)
-    ratio = float(np.sqrt((deviation**2).mean() / (spread**2).mean()))
-    truth = world.truth.get(agent)
-    coverage = error = np.nan
-    if truth is not None:
+    spread = np.sqrt(q.var(0, ddof=1).mean())
+    coverage = error = score = np.nan
+    if agent in world.truth:
+        truth = world.truth[agent].numpy()
         low, high = found.interval(0.9)
-        coverage = float(((low <= truth.numpy()) & (truth.numpy() <= high)).mean())
-        error = float(np.sqrt(((q - truth.numpy()) ** 2).mean()))
-    score = np.nan
+        coverage = float(((low <= truth) & (truth <= high)).mean())
+        error = float(np.sqrt(((q - truth) ** 2).mean()))
     if world.missing is not None:
         unknown = trained.uncertainty(*world.missing).epistemic_sd
         score = float(np.mean([auroc(u, k) for u, k in zip(unknown, deviation, strict=True)]))
-    return EpistemicResult(
-        problem, agent, method, rows, ratio, coverage, score, error, float(np.sqrt((spread**2).mean()))
-    )
+    ratio = float(np.sqrt((deviation**2).mean()) / spread)
+    return EpistemicResult(problem, agent, method, rows, ratio, coverage, score, error, float(spread))
 
 
-def _trained(
-    world: Problem,
-    name: str,
-    options: dict[str, Any],
-    rows: int,
-    datasets: int,
-    members: int,
-    steps: int,
-    batch: int,
-    width: int,
-    learning_rate: float,
-    progress: Callable[[int, int], None] | None,
-) -> UncertainAgent:
-    data = [
-        torch.stack(parts)
-        for parts in zip(
-            *(world.draw(rows, torch.Generator().manual_seed(1000 + k)) for k in range(datasets)), strict=True
-        )
-    ]
+def _trained(world: Problem, name: str, options: dict[str, Any], rows: int, budget: Budget) -> UncertainAgent:
+    """An agent with a seed for each dataset."""
+    drawn = [world.draw(rows, torch.Generator().manual_seed(1000 + k)) for k in range(budget.datasets)]
+    data = [torch.stack(parts) for parts in zip(*drawn, strict=True)]
+    known = {f.name for f in fields(agent_class(name).config_class)}
     given = {
-        "num_critics": members,
-        "hidden_sizes": (width, width),
-        "critic_learning_rate": learning_rate,
+        **{rate: budget.learning_rate for rate in known if rate.endswith("_learning_rate")},
+        "discount": DISCOUNT,
+        "expectile": 0.7 if world.discrete else 0.5,  # the truth of the line is that of its behaviour
+        "hidden_sizes": (budget.width, budget.width),
         "target_update_rate": 0.1,
+        **AGENTS[name],
+        **options,
+        "num_critics": budget.members,
     }
-    rates = (
-        {"value_learning_rate": learning_rate, "policy_learning_rate": learning_rate}
-        if name != "cql" and name != "dqn"
-        else {}
-    )
-    if name == "td3bc":
-        rates.pop("value_learning_rate")
-    options = dict(options)
-    if not world.discrete and name == "iql":
-        options["expectile"] = 0.5
-    if name in ("dqn", "cql") or "target" not in options:
-        options.pop("target", None)
-    config = make_config(name, **{**AGENTS[name], **given, **rates, **options})
     sizes = data[0].shape[-1], ACTIONS if world.discrete else data[1].shape[-1]
-    agent = agent_class(name)(config, *sizes, seeds=datasets, discrete=world.discrete)
+    config = make_config(name, **{field: value for field, value in given.items() if field in known})
+    agent = agent_class(name)(config, *sizes, seeds=budget.datasets, discrete=world.discrete)
     assert isinstance(agent, UncertainAgent)
-    draws = torch.Generator().manual_seed(0)
-    which = torch.arange(datasets).unsqueeze(1)
-    for done in range(steps):
-        index = torch.randint(rows, (datasets, batch), generator=draws)
+    draws, which = torch.Generator().manual_seed(0), torch.arange(budget.datasets).unsqueeze(1)
+    for _ in range(budget.steps):
+        index = torch.randint(rows, (budget.datasets, budget.batch), generator=draws)
         observations, actions, rewards, after, ends = (part[which, index] for part in data)
-        agent.update(
-            RowBatch(
-                observations=observations,
-                actions=actions,
-                rewards=rewards,
-                next_observations=after,
-                terminations=ends,
-                truncations=torch.zeros_like(ends),
-                rows=index,
-            )
+        batch = RowBatch(
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            next_observations=after,
+            terminations=ends,
+            truncations=torch.zeros_like(ends),
+            rows=index,
         )
-        if progress is not None and done % 100 == 99:
-            progress(done + 1, steps)
+        agent.update(batch)
     return agent
-
-
-__all__ = ["AGENTS", "METHODS", "PROBLEMS", "EpistemicResult", "Problem", "run_epistemic"]
