@@ -23,6 +23,8 @@ from rlkit2.evaluation.evaluation import Evaluation, mean_text
 from rlkit2.nn.policy import Policy
 from rlkit2.training.run import Run
 
+ORACLE = "the best checkpoint is an oracle: it was chosen by its evaluation score"
+
 
 def evaluate(
     run: Positional[Path],
@@ -74,14 +76,16 @@ def evaluate(
         import_agent(agent)
     if offline:
         _refuse(
-            "--offline plays nothing and judges the final policy",
-            checkpoint=checkpoint,
+            "--offline plays nothing",
             env=env,
             num_envs=num_envs,
             max_steps=max_steps,
             trust_env=trust_env or None,
         )
-        return _judge(run, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members)
+        judged = _at(run, checkpoint)
+        return _judge(
+            judged, checkpoint, dataset, methods, discount, stochastic, json, seed=seed, steps=steps, members=members
+        )
     _refuse("only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members)
     policy, own_env = _open(run, checkpoint, env, trust_env)
     with episode_bar("episodes") as progress:
@@ -109,8 +113,19 @@ def _refuse(why: str, **options: object) -> None:
             raise ConfigError(f"{why}; leave --{name.replace('_', '-')} out")
 
 
+def _at(path: Path, checkpoint: str | None) -> Path | Run:
+    """What --offline judges: the folder, or the run at a checkpoint."""
+    if checkpoint is None:
+        return path
+    if (path / "policy.json").is_file():
+        raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
+    run = load_run(path)
+    return run.at(_step(run, checkpoint) or max(run.checkpoints, default=0))
+
+
 def _judge(
-    run: Path,
+    run: Path | Run,
+    checkpoint: str | None,
     dataset: str | None,
     methods: Sequence[str],
     discount: float | None,
@@ -131,9 +146,12 @@ def _judge(
         options=OfflineOptions(**given),
     )
     if json:
-        output.print_json({"run": str(run), **result.to_dict()})
-    else:
-        print_judged(result)
+        path = run.path if isinstance(run, Run) else run
+        output.print_json({"run": str(path), "checkpoint": checkpoint, **result.to_dict()})
+        return 0
+    print_judged(result)
+    if checkpoint == "best":
+        output.say(ORACLE)
     return 0
 
 
@@ -204,7 +222,7 @@ def _print(out: Console, result: Evaluation, checkpoint: str | None) -> None:
     if len(result.seeds) == 1:
         out.print("one seed: the interval speaks about this policy, not about training again")
     if checkpoint == "best":
-        out.print("the best checkpoint is an oracle: it was chosen by its evaluation score")
+        out.print(ORACLE)
     out.print(f"{summary['episodes']} episodes per seed; {result.normalization}", highlight=False)
 
 

@@ -11,10 +11,11 @@ from rlkit2.api import offline_evaluate
 from rlkit2.cli.output import print_table, say
 from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions, order
 from rlkit2.progress import progress_bar
+from rlkit2.training.run import Run
 
 
 def judged(
-    runs: Sequence[Path],
+    runs: Sequence[Path | Run],
     *,
     dataset: str | None,
     methods: Sequence[str],
