@@ -99,15 +99,17 @@ def test_checkpoints_are_judged_and_ranked(capsys, runs):
     ranked = json.loads(
         printed(capsys, "select", run.path, "--checkpoints", "--by", "own", "--play", "1", "--json", *own[:2])
     )
-    assert ranked["policies"] == [f"{name} at 75", f"{name} at 150"]
+    steps = list(run.checkpoints)  # a slow machine keeps more of them
+    assert {75, 150} <= set(steps)
+    assert ranked["policies"] == [f"{name} at {step}" for step in steps]
     assert sorted(ranked["ranking"]) == sorted(ranked["policies"])
-    assert ranked["played"] == [float(rlkit2.evaluate(run.at(step), episodes=1).returns[0, 0]) for step in (75, 150)]
+    assert ranked["played"] == [float(rlkit2.evaluate(run.at(step), episodes=1).returns[0, 0]) for step in steps]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--offline", "--checkpoint", "7"], "has no checkpoint of step 7; steps there are: [150]"),
+        (["--offline", "--checkpoint", "7"], "has no checkpoint of step 7; steps there are: ["),
         (["--offline", "--checkpoint", "best"], "never evaluated during training"),
         (["--offline", "--max-steps", "3"], "leave --max-steps out"),
         (["--discount", "0.9"], "only --offline takes this; leave --discount out"),
