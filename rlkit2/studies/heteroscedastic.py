@@ -220,7 +220,7 @@ SHAPE_CASES = {"same scale": None, "same deviation": 1.0, "louder with lighter t
 """Deviations of the noise by half: None for what a scale of 1 gives, one number for both, or those of GGD(0.5) and GGD(4)."""
 
 
-def run_shape_weighting(seeds: int = 100, *, seed: int = 0, steps: int = 400) -> list[dict[str, Any]]:
+def run_shape_weighting(seeds: int = 20, *, seed: int = 0, steps: int = 400) -> list[dict[str, Any]]:
     """Weights between samples, by the shape of their noise or by its variance: 20 linear features, 300 samples, half GGD(0.5) and half GGD(4).
 
     Shapes and scales are known, so the weights alone are judged. Every weighting is tried on the squared error and on the negative log-likelihood;
