@@ -110,7 +110,7 @@ class DQN(UncertainAgent):
     def td_loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The regression of the outputs `[S, M, B, 1 + k]` at the actions taken on their targets."""
         spread = self.target_variance(batch) if self.config.sample_weighting == "iv" else None
-        return self.errors.loss(outputs, self.critic_targets(batch), self.config.discount, spread)
+        return self.error_loss(batch, outputs, self.critic_targets(batch), spread)
 
     # One update
 

@@ -36,6 +36,8 @@ class EDACConfig(SACNConfig):
         super().__post_init__()
         if self.num_critics < 2:
             raise ConfigError("edac needs num_critics of at least 2: diversity is between critics")
+        if self.prior_scale > 0.0:
+            raise ConfigError("edac keeps its critics apart by their diversity; leave prior_scale at 0")
 
 
 class EDAC(SACN):
@@ -43,6 +45,11 @@ class EDAC(SACN):
 
     config_class = EDACConfig
     config: EDACConfig
+
+    @property
+    def moves_values(self) -> bool:
+        """To where their slopes differ."""
+        return self.config.eta > 0.0
 
     def diversity(self, slopes: Tensor) -> Tensor:
         """1/(N - 1) E[ sum_(i != j) <g_i, g_j> ], `[S]`, for action gradients `[S, M, B, act]`."""
@@ -58,7 +65,7 @@ class EDAC(SACN):
         outputs = (values if self.critic.noise_outputs else values.unsqueeze(-1)).requires_grad_()
         slopes = slopes[..., self.observation_size :].requires_grad_()
         targets, spread = self.regression(batch)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, spread)
+        loss, metrics = self.error_loss(batch, outputs, targets, spread)
         diversity = self.diversity(slopes)
         on_outputs, on_slopes = torch.autograd.grad((loss + self.config.eta * diversity).sum(), (outputs, slopes))
         gradient = pullback(on_outputs.view_as(values), torch.nn.functional.pad(on_slopes, (self.observation_size, 0)))

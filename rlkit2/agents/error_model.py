@@ -10,6 +10,10 @@ Every member i has outputs (q, rho, lambda) and the distribution GGD(q, alpha, b
 In the first form Q stays the conditional mean and the hidden layers learn from Q alone. In the second Q is the mode: better under symmetric heavy
 tails, wrong for skewed rewards. "gaussian" is the same with beta = 2.
 
+Where an agent moves Q away from the mean of its targets on purpose (the conservative term of CQL, the diversity of EDAC), the noise has a location
+mu of its own, from networks that are fitted to the targets by squared error and by nothing else: GGD(mu, alpha, beta) stays the distribution of
+the target, and what the agent does to Q does not pass for noise. Outputs on Q's own hidden layers would not do: those are bent like Q.
+
 Source: Kim et al., "Generalized Gaussian Temporal Difference Error for Uncertainty-aware Reinforcement Learning" (arXiv 2408.02295); `RELEASED`
 are the options of its released code, whose likelihood is not that of a generalized Gaussian (see `rlkit2.losses.ggd`).
 """
@@ -58,14 +62,18 @@ class ErrorOptions(Checked):
     coupling: Literal["mean", "ggd"] = "mean"
     # "shape": members count by their shape
     member_weighting: Literal["none", "shape"] = "none"
-    # "biv", "biev": a further term with inverse-variance weights; "iv": such weights on the squared error
-    sample_weighting: Literal["none", "biv", "biev", "iv"] = "none"
+    # "biv", "biev": a further term with inverse-variance weights; where Q is fitted: "iv": such weights, "shape": beta over its batch mean
+    sample_weighting: Literal["none", "biv", "biev", "iv", "shape"] = "none"
     # weight of the further term of "biv" and "biev"
     regulariser_weight: NonNegative = 0.1
     # least effective sample size under such weights, as a share of the batch
     min_effective_fraction: Rate = 0.8
     # divide that term by the batch size once more, as the released code does
     legacy_batch_mean: bool = False
+    # "rows": every member counts the data's rows anew (Poisson), so that members differ as Q does between datasets; "none": all see the same rows
+    bootstrap: Literal["none", "rows"] = "none"
+    # deviation, in units of Q, of the fixed random function that each member's Q is learnt on top of; members part where there are no data
+    prior_scale: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,8 +81,12 @@ class ErrorOptions(Checked):
             raise ConfigError("weights between members or samples need critic = 'gaussian' or 'ggd'")
         if self.critic == "gaussian" and (self.critic_form, self.critic_scale) != ("power", "learned"):
             raise ConfigError("critic = 'gaussian' has no shape; leave critic_form and critic_scale at their defaults")
-        if self.sample_weighting != "none" and getattr(self, "num_critics", 2) < 2:
+        if self.sample_weighting == "shape" and self.critic != "ggd":
+            raise ConfigError("sample_weighting = 'shape' needs the shapes of critic = 'ggd'")
+        if self.sample_weighting not in ("none", "shape") and getattr(self, "num_critics", 2) < 2:
             raise ConfigError(f"sample_weighting = {self.sample_weighting!r} needs num_critics of at least 2")
+        if self.bootstrap != "none" and getattr(self, "num_critics", 2) < 2:
+            raise ConfigError("bootstrap is between members; it needs num_critics of at least 2")
         if self.sample_weighting == "iv" and self.coupling == "ggd":
             raise ConfigError("sample_weighting = 'iv' needs coupling = 'mean'; a likelihood weighs by its own scale")
 
@@ -91,14 +103,23 @@ RELEASED: dict[str, Any] = {
 }
 """Options of the released code's `iev-ggd` variant."""
 
+CALIBRATED: dict[str, Any] = {"critic": "ggd", "bootstrap": "rows", "target": "independent", "num_critics": 10}
+"""Options under which the size of `epistemic_sd` is that of Q's error from the chance in the data (see the page on uncertainty)."""
+
 
 @dataclass(frozen=True)
 class Heads:
-    """What the members say, each `[S, M, B]` (discrete, for every action: `[S, M, B, n]`): value, shape and log scale of its noise."""
+    """What the members say, each `[S, M, B]` (discrete, for every action: `[S, M, B, n]`): value; shape, log scale and location of the noise."""
 
     q: Tensor
     shape: Tensor
     log_scale: Tensor
+    own_location: Tensor | None = None  # of the noise, where the agent moves `q`
+
+    @property
+    def location(self) -> Tensor:
+        """What the noise lies around: `q` itself, unless the agent moves that."""
+        return self.q if self.own_location is None else self.own_location
 
     @property
     def variance(self) -> Tensor:
@@ -113,37 +134,42 @@ class ErrorModel:
         options: an `ErrorOptions`, such as an agent's config.
         seeds: S.
         dtype, device: of the running scale.
+        moved: the agent moves Q away from the mean of its targets, so the noise needs a location of its own.
 
     Attributes:
         outputs: noise outputs per value.
         detached: whether they leave the hidden layers alone.
+        own_location: whether the noise has a location of its own.
         buffers: `[S]` tensors that belong to the agent's state.
     """
 
-    def __init__(self, options: ErrorOptions, seeds: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, options: ErrorOptions, seeds: int, dtype: torch.dtype, device: torch.device, *, moved: bool = False
+    ) -> None:
         self.options = options
         learns_scale = options.critic != "mse" and options.critic_scale == "learned"
+        absolute = options.critic == "ggd" and options.sample_weighting in ("biv", "biev")  # a pull towards the median
+        own_location = options.critic != "mse" and (moved or (absolute and options.coupling == "mean"))
         self.outputs = int(options.critic == "ggd") + int(learns_scale)
-        self.learns_scale, self.detached = learns_scale, options.coupling == "mean"
+        self.learns_scale, self.own_location, self.detached = learns_scale, own_location, options.coupling == "mean"
         zeros = torch.zeros(seeds, dtype=dtype, device=device)
         self.buffers = {"error_scale": zeros, "error_scale_weight": zeros.clone()} if self.outputs else {}
 
     # From outputs to heads
 
-    def heads(self, outputs: Tensor) -> Heads:
-        """Outputs `[S, M, B, ..., 1 + k]` as value, shape and log scale."""
+    def heads(self, outputs: Tensor, location: Tensor | None = None) -> Heads:
+        """Outputs `[S, M, B, ..., 1 + k]`, in the order value, shape, scale (those there are), and the noise's own location `[S, M, B, ...]`."""
         q = outputs[..., 0]
-        per_seed = (-1, *(1 for _ in q.shape[1:]))
         if self.options.critic == "gaussian":
             shape = torch.full_like(q, 2.0)
         else:
             shape = noise_shape(outputs[..., 1], self.options.critic_form)
         if self.options.critic_scale == "fixed":
-            return Heads(q, shape, torch.zeros_like(q))
-        log_unit = self.error_scale().log().view(per_seed).expand_as(q)
-        if not self.learns_scale:
-            return Heads(q, shape, log_unit)
-        return Heads(q, shape, log_unit + outputs[..., -1].clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT))
+            return Heads(q, shape, torch.zeros_like(q), location)
+        log_scale = self.error_scale().log().view(-1, *(1 for _ in q.shape[1:])).expand_as(q)
+        if self.learns_scale:
+            log_scale = log_scale + outputs[..., -1].clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        return Heads(q, shape, log_scale, location)
 
     def error_scale(self) -> Tensor:
         """s, the running mean of |d| without the bias of its start, `[S]`."""
@@ -162,7 +188,13 @@ class ErrorModel:
     # The loss
 
     def loss(
-        self, outputs: Tensor, targets: Tensor, discount: float, target_variance: Tensor | None = None
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        discount: float,
+        target_variance: Tensor | None = None,
+        row_weights: Tensor | None = None,
+        location: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss, `[S]`, and metrics.
 
@@ -171,62 +203,80 @@ class ErrorModel:
             targets: `[S, B]`, or `[S, M, B]` where members have their own; without gradient.
             discount: gamma.
             target_variance: gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`, for "iv".
+            row_weights: how much each row counts for each member, `[S, M, B]`; None: all alike.
+            location: of the noise, `[S, M, B]`, without gradient, where it has one of its own.
         """
         targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
         error = outputs[..., 0] - targets
         if self.options.critic == "mse":
-            return error.square().mean(2).sum(1), {}
-        self.track(error.detach())
-        heads = self.heads(outputs)
-        member = self.member_loss(heads, targets)
-        loss = member.sum(1).mean(1)
+            return counted(error.square(), row_weights).mean(2).sum(1), {}
+        noise = (error if location is None else location - targets).detach()
+        self.track(noise)
+        heads = self.heads(outputs, location)
         weights = xi = None
         if self.options.sample_weighting != "none":
-            weights, xi = self.sample_weights(heads, error.detach(), discount, target_variance)
-        if self.options.coupling == "mean":
-            squares = error.square().sum(1)
-            iv = weights is not None and self.options.sample_weighting == "iv"
-            loss = loss + (squares * weights if iv and weights is not None else squares).mean(1)
-        if weights is not None and self.options.sample_weighting != "iv":
-            loss = loss + self.options.regulariser_weight * self.regulariser(error, weights)
-        return loss, self.metrics(heads, error, member, weights, xi)
+            weights, xi = self.sample_weights(heads, noise, discount, target_variance)
+        member, fit = self.member_loss(heads, targets), self.fit_loss(heads, targets)
+        on_fit = weights if self.options.sample_weighting in ("iv", "shape") else None
+        loss = counted(member, row_weights if fit is not None else _product(on_fit, row_weights)).sum(1).mean(1)
+        if fit is not None:
+            loss = loss + counted(fit, _product(on_fit, row_weights)).sum(1).mean(1)
+        if weights is not None and on_fit is None:
+            loss = loss + self.options.regulariser_weight * self.regulariser(error, weights[:, 0], row_weights)
+        return loss, self.metrics(heads, noise, member, weights, xi)
 
     def member_loss(self, heads: Heads, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of every member, times its weight, `[S, M, B]`; Q is detached in the coupling "mean"."""
-        values = heads.q if self.options.coupling == "ggd" else heads.q.detach()
-        member: Tensor = ggd_nll(
+        """Negative log-likelihood of the noise for every member, times its weight, `[S, M, B]`; it trains Q in the coupling "ggd" alone."""
+        location = heads.location if self.options.coupling == "ggd" else heads.location.detach()
+        member = self._nll(location, targets, heads.shape, heads.log_scale)
+        return shape_weights(heads.shape, 1) * member if self.options.member_weighting == "shape" else member
+
+    def fit_loss(self, heads: Heads, targets: Tensor) -> Tensor | None:
+        """What else trains Q, `[S, M, B]`: its squared error, or its likelihood under noise that lies elsewhere; None where `member_loss` does it."""
+        if self.options.coupling == "mean":
+            return (heads.q - targets).square()
+        if heads.own_location is None:
+            return None
+        return self._nll(heads.q, targets, heads.shape.detach(), heads.log_scale.detach())
+
+    def _nll(self, values: Tensor, targets: Tensor, shape: Tensor, log_scale: Tensor) -> Tensor:
+        found: Tensor = ggd_nll(
             values,
             targets,
-            shape=heads.shape,
+            shape=shape,
             form=self.options.critic_form,
-            log_scale=heads.log_scale,
+            log_scale=log_scale,
             reduction="none",
             smoothing=SMOOTHING,
         )
-        return shape_weights(heads.shape, 1) * member if self.options.member_weighting == "shape" else member
+        return found
 
     @torch.no_grad()
     def sample_weights(
         self, heads: Heads, error: Tensor, discount: float, target_variance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Inverse-variance weights of mean one over the batch, `[S, B]`, and the xi `[S]` that keeps the effective size.
+        """Weights of mean one over the batch, `[S, 1, B]` ("shape": `[S, M, B]`), and the xi `[S]` that keeps the effective size.
 
-        biv: variance of the members' Q; biev: best biased estimate of the variance of their errors; iv: aleatoric variance plus that of the target.
+        All are 1 / (v + xi), with v by kind: biv the variance of the members' Q; biev the best biased estimate of the variance of their errors; iv
+        the aleatoric variance plus that of the target; shape 1 / beta of every member, so that the weights are its shapes over their mean.
         """
         kind = self.options.sample_weighting
         if kind == "biv":
             variance = discount**2 * heads.q.var(1).clamp(min=VARIANCE_FLOOR)
         elif kind == "biev":
             variance = mbbe_variance(error, 1, ddof=0, floor=VARIANCE_FLOOR)
+        elif kind == "shape":
+            variance = heads.shape.reciprocal()
         else:
             variance = heads.variance.mean(1) if target_variance is None else heads.variance.mean(1) + target_variance
-        xi = solve_xi(variance, self.options.min_effective_fraction * variance.shape[1])
-        return batch_inverse_variance(variance, xi), xi
+        xi = solve_xi(variance, self.options.min_effective_fraction * variance.shape[-1])
+        weights = batch_inverse_variance(variance, xi)
+        return (weights, xi.mean(1)) if weights.ndim == 3 else (weights.unsqueeze(1), xi)
 
-    def regulariser(self, error: Tensor, weights: Tensor) -> Tensor:
+    def regulariser(self, error: Tensor, weights: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """Weighted errors, absolute for the generalized and squared for the Gaussian likelihood, `[S]`."""
         size = error.abs() if self.options.critic == "ggd" else error.square()
-        term = (weights * size.sum(1)).mean(1)
+        term = (weights * counted(size, row_weights).sum(1)).mean(1)
         return term / weights.shape[1] if self.options.legacy_batch_mean else term
 
     @torch.no_grad()
@@ -254,10 +304,19 @@ class ErrorModel:
         if error.shape[1] > 1:
             found["noise/epistemic_sd"] = heads.q.std(1).mean(1)
         if weights is not None and xi is not None:
-            found["weight/effective_share"] = effective_sample_size(weights) / weights.shape[1]
-            found["weight/max"] = weights.amax(1)
+            found["weight/effective_share"] = effective_sample_size(weights).mean(1) / weights.shape[-1]
+            found["weight/max"] = weights.amax((1, 2))
             found["weight/xi"] = xi
         return found
+
+
+def counted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """`values`, times `weights` where there are any."""
+    return values if weights is None else values * weights
+
+
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None else counted(first, second)
 
 
 def _share(flags: Tensor, like: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlkit2.agents.base import ACTION_KINDS, EncoderOptions, PolicyOptions, batch_means
-from rlkit2.agents.error_model import ErrorOptions
+from rlkit2.agents.error_model import ErrorOptions, counted
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.fields import Count, Fraction, Inside, NonNegative, Positive, Rate, Widths
@@ -44,6 +45,8 @@ class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
     discount: Fraction = 0.99
     # estimates of Q; their minimum is the target of V
     num_critics: Count = 2
+    # "shared": one V under the minimum of the critics; "independent": a V for each, so that no critic learns from another's error
+    target: Literal["shared", "independent"] = "shared"
     # hidden layers of Q, V and the policy
     hidden_sizes: Widths = (256, 256)
     # Adam's step size for Q
@@ -68,7 +71,8 @@ class IQL(UncertainAgent):
 
     def _build(self) -> None:
         config = self.config
-        self._build_value(config.hidden_sizes, config.value_learning_rate)
+        members = config.num_critics if config.target == "independent" else None
+        self._build_value(config.hidden_sizes, config.value_learning_rate, members=members)
         self._build_critics()
         actor = self._likelihood_actor(config.hidden_sizes)
         self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=config.policy_cosine_steps)
@@ -77,20 +81,23 @@ class IQL(UncertainAgent):
 
     @torch.no_grad()
     def value_target(self, batch: Batch) -> Tensor:
-        """min over target critics of Q(s, a), `[S, B]`."""
-        minimum: Tensor = self.critic_target(batch.observations, batch.actions).amin(1)
-        return minimum
+        """min over target critics of Q(s, a), `[S, B]`; each critic's own, `[S, M, B]`, where independent."""
+        values: Tensor = self.critic_target(batch.observations, batch.actions)
+        return values if self.config.target == "independent" else values.amin(1)
 
     def value_term(self, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """Expectile loss of every row, `[S, B]`, and the derivative of L(V) with respect to each V(s), `[S, B]`."""
+        """Expectile loss of every row, and the derivative of L(V) with respect to each V(s), both shaped as `advantage`, `[S, B]` or `[S, M, B]`."""
         slope = expectile_slope(advantage, self.config.expectile)
-        return slope * advantage, slope * (-2.0 / advantage.shape[1])
+        return slope * advantage, slope * (-2.0 / advantage.shape[-1])
 
     @torch.no_grad()
     def critic_targets(self, batch: Batch) -> Tensor:
-        """r + gamma (1 - terminated) V(s'), `[S, B]`."""
+        """r + gamma (1 - terminated) V(s'), `[S, B]`; each critic's own, `[S, M, B]`, where independent."""
         next_value = self.value_network(batch.next_observations)
-        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+        rewards, terminations = batch.rewards, batch.terminations
+        if next_value.ndim == 3:
+            rewards, terminations = rewards.unsqueeze(1), terminations.unsqueeze(1)
+        return td_target(rewards, terminations, next_value, self.config.discount)
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
         """min(exp(beta A), clamp), `[S, B]`."""
@@ -111,6 +118,11 @@ class IQL(UncertainAgent):
         values, pullback = vjp(self.value_network, batch.observations)
         advantage = self.value_target(batch) - values
         value_loss, cotangent = self.value_term(advantage)
+        if (
+            self.config.target == "independent"
+        ):  # V learns from the rows as its critic counts them; the policy follows the members' mean
+            cotangent = counted(cotangent, self.row_weights(batch))
+            value_loss, values, advantage = value_loss.mean(1), values.mean(1), advantage.mean(1)
         value_gradient = pullback(cotangent)
         self.value_optimizer.step(value_gradient)
 
@@ -142,8 +154,9 @@ class IQL(UncertainAgent):
 
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
-        """V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
-        return self.raw_value(observations)
+        """V at raw `observations [S, B, obs]` (independent: the members' mean), as `[S, B]`, in units of the batch's rewards."""
+        values = self.raw_value(observations)
+        return values.mean(1) if values.ndim == 3 else values
 
     @classmethod
     def warnings(cls, config: IQLConfig, metrics: Mapping[str, float]) -> dict[str, str]:

@@ -29,7 +29,6 @@ from rlkit2.fields import Bounds, Count, Finite, Fraction, NonNegative, Positive
 from rlkit2.losses.aggregation import grouped_mean_minimum, grouped_minimum, lower_bound
 from rlkit2.nn import Adam, lerp_
 from rlkit2.nn.actors import SquashedGaussianActor
-from rlkit2.nn.ensembles import member_minimum
 from rlkit2.nn.random import normal
 
 
@@ -151,7 +150,7 @@ class SACN(UncertainAgent):
         """P[Q](s, a) as the policy sees it, `[S, B]`: gradients flow to the actions, not to the critics."""
         risk = self.config.risk_coefficient
         if self.config.policy_objective == "min" and risk == 0.0:
-            return member_minimum(self.critic.network, torch.cat([observations, actions], -1))
+            return self.critic.minimum(observations, actions)
         outputs = self.critic.outputs(observations, actions, frozen=True)
         values = outputs[..., 0]
         if self.config.policy_objective == "min":

@@ -14,6 +14,7 @@ observations, as they do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class TD3BCConfig(EncoderOptions, ErrorOptions):
     discount: Fraction = 0.99
     # estimates of Q; targets take their minimum
     num_critics: Count = 2
+    # next value: the critics' "min", or each critic's own ("independent")
+    target: Literal["min", "independent"] = "min"
     # hidden layers of Q and the policy
     hidden_sizes: Widths = (256, 256)
     # Adam's step size for Q
@@ -75,12 +78,16 @@ class TD3BC(UncertainAgent):
 
     @torch.no_grad()
     def critic_targets(self, batch: Batch) -> Tensor:
-        """y, `[S, B]`: the least target critic at the smoothed action of the target policy."""
+        """y, `[S, B]`: the least target critic at the smoothed action of the target policy; each critic's own, `[S, M, B]`, where independent."""
         noise = normal(batch.actions.shape, self.seed_keys, self.step, stream="target_noise", dtype=self.dtype)
         limit = self.config.target_noise_clip
         noise = (self.config.target_noise * noise).clamp(-limit, limit)
         next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1.0, 1.0)
-        next_value = self.critic_target(batch.next_observations, next_actions).amin(1)
+        next_value = self.critic_target(batch.next_observations, next_actions)
+        if self.config.target == "independent":
+            rewards, terminations = batch.rewards.unsqueeze(1), batch.terminations.unsqueeze(1)
+            return td_target(rewards, terminations, next_value, self.config.discount)
+        next_value = next_value.amin(1)
         return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

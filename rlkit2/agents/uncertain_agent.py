@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from torch import Tensor
 
 from rlkit2.agents.base import Agent, batch_means
-from rlkit2.agents.error_model import ErrorModel, Heads, error_warnings
-from rlkit2.data.batch import Batch
+from rlkit2.agents.error_model import ErrorModel, Heads, counted, error_warnings
+from rlkit2.data.batch import Batch, RowBatch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
 from rlkit2.losses.td import squared_error
-from rlkit2.nn import as_rows, vjp
+from rlkit2.nn import Adam, Critic, as_rows
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
+from rlkit2.nn.random import uniform_at
 
 Array = NDArray[np.float32]
+
+POISSON = [float(stats.poisson.cdf(k, 1.0)) for k in range(10)]  # P(count <= k)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Uncertainty:
     """
 
     q_mean: Array  # mean over members
+    target_mean: Array  # member mean of the noise's location: `q_mean`, unless the agent moves Q away from its targets (cql, edac)
     q_lower: Array  # mean - k epistemic_sd, k as the agent's lcb_coefficient (matched to the minimum unless given)
     aleatoric_sd: Array  # root of the member-mean variance
     epistemic_sd: Array  # standard deviation over members (M - 1 degrees of freedom); 0 for one member
@@ -40,9 +45,27 @@ class Uncertainty:
     shape: Array  # member mean of beta: 1 Laplace, 2 Gaussian
     scale: Array  # member mean of alpha
     excess_kurtosis: Array  # member mean, of the noise alone
-    mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members: their disagreement included
+    mixture_excess_kurtosis: Array  # of the equal-weight mixture of the members' targets: their disagreement included
     quantiles: Array  # of that mixture, `[..., K]`
-    members: dict[str, Array] | None = None  # `q`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
+    num_members: int = 1
+    members: dict[str, Array] | None = None  # `q`, `target_mean`, `aleatoric_sd`, `shape`, `scale` per member, `[M, B]`
+
+    def interval(self, level: float = 0.9) -> tuple[Array, Array]:
+        """Ends of an interval for Q(s, a) itself, shaped as `q_mean`: q_mean -+ t sqrt(1 + 1/M) epistemic_sd, t of M - 1 degrees of freedom.
+
+        It holds the chance in the data where the members differ as Q does between datasets (bootstrap = "rows" with independent targets), and
+        never the bias of the method or of the networks.
+
+        Raises:
+            ConfigError: a single member, or a level that is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ConfigError(f"level must be between 0 and 1, not {level}")
+        if self.num_members < 2:
+            raise ConfigError("one critic knows no ignorance, so there is no interval; raise num_critics")
+        reach = stats.t.ppf(0.5 + 0.5 * level, self.num_members - 1) * np.sqrt(1.0 + 1.0 / self.num_members)
+        half = (reach * self.epistemic_sd).astype(np.float32)
+        return self.q_mean - half, self.q_mean + half
 
 
 @dataclass(frozen=True)
@@ -59,19 +82,66 @@ class UncertainAgent(Agent):
     errors: ErrorModel
     lcb_coefficient: float
 
+    @property
+    def moves_values(self) -> bool:
+        """Whether the loss moves Q away from the mean of its targets on purpose; the noise then has a location of its own."""
+        return False
+
+    @property
+    def epistemic_limits(self) -> tuple[str, ...]:
+        """Why the size of `epistemic_sd` is not that of Q's error from the chance in the data, a line each; nothing where it is meant to be."""
+        found = []
+        if self.config.num_critics < 2:
+            found.append("one critic knows no ignorance: epistemic_sd is 0; raise num_critics")
+        elif self.config.bootstrap == "none":
+            found.append(
+                "the critics saw the same rows, so epistemic_sd is too small and only ranks; set bootstrap = 'rows'"
+            )
+        if getattr(self.config, "target", None) != "independent":
+            found.append(
+                "the critics learn from shared targets, so epistemic_sd misses what these err; set target = 'independent'"
+            )
+        if self.moves_values:
+            found.append(
+                "Q is moved away from its targets on purpose (conservative, diverse): epistemic_sd is that of the moved Q, not of the return"
+            )
+        return tuple(found)
+
     def critic_targets(self, batch: Batch) -> Tensor:
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
 
     def _build_critics(self) -> None:
         """The critics with the error model of the config, their targets and optimiser, and the k of their lower bounds."""
-        self.errors = ErrorModel(self.config, len(self.seeds), self.dtype, self.device)
+        config = self.config
+        if config.prior_scale and self.encoder is not None:
+            raise ConfigError(
+                "prior_scale is a random function of columns, not of images; leave it at 0 for image observations"
+            )
+        self.errors = ErrorModel(config, len(self.seeds), self.dtype, self.device, moved=self.moves_values)
         self._register(buffers=self.errors.buffers)
         self._build_critic(
-            self.config.critic_learning_rate, noise_outputs=self.errors.outputs, detach_noise=self.errors.detached
+            config.critic_learning_rate,
+            noise_outputs=self.errors.outputs,
+            detach_noise=self.errors.detached,
+            prior_scale=config.prior_scale,
         )
-        given = getattr(self.config, "lcb_coefficient", None)
-        self.lcb_coefficient = expected_minimum(self.config.num_critics) if given is None else given
+        if self.errors.own_location:
+            self.location = Critic(
+                self.observation_size,
+                self.action_size,
+                config.hidden_sizes,
+                members=config.num_critics,
+                discrete=self.discrete,
+                encoder=self.encoder,
+                stream="location",
+                **self._placement,
+            )
+            self.location_optimizer = Adam(self.location, config.critic_learning_rate)
+            self._register({"location": self.location}, {"location": self.location_optimizer})
+        self._counts = torch.tensor(POISSON, dtype=self.dtype, device=self.device)
+        given = getattr(config, "lcb_coefficient", None)
+        self.lcb_coefficient = expected_minimum(config.num_critics) if given is None else given
 
     @torch.no_grad()
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -83,6 +153,47 @@ class UncertainAgent(Agent):
         """Signs of trouble in the noise model."""
         return error_warnings(metrics)
 
+    def row_weights(self, batch: Batch) -> Tensor | None:
+        """How often every row counts for every member, `[S, M, B]` with mean 1: Poisson numbers that seed, member and row alone decide; None: alike.
+
+        So every member sees its own resample of the data (Efron's bootstrap, drawn row by row as by Oza and Russell, 2001).
+
+        Raises:
+            ConfigError: with bootstrap = "rows", a batch that does not know its rows.
+        """
+        if self.config.bootstrap == "none":
+            return None
+        if not isinstance(batch, RowBatch):
+            raise ConfigError(
+                "bootstrap = 'rows' needs to know the batch's rows; take it from dataset.gather or dataset.sample"
+            )
+        members: int = self.config.num_critics
+        position = batch.rows.to(self.device).unsqueeze(1) * members + torch.arange(members, device=self.device).view(
+            -1, 1
+        )
+        drawn = uniform_at(position, self.seed_keys, stream="bootstrap", dtype=self.dtype)
+        return torch.bucketize(drawn, self._counts).to(self.dtype)
+
+    def fit_location(self, batch: Batch, targets: Tensor, row_weights: Tensor | None = None) -> Tensor | None:
+        """One step of the noise's own location on a normalised batch, by squared error; the values before it, `[S, M, B]` (None without one).
+
+        Arguments as for `ErrorModel.loss`.
+        """
+        if not self.errors.own_location:
+            return None
+        values, pullback = self.location.vjp(batch.observations, batch.actions)
+        error = counted(values - (targets if targets.ndim == 3 else targets.unsqueeze(1)), row_weights)
+        self.location_optimizer.step(pullback(error * (2.0 / error.shape[2])))
+        return values
+
+    def error_loss(
+        self, batch: Batch, outputs: Tensor, targets: Tensor, target_variance: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ErrorModel.loss` of outputs at a normalised batch, with the weights of its rows and a step of the noise's location."""
+        weights = self.row_weights(batch)
+        location = self.fit_location(batch, targets, weights)
+        return self.errors.loss(outputs, targets, self.config.discount, target_variance, weights, location)
+
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
         """One step of all members on a normalised batch, with metrics.
 
@@ -90,15 +201,15 @@ class UncertainAgent(Agent):
             targets: `[S, B]`, or `[S, M, B]` where members have their own.
             target_variance: as for `ErrorModel.loss`.
         """
-        if not self.errors.outputs and targets.ndim == 2:
-            q, pullback = vjp(self.critic, batch.observations, batch.actions)
+        if not self.errors.outputs and targets.ndim == 2 and self.config.bootstrap == "none":
+            q, pullback = self.critic.vjp(batch.observations, batch.actions)
             losses, cotangent = squared_error(q, targets)
             gradient = pullback(cotangent)
             self.critic_optimizer.step(gradient)
             means = batch_means({"critic/loss": losses, "critic/q_mean": q[:, 0]})
             return {"critic/grad_norm": torch.linalg.vector_norm(gradient, dim=1), **means}
         outputs = self.critic.outputs(batch.observations, batch.actions)
-        loss, metrics = self.errors.loss(outputs, targets, self.config.discount, target_variance)
+        loss, metrics = self.error_loss(batch, outputs, targets, target_variance)
         gradient_norm = self.critic_optimizer.minimize(loss)
         q_mean = outputs[:, 0, :, 0].detach().mean(1)
         return {"critic/loss": loss.detach(), "critic/grad_norm": gradient_norm, "critic/q_mean": q_mean, **metrics}
@@ -119,7 +230,7 @@ class UncertainAgent(Agent):
         self._require_noise()
         batch = self.normalize(batch)
         targets = self.critic_targets(batch)
-        heads = self.errors.heads(self.critic.outputs(batch.observations, batch.actions))
+        heads = self.heads(batch.observations, batch.actions)
         targets = targets if targets.ndim == 3 else targets.unsqueeze(1)
         return PredictedTargets(targets.expand_as(heads.q), heads)
 
@@ -129,12 +240,25 @@ class UncertainAgent(Agent):
         observed = self._seeded(as_rows(torch.as_tensor(observations), self.encoder), 2)
         inputs = self.inputs(observed)
         if actions is None and self.discrete:
-            return self.errors.heads(self.critic.every_output(inputs))
+            return self.heads(inputs)
         if actions is None:
             chosen = self.policy(observed)
         else:
             chosen = self._seeded(actions, 1 if self.discrete else 2)
-        return self.errors.heads(self.critic.outputs(inputs, self.normalize_actions(chosen)))
+        return self.heads(inputs, self.normalize_actions(chosen))
+
+    def heads(self, observations: Tensor, actions: Tensor | None = None) -> Heads:
+        """Heads of every member at normalised observations and actions, `[S, M, B]`; without actions at every discrete one, `[S, M, B, n]`."""
+        location = None
+        if actions is None:
+            outputs = self.critic.every_output(observations)
+            if self.errors.own_location:
+                location = self.location.every_action(observations)
+        else:
+            outputs = self.critic.outputs(observations, actions)
+            if self.errors.own_location:
+                location = self.location(observations, actions)
+        return self.errors.heads(outputs, location)
 
     def _seeded(self, values: Any, ndim: int) -> Tensor:
         """`[B, ...]` for every seed alike, or `[S, B, ...]`."""
@@ -169,12 +293,13 @@ class UncertainAgent(Agent):
         heads = self.heads_at(observations, actions)
         deviation = heads.q.std(1) if heads.q.shape[1] > 1 else torch.zeros_like(heads.q[:, 0])
         scale, variance = heads.log_scale.exp(), heads.variance
-        q, alpha, beta = (t.double().movedim(1, -1) for t in (heads.q, scale, heads.shape))
-        mixture = GeneralizedNormal(q, alpha, beta, validate_args=False)
+        location, alpha, beta = (t.double().movedim(1, -1) for t in (heads.location, scale, heads.shape))
+        mixture = GeneralizedNormal(location, alpha, beta, validate_args=False)
         levels = torch.tensor(list(quantiles), dtype=torch.float64, device=self.device)
         aleatoric = variance.mean(1).sqrt()
         found = {
             "q_mean": heads.q.mean(1),
+            "target_mean": heads.location.mean(1),
             "q_lower": lower_bound(heads.q, self.lcb_coefficient),
             "aleatoric_sd": aleatoric,
             "epistemic_sd": deviation,
@@ -185,9 +310,16 @@ class UncertainAgent(Agent):
             "mixture_excess_kurtosis": mixture_excess_kurtosis(mixture),
             "quantiles": mixture_icdf(mixture, levels),
         }
-        members = {"q": heads.q, "aleatoric_sd": variance.sqrt(), "shape": heads.shape, "scale": scale}
+        members = {
+            "q": heads.q,
+            "target_mean": heads.location,
+            "aleatoric_sd": variance.sqrt(),
+            "shape": heads.shape,
+            "scale": scale,
+        }
         return Uncertainty(
             **{name: self._array(value) for name, value in found.items()},
+            num_members=heads.q.shape[1],
             members={name: self._array(value) for name, value in members.items()} if per_member else None,
         )
 

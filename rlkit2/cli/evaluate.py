@@ -22,6 +22,8 @@ from rlkit2.nn.policy import Policy
 from rlkit2.progress import progress_bar
 from rlkit2.training.run import Run
 
+ORACLE = "the best checkpoint is an oracle: it was chosen by its evaluation score"
+
 
 def evaluate(
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...")]],
@@ -77,15 +79,24 @@ def evaluate(
         import_agent(agent)
     if offline:
         _refuse(
-            "--offline plays nothing and judges the final policy",
-            checkpoint=checkpoint,
+            "--offline plays nothing",
             env=env,
             num_envs=num_envs,
             max_steps=max_steps,
             trust_env=trust_env or None,
         )
         fits = {"seed": seed, "steps": steps, "members": members}
-        return _judge(runs, dataset, reading, methods, discount, stochastic, json, **fits)
+        return _judge(
+            [_at(run, checkpoint) for run in runs],
+            checkpoint,
+            dataset,
+            reading,
+            methods,
+            discount,
+            stochastic,
+            json,
+            **fits,
+        )
     _refuse(
         "only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members, **reading.given
     )
@@ -137,8 +148,19 @@ def _refuse(why: str, **options: object) -> None:
             raise ConfigError(f"{why}; leave --{name.replace('_', '-')} out")
 
 
+def _at(path: Path, checkpoint: str | None) -> Path | Run:
+    """What --offline judges: the folder, or the run at a checkpoint."""
+    if checkpoint is None:
+        return path
+    if (path / "policy.json").is_file():
+        raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
+    run = load_run(path)
+    return run.at(_step(run, checkpoint) or max(run.checkpoints, default=0))
+
+
 def _judge(
-    runs: Sequence[Path],
+    runs: Sequence[Path | Run],
+    checkpoint: str | None,
     dataset: str | None,
     reading: ReadingOptions,
     methods: Sequence[str],
@@ -161,10 +183,13 @@ def _judge(
         options=OfflineOptions(**given),
     )
     if json:
-        named = {"run": str(runs[0])} if len(runs) == 1 else {"runs": list(map(str, runs))}
-        output.print_json({**named, **result.to_dict()})
-    else:
-        print_judged(result)
+        paths = [str(run.path if isinstance(run, Run) else run) for run in runs]
+        named = {"run": paths[0]} if len(runs) == 1 else {"runs": paths}
+        output.print_json({**named, "checkpoint": checkpoint, **result.to_dict()})
+        return 0
+    print_judged(result)
+    if checkpoint == "best":
+        output.say(ORACLE)
     return 0
 
 
@@ -225,7 +250,7 @@ def _print(out: Console, result: Evaluation, checkpoint: str | None, run: str | 
     if len(result.seeds) == 1:
         out.print("one seed: the interval speaks about this policy, not about training again")
     if checkpoint == "best":
-        out.print("the best checkpoint is an oracle: it was chosen by its evaluation score")
+        out.print(ORACLE)
     out.print(f"{summary['episodes']} episodes per seed; {result.normalization}", highlight=False)
     if run:
         out.print()

@@ -12,10 +12,11 @@ from rlkit2.cli.output import print_table, say
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions, order
 from rlkit2.progress import progress_bar
+from rlkit2.training.run import Run
 
 
 def judged(
-    runs: Sequence[Path],
+    runs: Sequence[Path | Run],
     *,
     dataset: str | None,
     reading: ReadingOptions,

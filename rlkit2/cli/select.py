@@ -10,13 +10,14 @@ import numpy as np
 from tyro.conf import Positional
 
 from rlkit2.agents import import_agent
-from rlkit2.api import evaluate
+from rlkit2.api import evaluate, load_run
 from rlkit2.cli.offline import judged, print_judged
 from rlkit2.cli.output import print_json, say
 from rlkit2.cli.parsing import AS_IS, HowToRead, command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import OfflineOptions, agreement, order
 from rlkit2.progress import progress_bar
+from rlkit2.training.run import Run
 
 
 def select(
@@ -31,6 +32,7 @@ def select(
     steps: int = OfflineOptions.steps,
     members: int = OfflineOptions.members,
     seed: int = 0,
+    checkpoints: bool = False,
     play: int = 0,
     agent: tuple[str, ...] = (),
     trust_env: bool = False,
@@ -54,6 +56,7 @@ def select(
         steps: updates of every fit.
         members: resamples of the episodes that every fit is repeated on.
         seed: of resamples, weights and batches.
+        checkpoints: rank every checkpoint of the runs (`train --checkpoint-every`) instead of their final policies.
         play: episodes per seed to play for the truth; 0: none.
         agent: those of the runs that are your own: my_agents.py:MyAgent.
         trust_env: with --play: build environments as the runs' files say, which runs the code they name.
@@ -64,8 +67,9 @@ def select(
     if by not in methods:
         methods = (*methods, by)
     options = OfflineOptions(steps=steps, members=members, seed=seed)
+    sources = [one for path in runs for one in (_checkpoints(path) if checkpoints else [path])]
     result = judged(
-        runs,
+        sources,
         dataset=dataset,
         reading=reading,
         methods=methods,
@@ -74,7 +78,7 @@ def select(
         options=options,
     )
     ranked = order(result.estimates[by])
-    truth = _played(runs, play, not stochastic, trust_env) if play else None
+    truth = _played(sources, play, not stochastic, trust_env) if play else None
     agreed = None
     if truth is not None:
         agreed = {method: agreement([one.value for one in found], truth) for method, found in result.estimates.items()}
@@ -97,19 +101,29 @@ def select(
     return 0
 
 
+def _checkpoints(path: Path) -> list[Run]:
+    """A run at every checkpoint that is there, oldest first."""
+    if (path / "policy.json").is_file():
+        raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoints out, or name its run")
+    run = load_run(path)
+    if not run.checkpoints:
+        raise ConfigError(f"{path} has no checkpoint; leave --checkpoints out")
+    return [run.at(step) for step in run.checkpoints]
+
+
 def _figure(value: float) -> str:
     return str(value) if isinstance(value, int) else "unknown" if value != value else f"{value:.2f}"
 
 
 def _played(
-    runs: Sequence[Path], episodes: int, deterministic: bool, trust_env: bool
+    runs: Sequence[Path | Run], episodes: int, deterministic: bool, trust_env: bool
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Mean return of every seed of every run, `[P]`."""
     means = []
-    for path in runs:
-        with progress_bar(path.name) as progress:
+    for run in runs:
+        with progress_bar(run.label if isinstance(run, Run) else run.name) as progress:
             played = evaluate(
-                path, episodes=episodes, deterministic=deterministic, progress=progress, trust_env=trust_env
+                run, episodes=episodes, deterministic=deterministic, progress=progress, trust_env=trust_env
             )
         means.append(played.returns.mean(1))
     found = np.concatenate(means)

@@ -6,7 +6,7 @@ import json as json_format
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,15 @@ from rlkit2.cli.output import finite
 from rlkit2.cli.parsing import AS_IS, HowToRead, command
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.reading import ReadingOptions
+from rlkit2.errors import ConfigError
 from rlkit2.evaluation.calibration import TDDiagnostics, td_diagnostics
 from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
+from rlkit2.evaluation.return_coverage import LEVEL, LIMITS, ReturnCoverage, return_coverage
 from rlkit2.files import make_folder, save_figure, write_atomically
 from rlkit2.progress import progress_bar
 from rlkit2.training.building import reading_arguments, split_dataset
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def uncertainty(
     agent: str | None = None,
     json: bool = False,
 ) -> int:
-    """Hold a run's noise model against episodes it was not trained on: calibration, tails, and AUROC of its ignorance.
+    """Hold a run's noise model against episodes it was not trained on: calibration, tails, AUROC and size of its ignorance.
 
     Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, iql, cql, dqn), best with --held-out 0.1.
 
@@ -79,6 +78,7 @@ def uncertainty(
     episodes = _episodes(opened, dataset, reading)
     with progress_bar("TD errors") as progress:
         found = td_diagnostics(trained, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
+    size = _size(trained, episodes.dataset)
     known = noise_map(trained, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
     values = {
         "run": str(run),
@@ -87,6 +87,8 @@ def uncertainty(
         "held_out": episodes.held_out,
         "seeds": opened.config["seeds"],
         **found.to_dict(),
+        "epistemic_size": size if isinstance(size, str) else size.to_dict(),
+        "epistemic_limits": list(trained.epistemic_limits),
         **({"noise_map": known.to_dict()} if known else {}),
     }
     report: dict[str, Any] = finite(values)
@@ -95,9 +97,18 @@ def uncertainty(
     if json:
         output.print_json(report)
     else:
-        _print(console, opened, episodes, found, known)
+        _print(console, opened, episodes, found, known, size)
+        _print_size(console, trained, size)
         console.print(f"figures and numbers: {folder}")
     return 0
+
+
+def _size(agent: Any, episodes: TransitionDataset) -> ReturnCoverage | str:
+    """What held-out returns say about the size of the epistemic deviation, or why they say nothing."""
+    try:
+        return return_coverage(agent, episodes)
+    except ConfigError as error:
+        return str(error)
 
 
 def _episodes(run: Run, dataset: str | None, reading: ReadingOptions) -> _Episodes:
@@ -127,7 +138,14 @@ def _write(
     return folder
 
 
-def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics, known: NoiseMap | None) -> None:
+def _print(
+    console: Console,
+    run: Run,
+    episodes: _Episodes,
+    found: TDDiagnostics,
+    known: NoiseMap | None,
+    size: ReturnCoverage | str,
+) -> None:
     table = Table(title=f"{run.path.name}: {found.transitions} transitions of {episodes.what}", title_justify="left")
     table.add_column("")
     for seed in run.config["seeds"]:
@@ -147,6 +165,12 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
     row("mean of standardised TD errors", found.mean_standardized)
     row("skewness of standardised TD errors", found.skewness, 2)
     row("AUROC, random against data actions", found.auroc)
+    if not isinstance(size, str):
+        row("Q of groups against their returns, error", size.error)
+        row("  noise of the returns in it", size.noise)
+        row("  epistemic deviation", size.epistemic)
+        row(f"  groups inside the {100 * LEVEL:g} % interval", size.coverage)
+        row("  of the noise of the returns alone", size.coverage_without)
     if known is not None:
         row("correlation with the true deviation", known.correlation)
         row("  median ratio to it", known.ratio)
@@ -160,8 +184,21 @@ def _print(console: Console, run: Run, episodes: _Episodes, found: TDDiagnostics
         console.print(f"warning: {warning}")
 
 
-def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, out: Path | None = None) -> int:
-    """Known noise, all losses: tabular MDPs ("noisy-mdp"), regression ("regression", minutes) or linear weighting ("weighting").
+def _print_size(console: Console, agent: Any, size: ReturnCoverage | str) -> None:
+    """What may be made of the size of the epistemic deviation."""
+    against = [f"not held against returns: {size}"] if isinstance(size, str) else [size.verdict(), *LIMITS]
+    for line in (*agent.epistemic_limits, *against):
+        console.print(f"size of epistemic_sd: {line}", soft_wrap=True)
+
+
+Study = Literal["noisy-mdp", "regression", "weighting", "shape-weights", "epistemic"]
+
+
+def study(name: Positional[Study], *, out: Path | None = None) -> int:
+    """Known truth, all methods: what each makes of the noise, and whether epistemic_sd has the size of Q's errors.
+
+    "noisy-mdp": losses in tabular MDPs; "regression": losses of a network (minutes); "weighting", "shape-weights": weights between samples of a
+    linear model; "epistemic": epistemic_sd against the spread of Q over datasets (minutes).
 
     Example: rlkit2 uncertainty study noisy-mdp --out study
 
@@ -169,7 +206,7 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
         name: which one.
         out: folder for the table as JSON and the figure; default: print only.
     """
-    from rlkit2.studies import heteroscedastic, noisy_mdp
+    from rlkit2.studies import epistemic, heteroscedastic, noisy_mdp
 
     if out is not None:  # before the work, not after it
         make_folder(out)
@@ -181,11 +218,15 @@ def study(name: Positional[Literal["noisy-mdp", "regression", "weighting"]], *, 
         elif name == "regression":
             fits = heteroscedastic.run_regression(progress=progress)
             rows, figure = [r.row() for r in fits], heteroscedastic.regression_figure(fits)
+        elif name == "epistemic":
+            rows = [r.row() for r in epistemic.run_epistemic_study(progress=progress)]
+        elif name == "shape-weights":
+            rows = heteroscedastic.run_shape_weighting()
         else:
             rows = [dict(row) for row in heteroscedastic.run_weighting()]
     table = Table()
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("noise", "method") else "right")
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(
             *(f"{value:.3f}".replace("nan", "") if isinstance(value, float) else str(value) for value in row.values())

@@ -26,10 +26,17 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
 
     def with_seed_axis(self) -> Batch:
         """The same batch with the leading seed axis added where it is missing (`rewards` of shape `[B]`)."""
         if self.rewards.ndim == 2:
             return self
-        return Batch(**{f.name: getattr(self, f.name).unsqueeze(0) for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name).unsqueeze(0) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBatch(Batch):
+    """A batch that knows its rows of the dataset, `rows` int64 `[S, B]`: what `TransitionDataset.gather` and `sample` give."""
+
+    rows: Tensor

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rlkit2.data.batch import Batch
+from rlkit2.data.batch import Batch, RowBatch
 from rlkit2.data.infer import infer_spaces
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
@@ -138,7 +138,7 @@ class TransitionDataset:
             fields |= self._stacks(indices, fields)
         if self.new_rewards is not None:
             fields["rewards"] = self.new_rewards[indices]
-        return Batch(**fields)
+        return RowBatch(**fields, rows=indices)
 
     def _words(self, indices: Tensor) -> Tensor:
         return self.records.gather(indices if self.rows is None else self.rows[indices])

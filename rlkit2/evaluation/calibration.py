@@ -36,6 +36,8 @@ CHUNK = 2048  # transitions evaluated at once
 class TDDiagnostics:
     """TD errors d = target - Q(s, a) of T held-out transitions, as the M members of S seeds see them, and how well they were foretold.
 
+    Where an agent moves Q on purpose (cql, edac), d is reckoned from the location of its noise instead.
+
     All scalars are arrays `[S]`, taken over the errors of all members of a seed.
     """
 
@@ -54,7 +56,7 @@ class TDDiagnostics:
     conditional_kurtosis: (
         Array  # excess kurtosis of d / sigma(s, a): what heavy tails remain once unequal noise is taken out
     )
-    mean_standardized: Array  # mean of d / sigma(s, a): 0 if Q is the conditional mean
+    mean_standardized: Array  # mean of d / sigma(s, a): 0 if the noise is located at the conditional mean
     skewness: Array  # of d / sigma(s, a)
     auroc: Array  # epistemic deviation of uniformly random actions above that of the data's, at the same states; 0.5: blind
     qq: Array  # `[S, 199, 2]`: quantiles of the standard normal, and of `z_quantile`
@@ -143,7 +145,7 @@ def _measure(
     found = agent.predicted_targets(batch)
     heads = found.heads
     noise = GeneralizedNormal(
-        heads.q.double(), heads.log_scale.double().exp(), heads.shape.double(), validate_args=False
+        heads.location.double(), heads.log_scale.double().exp(), heads.shape.double(), validate_args=False
     )
     targets = found.targets.double()
     below, above = noise.cdf(targets), noise.sf(targets)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlkit2.nn.encoders import make_network
+from rlkit2.nn.ensembles import member_minimum
 from rlkit2.nn.mlp import Pullback, StackedMLP, named_tensors, vjp, vjp_by_autograd
+from rlkit2.nn.prior import RandomFunctions
 
 
 class Critic(nn.Module):
@@ -26,6 +28,7 @@ class Critic(nn.Module):
         noise_outputs: further outputs beside each value (`outputs`), for a model of its errors.
         detach_noise: keep those outputs from training the hidden layers, as `StackedMLP`'s `detached_outputs`.
         encoder: of images among the observations, as for `make_network`; the members share it.
+        prior_scale: deviation, in units of Q, of a fixed random function of its own that every member's Q is the network's output on top of.
         stream: name of the network, as for `StackedMLP`.
 
     `network` is what `make_network` makes; any module with the same shapes may take its place: `[S, B, obs + act]` to `[S, M, B]`, or
@@ -47,6 +50,7 @@ class Critic(nn.Module):
         noise_outputs: int = 0,
         detach_noise: bool = True,
         encoder: Mapping[str, Any] | None = None,
+        prior_scale: float = 0.0,
         stream: str = "critic",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -62,6 +66,7 @@ class Critic(nn.Module):
             "layer_norm": layer_norm,
             "noise_outputs": noise_outputs,
             **({"encoder": encoder} if encoder else {}),
+            "prior_scale": prior_scale,
         }
         scalar = not discrete and noise_outputs == 0
         self.network = make_network(
@@ -77,12 +82,35 @@ class Critic(nn.Module):
             dtype=dtype,
             device=device,
         )
+        self.prior_scale = prior_scale
+        self.prior = None
+        if prior_scale > 0.0:
+            self.prior = RandomFunctions(
+                (observation_size,) if discrete else (observation_size, action_size),
+                action_size if discrete else None,
+                seeds=seeds,
+                members=members,
+                stream=f"{stream}.prior",
+                dtype=dtype,
+                device=device,
+            )
+
+    def _with_prior(self, values: Tensor, inputs: Tensor) -> Tensor:
+        """Outputs of the network, `[S, M, B, ...]`, with the prior on the values among them."""
+        if self.prior is None:
+            return values
+        prior: Tensor = self.prior_scale * self.prior(inputs)
+        if not self.noise_outputs:
+            return values + prior
+        prior = prior if self.discrete else prior.unsqueeze(-1)
+        return torch.cat([values[..., : prior.shape[-1]] + prior, values[..., prior.shape[-1] :]], -1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q of every member, `[S, M, B]`, for observations `[S, B, obs]` and actions `[S, B, act]` (discrete: int64 `[S, B]`)."""
         if self.discrete:
             return taken(self.every_action(observations), actions)
-        values: Tensor = self.network(torch.cat([observations, actions], -1))
+        inputs = torch.cat([observations, actions], -1)
+        values = self._with_prior(self.network(inputs), inputs)
         return values[..., 0] if self.noise_outputs else values
 
     def outputs(self, observations: Tensor, actions: Tensor, *, frozen: bool = False) -> Tensor:
@@ -90,17 +118,18 @@ class Critic(nn.Module):
         if self.discrete:
             return taken(self.every_output(observations), actions)
         inputs = torch.cat([observations, actions], -1)
-        found: Tensor = self.network(inputs, frozen=frozen) if frozen else self.network(inputs)
+        found = self.network(inputs, frozen=frozen) if frozen else self.network(inputs)
+        found = self._with_prior(found, inputs)
         return found if self.noise_outputs else found.unsqueeze(-1)
 
     def every_action(self, observations: Tensor) -> Tensor:
         """Q of every member and every discrete action, `[S, M, B, n]`."""
-        values: Tensor = self.network(observations)
+        values = self._with_prior(self.network(observations), observations)
         return values[..., : self.num_actions] if self.noise_outputs else values
 
     def every_output(self, observations: Tensor) -> Tensor:
         """Q and the noise outputs for every discrete action, `[S, M, B, n, 1 + noise_outputs]`."""
-        found: Tensor = self.network(observations)
+        found = self._with_prior(self.network(observations), observations)
         return found.view(*found.shape[:-1], -1, self.num_actions).transpose(-1, -2)
 
     def first(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -110,13 +139,23 @@ class Critic(nn.Module):
             values: Tensor = self.network.member(0)(inputs, frozen=True)
         else:
             values = self.network(inputs)
-        return values[:, 0, :, 0] if self.noise_outputs else values[:, 0]
+        first = values[:, 0, :, 0] if self.noise_outputs else values[:, 0]
+        return first if self.prior is None else first + self.prior_scale * self.prior(inputs)[:, 0]
+
+    def minimum(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min over members of Q, `[S, B]`, for continuous actions; gradients flow to the actions, not to the weights."""
+        inputs = torch.cat([observations, actions], -1)
+        if self.prior is None:
+            return member_minimum(self.network, inputs)
+        return self.outputs(observations, actions, frozen=True)[..., 0].amin(1)
 
     def vjp(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Pullback]:
         """Q of every member, `[S, M, B]`, and its pullback to the parameters; see `rlkit2.nn.vjp`."""
         if self.discrete or self.noise_outputs:
             return vjp_by_autograd(self, observations, actions)
-        return vjp(self.network, torch.cat([observations, actions], -1))
+        inputs = torch.cat([observations, actions], -1)
+        values, pullback = vjp(self.network, inputs)
+        return self._with_prior(values, inputs), pullback
 
     def named_views(self) -> dict[str, Tensor]:
         """The network's tensors, under its own names."""

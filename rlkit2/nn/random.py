@@ -50,11 +50,17 @@ def uniform(
     Returns:
         Tensor of `shape`.
     """
-    per_seed = [-1] + [1] * (len(shape) - 1)
+    position = torch.arange(math.prod(shape[1:]), device=seeds.device).view(1, *shape[1:])
+    return uniform_at(position, seeds, step, stream=stream, dtype=dtype)
+
+
+def uniform_at(
+    position: Tensor, seeds: Tensor, step: Tensor | int = 0, *, stream: str = "", dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The numbers of `uniform` at given positions, int64 `[S, ...]` (or `[1, ...]` for all seeds): `[S, ...]`; other arguments as there."""
     if not isinstance(step, Tensor):
         step = torch.full_like(seeds, step)
-    key = _hash(_hash(_hash(seeds, stream_id(stream)), seeds), step).view(per_seed)
-    position = torch.arange(math.prod(shape[1:]), device=seeds.device).view(1, *shape[1:])
+    key = _hash(_hash(_hash(seeds, stream_id(stream)), seeds), step).view(-1, *(1 for _ in position.shape[1:]))
     bits = _shift(_hash(key, position), 11)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-53).to(dtype)
 

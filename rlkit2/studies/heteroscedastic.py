@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlkit2.agents.error_model import ErrorModel, ErrorOptions, Heads
-from rlkit2.losses.ggd import batch_inverse_variance, effective_sample_size, inverse_variance_weights
+from rlkit2.agents.error_model import SMOOTHING, ErrorModel, ErrorOptions, Heads
+from rlkit2.losses.ggd import batch_inverse_variance, effective_sample_size, ggd_nll, inverse_variance_weights
 from rlkit2.nn import Adam, StackedMLP
 from rlkit2.nn.distributions import GeneralizedNormal
 
@@ -214,3 +214,60 @@ def run_weighting(seeds: int = 200, *, seed: int = 0) -> list[dict[str, float]]:
         share = effective_sample_size(weights).mean() / 300
         rows.append({"xi": float("inf") if xi is None else xi, "error": float(error), "ESS/B": float(share)})
     return rows
+
+
+SHAPE_CASES = {"same scale": None, "same deviation": 1.0, "louder with lighter tails": (0.3, 3.0)}
+"""Deviations of the noise by half: None for what a scale of 1 gives, one number for both, or those of GGD(0.5) and GGD(4)."""
+
+
+def run_shape_weighting(seeds: int = 20, *, seed: int = 0, steps: int = 400) -> list[dict[str, Any]]:
+    """Weights between samples, by the shape of their noise or by its variance: 20 linear features, 300 samples, half GGD(0.5) and half GGD(4).
+
+    Shapes and scales are known, so the weights alone are judged. Every weighting is tried on the squared error and on the negative log-likelihood;
+    "shape" is beta over its mean, the "risk-averse" weight of Kim et al.; between the members of one sample it is, for a single member, the constant
+    1 of "none".
+
+    Returns:
+        The error of the fitted function by case, loss and weight.
+    """
+    rows: list[dict[str, Any]] = []
+    shape = torch.where(torch.arange(300) < 150, 0.5, 4.0).double().expand(seeds, -1)
+    unit = GeneralizedNormal(torch.zeros(300).double(), torch.ones(300).double(), shape[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        features = torch.randn(seeds, 300, 20, dtype=torch.float64)
+        truth = torch.randn(seeds, 20, 1, dtype=torch.float64) / 20**0.5
+        noise = unit.sample((seeds,))
+    for case, deviation in SHAPE_CASES.items():
+        wanted = unit.stddev if deviation is None else torch.tensor(deviation).double()
+        wanted = wanted if wanted.ndim == 0 or len(wanted) != 2 else wanted.repeat_interleave(150)
+        scale = (wanted / unit.stddev).expand(seeds, -1)
+        y = features @ truth + (scale * noise).unsqueeze(-1)
+        weights = {
+            "none": torch.ones_like(scale),
+            "shape": batch_inverse_variance(shape.reciprocal()),
+            "inverse variance": batch_inverse_variance((scale * unit.stddev).square()),
+        }
+        for name, weight in weights.items():
+            root = weight.sqrt().unsqueeze(-1)
+            squares = torch.linalg.lstsq(root * features, root * y).solution
+            likely = _likeliest(features, y, shape, scale, weight, squares, steps)
+            for loss, fitted in (("squared error", squares), ("likelihood", likely)):
+                error = (fitted - truth).square().mean((1, 2)).sqrt()
+                share = float(effective_sample_size(weight).mean() / 300)
+                rows.append({"noise": case, "loss": loss, "weight": name, "error": float(error.mean()), "ESS/B": share})
+    return sorted(rows, key=lambda row: (list(SHAPE_CASES).index(row["noise"]), row["loss"]))
+
+
+def _likeliest(
+    features: Tensor, y: Tensor, shape: Tensor, scale: Tensor, weight: Tensor, start: Tensor, steps: int
+) -> Tensor:
+    """Coefficients `[seeds, 20, 1]` of the greatest weighted likelihood near `start`."""
+    holder = nn.Module()
+    holder.fitted = nn.Parameter(start.clone())
+    optimizer = Adam(holder, 0.02, cosine_steps=steps)
+    for _ in range(steps):
+        values = (features @ holder.fitted).squeeze(-1)
+        each = ggd_nll(values, y.squeeze(-1), shape=shape, log_scale=scale.log(), reduction="none", smoothing=SMOOTHING)
+        optimizer.minimize((weight * each).mean(1))
+    return holder.fitted.detach()

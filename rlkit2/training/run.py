@@ -54,6 +54,8 @@ class Run:
         RunError: the folder is not a run, or is damaged.
     """
 
+    step: int | None = None  # whose agent and policy are meant; None: the newest
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
@@ -164,10 +166,29 @@ class Run:
                     f"{text.partition(';')[0]}; taking the one of step {found.step}", DamageWarning, stacklevel=2
                 )
             return found
+        return load_checkpoint(self._require(step))
+
+    def _require(self, step: int) -> Path:
         paths = self.checkpoints
         if step not in paths:
             raise RunError(f"{self.path} has no checkpoint of step {step}; steps there are: {list(paths) or 'none'}")
-        return load_checkpoint(paths[step])
+        return paths[step]
+
+    def at(self, step: int) -> Run:
+        """The same run with `agent` and `policy` as they were at the checkpoint of `step`.
+
+        Raises:
+            RunError: there is none.
+        """
+        self._require(step)
+        twin = Run(self.path)
+        twin.step = step
+        return twin
+
+    @property
+    def label(self) -> str:
+        """What tables call it: the folder's name, and the step where one is meant."""
+        return self.path.name if self.step is None else f"{self.path.name} at {self.step}"
 
     def load_agent(self, step: int | None = None) -> Agent:
         """The agent with all its seeds, on the CPU, as it was at a checkpoint (default: the newest).
@@ -185,12 +206,14 @@ class Run:
 
     @property
     def agent(self) -> Agent:
-        """The agent of the newest checkpoint, on the CPU."""
-        return self.load_agent()
+        """The agent of the newest checkpoint, or of the one meant (`at`), on the CPU."""
+        return self.load_agent(self.step)
 
     @property
     def policy(self) -> Policy:
-        """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint."""
+        """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint; see also `at`."""
+        if self.step is not None:
+            return self.agent.policy
         from rlkit2.nn.policy import PolicyMissingError, load_policy
 
         try:

@@ -107,6 +107,10 @@ MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
         lambda m: m.setattr(ErrorModel, "member_loss", moving_values),
         agents.test_decoupled_values_are_those_of_least_squares,
     ),
+    "what moves the values is noise": (
+        lambda m: m.setattr(Heads, "location", property(lambda heads: heads.q)),
+        lambda: agents.test_what_moves_the_values_does_not_pass_for_noise("cql", {}),
+    ),
     "terminated steps bootstrap": (
         lambda m: m.setattr(SACN, "regression", bootstrap_always),
         lambda: check_terminated_steps_ignore_what_follows(problem("sacn", "continuous")),

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.error_model import RELEASED, ErrorModel, ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
+from rlkit2.data import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.nn import load_policy
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_cdf
@@ -212,6 +213,52 @@ def test_uncertainty_agrees_with_the_vectors() -> None:
     parts = (torch.from_numpy(known[f"unc_{part}"]) for part in ("q", "alpha", "beta"))
     back = mixture_cdf(GeneralizedNormal(*parts), torch.from_numpy(found.quantiles).double())
     np.testing.assert_allclose(back, np.broadcast_to([0.2, 0.7], (12, 2)), rtol=1e-4)
+
+
+def bandit(discrete: bool, rows: int = 40) -> tuple[Batch, torch.Tensor]:
+    """One state, three actions with shares .7, .2, .1 of the data, rewards 0, 1, -1 without noise; and the three actions."""
+    which = torch.tensor([0] * (7 * rows // 10) + [1] * (rows // 5) + [2] * (rows // 10))
+    actions = torch.arange(3) if discrete else torch.tensor([[-0.7, 0.2, 0.0], [0.0, -0.6, 0.5], [0.6, 0.5, -0.5]])
+    ones = torch.ones(1, rows)
+    batch = Batch(
+        observations=ones.unsqueeze(2),
+        actions=actions[which].unsqueeze(0),
+        rewards=torch.tensor([0.0, 1.0, -1.0])[which].unsqueeze(0),
+        next_observations=ones.unsqueeze(2),
+        terminations=ones.bool(),
+        truncations=~ones.bool(),
+    )
+    return batch, actions
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in AGENTS),
+        ("cql", {"coupling": "ggd"}),
+        ("cql", {"critic": "gaussian", "alpha": 5.0}),
+        ("dqn", {"sample_weighting": "biev", "regulariser_weight": 1.0}),
+    ],
+    ids=str,
+)
+def test_what_moves_the_values_does_not_pass_for_noise(name: str, options: dict[str, Any]) -> None:
+    """Rewards without noise have none, whatever an agent does to Q on purpose; its quantiles lie where the targets do."""
+    given = {"critic": "ggd", "hidden_sizes": (16,), "num_critics": 2, "critic_learning_rate": 1e-2, **options}
+    agent = agent_class(name)(make_config(name, **given), 1, ACT, discrete=AGENTS[name])
+    assert isinstance(agent, UncertainAgent)
+    batch, actions = bandit(AGENTS[name])
+    for _ in range(160):
+        agent.update(batch)
+    found = agent.uncertainty(torch.ones(3, 1), actions, quantiles=(0.05, 0.95), per_member=True)
+    assert (found.aleatoric_sd < 0.05).all()
+    np.testing.assert_allclose(found.target_mean, [0.0, 1.0, -1.0], atol=0.05)
+    np.testing.assert_allclose(found.quantiles, [[0.0] * 2, [1.0] * 2, [-1.0] * 2], atol=0.1)
+    seen = agent.predicted_targets(batch)
+    assert float((seen.heads.location - seen.targets).abs().max()) < 0.05  # what calibration measures
+    if agent.moves_values and not options:
+        assert np.abs(found.q_mean - found.target_mean).max() > 0.1  # what would have been taken for noise
+    elif not agent.moves_values:
+        np.testing.assert_allclose(found.q_mean, found.target_mean, atol=0.05)
 
 
 @every_agent

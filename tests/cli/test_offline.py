@@ -40,6 +40,7 @@ def runs(tmp_path_factory, data):
         out=out,
         overrides={**SMALL, "discount": 0.9, "critic_learning_rate": 0.01, "value_learning_rate": 0.01},
         reward_scale=0.5,
+        checkpoint_every=75,
         **COMMON,
     )
     return bc, iql
@@ -80,10 +81,36 @@ def test_select_ranks_and_holds_the_ranking_against_the_truth(capsys, runs):
     assert "own against the played returns: policies 1, rank correlation unknown, regret@1" in text
 
 
+def test_checkpoints_are_judged_and_ranked(capsys, runs):
+    run, name = runs[1], runs[1].path.name
+    own = ["--methods", "own", "--json"]
+    earlier, last, final = (
+        json.loads(printed(capsys, "evaluate", run.path, "--offline", *own, *given))
+        for given in (["--checkpoint", "75"], ["--checkpoint", "last"], [])
+    )
+    assert (earlier["policies"], last["policies"], final["policies"]) == ([f"{name} at 75"], [f"{name} at 150"], [name])
+    assert last["estimates"] == final["estimates"]
+    first = rlkit2.load_dataset(run.config["dataset"]["source"])
+    observations = first.observations[first.episode_starts[:-1]].unsqueeze(0)
+    agent = run.load_agent(75)
+    expected = float(agent.q(observations, agent.policy(observations)).mean()) / 0.5
+    assert earlier["estimates"]["own"][0]["value"] == pytest.approx(expected, rel=1e-5)
+    assert earlier["estimates"]["own"] != last["estimates"]["own"]
+    ranked = json.loads(
+        printed(capsys, "select", run.path, "--checkpoints", "--by", "own", "--play", "1", "--json", *own[:2])
+    )
+    steps = list(run.checkpoints)  # a slow machine keeps more of them
+    assert {75, 150} <= set(steps)
+    assert ranked["policies"] == [f"{name} at {step}" for step in steps]
+    assert sorted(ranked["ranking"]) == sorted(ranked["policies"])
+    assert ranked["played"] == [float(rlkit2.evaluate(run.at(step), episodes=1).returns[0, 0]) for step in steps]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--offline", "--checkpoint", "last"], "leave --checkpoint out"),
+        (["--offline", "--checkpoint", "7"], "has no checkpoint of step 7; steps there are: ["),
+        (["--offline", "--checkpoint", "best"], "never evaluated during training"),
         (["--offline", "--max-steps", "3"], "leave --max-steps out"),
         (["--discount", "0.9"], "only --offline takes this; leave --discount out"),
         (["--offline", "--methods", "magic"], "unknown method 'magic'; choose from: fqe, dice, is, dr, own"),

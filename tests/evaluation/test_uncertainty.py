@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ import rlkit2
 from rlkit2.agents import make_agent
 from rlkit2.agents.error_model import Heads
 from rlkit2.agents.iql import IQL, IQLConfig
-from rlkit2.agents.uncertain_agent import PredictedTargets
+from rlkit2.agents.uncertain_agent import PredictedTargets, UncertainAgent
 from rlkit2.cli.main import main
+from rlkit2.cli.output import finite
 from rlkit2.data import Batch, TransitionDataset, dataset_from_arrays
 from rlkit2.envs.noisy_rooms import noise_scale, noise_shape
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.calibration import auroc, td_diagnostics
 from rlkit2.evaluation.noise_map import noise_map
+from rlkit2.evaluation.return_coverage import return_coverage, returns_to_go
 from rlkit2.nn.distributions import GeneralizedNormal
 from rlkit2.training.building import split_dataset
 from rlkit2.training.options import DataOptions
@@ -112,6 +115,75 @@ def test_a_part_of_the_transitions_and_agents_without_noise() -> None:
             td_diagnostics(agent, dataset(20))
 
 
+class Members(UncertainAgent):
+    """Says Q = 10 s_0 + what its members add, `shifts [M]`."""
+
+    def __init__(self, shifts: list[float], discount: float) -> None:
+        self.config: Any = SimpleNamespace(
+            num_critics=len(shifts), discount=discount, bootstrap="rows", target="independent"
+        )
+        self.seeds, self.device, self.shifts = (0,), torch.device("cpu"), torch.tensor(shifts)
+
+    def normalize(self, batch: Batch) -> Batch:
+        return batch
+
+    def critic(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return 10.0 * observations[..., 0].unsqueeze(1) + self.shifts.view(1, -1, 1)
+
+
+def returning(episodes: int = 400, noise: float = 1.0, off: float = 0.0) -> TransitionDataset:
+    """Episodes of three steps that end; the first observation is a tenth of the mean return from there (discount 1/2), plus `off`."""
+    rng = np.random.default_rng(0)
+    means = rng.uniform(-3, 3, (episodes, 3))
+    observed = np.stack([means[:, t:] @ 0.5 ** np.arange(3 - t) for t in range(3)], 1)
+    paid = means + rng.normal(size=means.shape) * noise
+    return dataset_from_arrays(
+        observations=np.stack([(observed.ravel() + off) / 10.0, observed.ravel()], 1).astype(np.float32),
+        actions=np.zeros((3 * episodes, 1), np.float32),
+        rewards=paid.ravel().astype(np.float32),
+        next_observations=np.zeros((3 * episodes, 2), np.float32),
+        terminations=np.tile([False, False, True], episodes),
+        truncations=np.zeros(3 * episodes, bool),
+    )
+
+
+def test_returns_tell_whether_epistemic_sd_is_too_small() -> None:
+    wide, narrow = ([-width, 0.0, width] for width in (0.5, 0.05))
+    true = return_coverage(Members(wide, 0.5), returning(off=0.5))
+    assert true.coverage[0] == 1.0  # off by one deviation everywhere
+    assert true.ratio[0] == pytest.approx(1.0, abs=0.25)
+    assert true.epistemic[0] == pytest.approx(0.5)
+    small = return_coverage(Members(narrow, 0.5), returning(off=0.5))
+    assert small.coverage[0] < 0.5
+    assert small.ratio[0] == pytest.approx(0.1, abs=0.03)
+    assert "far more than its critics disagree" in small.verdict()
+    right = return_coverage(Members(narrow, 0.5), returning())
+    assert right.coverage_without[0] > 0.75  # the noise of the returns alone: nothing is left for Q
+    assert np.isnan(right.ratio[0])
+    assert "do not tell" in right.verdict()
+    json.dumps(finite(right.to_dict()), allow_nan=False)
+
+
+def test_only_returns_that_are_known_count() -> None:
+    rewards = np.ones(12)
+    ends = np.arange(1, 13) % 4 == 0
+    cut = dataset_from_arrays(
+        observations=np.zeros((12, 1), np.float32),
+        actions=np.zeros((12, 1), np.float32),
+        rewards=rewards.astype(np.float32),
+        next_observations=np.zeros((12, 1), np.float32),
+        terminations=ends & (np.arange(12) < 4),
+        truncations=ends & (np.arange(12) >= 4),
+    )
+    returns, remaining = returns_to_go(cut, 0.5)
+    np.testing.assert_allclose(returns, [1.875, 1.75, 1.5, 1.0] * 3)
+    np.testing.assert_allclose(remaining, [0, 0, 0, 0] + [0.0625, 0.125, 0.25, 0.5] * 2)
+    with pytest.raises(ConfigError, match="1 held-out episodes have known returns"):
+        return_coverage(Members([0.0, 1.0], 0.5), cut)
+    with pytest.raises(ConfigError, match="one critic"):
+        return_coverage(Members([0.0], 0.5), cut)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
 def test_auroc_is_the_share_of_ordered_pairs(positive: list[int], negative: list[int]) -> None:
     x, y = np.array(positive, float), np.array(negative, float)
@@ -163,11 +235,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     text = capsys.readouterr().out
     assert "held-out episodes" in text
     assert "correlation with the true deviation" in text
+    assert "size of epistemic_sd: the critics saw the same rows" in text
+    assert "size of epistemic_sd: the critics learn from shared targets" in text
     folder = run.path / "uncertainty"
     assert {path.name for path in folder.iterdir()} == {"calibration.png", "diagnostics.json", "noise_map.png"}
     report = json.loads((folder / "diagnostics.json").read_text())
     assert report["held_out"] is True
     assert len(report["calibration_error"]) == 2
+    assert len(report["epistemic_limits"]) == 2
+    assert isinstance(report["epistemic_size"], str) or len(report["epistemic_size"]["ratio"]) == 2
     assert main(["uncertainty", str(run.path), "--max-transitions", "300", "--json", "--out", "elsewhere"]) == 0
     assert json.loads(capsys.readouterr().out)["seeds"] == [0, 1]
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlkit2.studies.heteroscedastic import WEIGHTED, regression_figure, run_regression, run_weighting
+from rlkit2.studies.epistemic import Budget, run_epistemic, run_epistemic_study
+from rlkit2.studies.heteroscedastic import (
+    WEIGHTED,
+    regression_figure,
+    run_regression,
+    run_shape_weighting,
+    run_weighting,
+)
 from rlkit2.studies.noisy_mdp import noisy_mdp_figure, run_noisy_mdp
 
 
@@ -26,6 +33,37 @@ def test_weighting_helps_a_stiff_model() -> None:
     assert weighted[0] < weighted[1] < weighted[2] < plain
     assert weighted[0] < plain / 3.0
     assert [round(row["ESS/B"], 2) for row in run_weighting(1)] == [1.0, 0.51, 0.61, 0.82]
+
+
+def test_weights_by_shape_help_where_the_scale_is_one_and_nowhere_else() -> None:
+    found = run_shape_weighting(8, steps=0)  # least squares alone: no descent of the likelihood
+    error = {(r["noise"], r["weight"]): r["error"] for r in found if r["loss"] == "squared error"}
+    assert error["same scale", "shape"] < 0.8 * error["same scale", "none"]
+    assert error["same deviation", "shape"] > 1.1 * error["same deviation", "none"]
+    loud = [error["louder with lighter tails", weight] for weight in ("inverse variance", "none", "shape")]
+    assert loud == sorted(loud)  # the shape says nothing of the deviation here, and misleads
+
+
+@pytest.mark.slow
+def test_resampled_rows_give_epistemic_sd_its_size() -> None:
+    """A bandit of 18 cells and 300 rows, with 6 datasets of it: members that see the same rows agree far more than datasets do."""
+    budget = Budget(datasets=6, members=6, steps=250, learning_rate=5e-3)
+    shared, own = (run_epistemic("one-step", "dqn", m, rows=300, budget=budget) for m in ("as released", "CALIBRATED"))
+    assert shared.ratio < 0.5
+    assert 0.75 < own.ratio < 1.3
+    assert shared.coverage < 0.5 < 0.75 < own.coverage
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_epistemic_sd_has_the_size_of_errors_on_problems_with_known_truth() -> None:
+    results = run_epistemic_study(methods=("as released", "CALIBRATED"))
+    for found in results:
+        if found.method == "CALIBRATED":
+            assert 0.7 < found.ratio < 1.35, found
+            assert not found.coverage < 0.8, found
+        else:
+            assert found.ratio < 0.7, found
 
 
 @pytest.mark.slow

@@ -30,10 +30,10 @@ def as_run(source: Run | Policy | str | os.PathLike[str]) -> Run | Policy:
 
 
 def as_candidate(source: Run | Policy, dataset: TransitionDataset, index: int) -> Candidate:
-    """A run's final policy with its agent, or a policy alone, named by its number."""
+    """A run's policy (the final one, or that of the checkpoint meant) with its agent, or a policy alone, named by its number."""
     if isinstance(source, Policy):
         return Candidate(f"policy {index}", source)
-    return Candidate(source.path.name, source.policy, source.agent, reward_factor(source, dataset))
+    return Candidate(source.label, source.policy, source.agent, reward_factor(source, dataset))
 
 
 def reward_factor(run: Run, dataset: TransitionDataset) -> float | None:
