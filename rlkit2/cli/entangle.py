@@ -244,7 +244,7 @@ def rank(
         )
     drawn = ranking_figure(lines, by)
     figure = out.with_suffix(".svg")
-    drawn.savefig(figure)
+    save_figure(drawn, figure)
     if json:
         output.print_json({"pairs": len(lines), "ranked": lines[:top]})
         return 0

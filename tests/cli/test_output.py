@@ -52,7 +52,8 @@ def test_a_commands_docstring_is_its_help(name: str, capsys: pytest.CaptureFixtu
             kind = typing.get_type_hints(FUNCTIONS[name])[parameter.name]
             group = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else (parameter,)
             for option in (field.name for field in group):
-                assert f"--{option.rstrip('_').replace('_', '-')}" in shown
+                name_typed = option.rstrip("_").replace("_", "-")
+                assert f"--{name_typed}" in shown or f"--no-{name_typed}" in shown
 
 
 @pytest.mark.parametrize("group", GROUPS)

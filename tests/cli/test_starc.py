@@ -191,7 +191,7 @@ def test_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["tabular", "--env", "FrozenLake-v1", "--discount", "1"], "discount is 1.0"),
         (["dataset", "builtin/pendulum", "--true"], "a distance needs two rewards, not 1"),
         (["dataset", "builtin/pendulum", "--true", "--reward", "none.py:f"], "none.py cannot be read"),
-        (["dataset", "{recorded}", "--true", "--reward", "{rewards}:broken"], "broken failed on a batch"),
+        (["dataset", "{recorded}", "--true", "--reward", "{rewards}:broken"], "broken has shape []"),
         (
             ["dataset", "builtin/pendulum", "--reward", "{rewards}:still", "--reward", "{rewards}:still"],
             "two rewards are called 'still'",

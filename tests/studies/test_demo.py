@@ -63,7 +63,7 @@ def test_the_command_prints_where_everything_is(
     assert main(["demo", "--seeds", "2", "--steps", "20"]) == 0
     out = capsys.readouterr().out
     assert "odice" in out
-    assert "P(better than bc)" in out
+    assert "P(> bc)" in out
     assert Path("runs/demo/demo.png").is_file()
     assert Path("runs/demo/demo.html").is_file()
     assert main(["demo", "--seeds", "0"]) == 2
