@@ -213,6 +213,7 @@ OWN_WAYS = {
     "entanglement/callback.py": "lines that are appended; nothing it does ends a training",
     "sweeps/engines.py": "a log that another process appends to",
     "sweeps/worker.py": "a log",
+    "entanglement/remedy_trainers.py": "a file beside TRL's checkpoint, whose own writing it joins",
 }
 WRITERS = {
     "write_text",

@@ -222,6 +222,7 @@ def rank(
     """
     from rlkit2.entanglement.model_folder import ModelFolder
     from rlkit2.entanglement.pair_files import read_pairs
+    from rlkit2.files import save_figure
     from rlkit2.reporting.entanglement_figures import ranking_figure
     from rlkit2.studies.pair_ranking import rank_pairs
 

@@ -242,7 +242,7 @@ def test_the_memory_of_an_update_is_at_least_what_it_is_said_to_be(
 
 def test_networks_that_cannot_fit_are_one_line(folder: Path, tmp_path: Path) -> None:
     for sizes in ([10**7, 10**7], [10**30]):
-        with pytest.raises(ConfigError, match="too little memory for the networks|takes at least"):
+        with pytest.raises(ConfigError, match=r"too little memory for the networks|takes at least"):
             train(
                 "bc", folder / "swings.hdf5", out=tmp_path / "runs", overrides={"hidden_sizes": sizes}, progress=False
             )

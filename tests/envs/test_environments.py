@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium
@@ -58,7 +59,8 @@ def test_the_vector_form_equals_single_environments(name: str) -> None:
         5,
         {"start": [0.1, 0.1, 0.6, 0.6], "goal": [0.35, 0.35]},
     )  # close to the goal, so that episodes end within the steps
-    vector = gymnasium.make_vec(name, num_envs=count, max_episode_steps=12, **kwargs)
+    # a copy: make_vec writes its arguments into the specification that it is given, the registry's for a name
+    vector = gymnasium.make_vec(copy.deepcopy(gymnasium.spec(name)), num_envs=count, max_episode_steps=12, **kwargs)
     singles = [gymnasium.make(name, max_episode_steps=12, **kwargs) for _ in range(count)]
     rng = np.random.default_rng(0)
     observations, _ = vector.reset(seed=40)

@@ -49,8 +49,14 @@ class Distribution:
         if not len(values):
             return None
         if edges is None:
-            apart = np.nextafter(values.min(), np.inf) < values.max() and values.max() - values.min() > BINS * np.spacing(abs(values).max())
-            edges = np.histogram_bin_edges(values, BINS) if apart else np.array([values.min(), np.nextafter(values.max(), np.inf)])
+            apart = np.nextafter(
+                values.min(), np.inf
+            ) < values.max() and values.max() - values.min() > BINS * np.spacing(abs(values).max())
+            edges = (
+                np.histogram_bin_edges(values, BINS)
+                if apart
+                else np.array([values.min(), np.nextafter(values.max(), np.inf)])
+            )
         counts, edges = np.histogram(values, edges)
         quantiles = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
         return cls(
