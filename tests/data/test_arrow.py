@@ -168,7 +168,5 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 6
-    assert all(
-        "test/full-v0: File too large" in line or "test/full-v0 could not be written" in line for line in lines
-    ), lines
+    assert all("cannot write" in line or "could not be written" in line for line in lines), lines
     assert not [path for path in (tmp_path / "minari").rglob("*") if path.is_file()]
