@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -221,12 +221,8 @@ class RewardCall:
         assert self.spec is not None
         start = int(getattr(self.spec.action_space, "start", 0))
         rows = nn.functional.one_hot(batch.actions.long() - start, self.spec.action_size).to(batch.observations.device)
-        return Batch(
-            **{
-                **vars(batch),
-                "actions": rows.float() if not batch.observations.is_floating_point() else rows.to(batch.observations),
-            }
-        )
+        floating = batch.observations.is_floating_point()
+        return replace(batch, actions=rows.to(batch.observations) if floating else rows.float())
 
     def _by_key(self, values: Values, *, numpy: bool) -> Values:
         """Observations as the dictionaries that the environment gives, without the keys that the dataset was loaded without."""
@@ -286,7 +282,7 @@ def _caster(reward: Any) -> Callable[[Batch], Batch]:
             return batch
         moved = batch.to(found.device)
         floating = {name: part.to(found.dtype) for name, part in vars(moved).items() if part.is_floating_point()}
-        return Batch(**{**vars(moved), **floating})
+        return replace(moved, **floating)
 
     return cast
 
