@@ -14,6 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+RAW_UNITS = {
+    "value_unit": "reward",
+    "residual_unit": "value",
+    "weight": "positive_residual",
+    "weight_residual": "sampled",
+    "weight_normalization": "none",
+}
+"""O-DICE with V and R in units of reward and the released weight, where the temperature has to be known."""
+
 
 def interleaved(
     cases: dict[str, Callable[[], Any]],

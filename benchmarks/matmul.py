@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from common import interleaved, ratio, report
 
-from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.agents import make_config
+from rlkit2.agents.odice import ODICE
 from rlkit2.data import Batch
 from rlkit2.nn.matmul import SMALLEST_WORK, onednn_is_better
 
@@ -45,7 +46,9 @@ def by(library: str, case: Callable[[], Any], times: int = 1) -> Callable[[], No
 
 def update(width: int, rows: int, seeds: int) -> Callable[[], Any]:
     """An O-DICE update on random transitions."""
-    config = ODICEConfig(value_layer_norm=False, value_hidden_sizes=(width,) * 2, policy_hidden_sizes=(width,) * 2)
+    config = make_config(
+        "odice_released", value_layer_norm=False, value_hidden_sizes=(width,) * 2, policy_hidden_sizes=(width,) * 2
+    )
     agent = ODICE(config, OBSERVATIONS, ACTIONS, seeds=seeds)
     generator = torch.Generator().manual_seed(0)
 

@@ -2,7 +2,8 @@
 
     python benchmarks/odice_weights.py runs/odice-zoo-hopper-medium-replay-v0-001
 
-Per row and averaged over seeds and heads: the share of zero weights, the mean weight (the whole dataset has mean 1), the residual and the value in
+Per row and averaged over seeds and heads: the share of the least weights (0, or the floor), the
+mean weight (the whole dataset has mean 1), the residual and the value in
 units of reward, and the discounted return that really followed.
 """
 
@@ -15,11 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from rlkit2 import load_dataset, load_run
 from rlkit2.agents.odice import ODICE
-from rlkit2.data import TransitionDataset
+from rlkit2.data.returns import discounted_returns
 from rlkit2.errors import ConfigError, RLKitError
 
 EDGES = (0, 1, 3, 6, 12, 25, 50, 100, 10**9)
@@ -33,16 +33,21 @@ def main(path: Path) -> None:
         raise ConfigError(f"{path} is a run of {run.config['agent']}; this needs one of odice")
     dataset = load_dataset(run.config["dataset"]["source"])
     terms = agent.terms(dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1)))
-    scale = agent.residual_scale.view(-1, 1, 1) if agent.adaptive else agent.config.residual_scale
+    # the agent's V and R have units of their own: here both are in units of reward
+    scale = (agent.residual_scale / agent.residual_spread).view(-1, 1, 1)
+    mean, unit = 0.0, torch.ones(1, 1, 1)
+    if agent.config.value_unit == "return" and agent.normalizer.return_std is not None:
+        mean, unit = (part.unsqueeze(-1) for part in (agent.normalizer.return_mean, agent.normalizer.return_std))
     weight = terms.weight.double()
+    least = agent.config.weight_floor if agent.config.weight == "above_quantile" else 0.0
     columns = {
-        "zero weights": (weight == 0).double(),
+        "least weight": (weight <= least).double(),
         "weight": weight / weight.mean((1, 2), keepdim=True),
-        "residual": terms.residual_forward.double() / scale,
-        "value": terms.value.double(),
+        "residual": terms.residual_forward.double() / scale * unit,
+        "value": mean + unit * terms.value.double(),
     }
     rows = {name: column.mean((0, 1)) for name, column in columns.items()}
-    rows["return to go"] = returns_to_go(dataset, agent.config.discount)
+    rows["return to go"] = discounted_returns(dataset.rewards, dataset.episode_starts, agent.config.discount)
     table = Table("transitions", "number", *rows, title=str(path))
     starts = torch.as_tensor(dataset.episode_starts)
     lengths = starts.diff()
@@ -63,17 +68,6 @@ def main(path: Path) -> None:
                 cells = (f"{column[chosen].mean():.3g}" for column in rows.values())
                 table.add_row(f"{text} {low:.0f}{bound}", str(int(chosen.sum())), *cells)
     Console(width=120).print(table)
-
-
-def returns_to_go(dataset: TransitionDataset, discount: float) -> Tensor:
-    """Discounted return from every step to the end of its episode, `[N]`."""
-    rewards = torch.as_tensor(dataset.rewards).double()
-    ends = set(torch.as_tensor(dataset.episode_starts)[1:].tolist())
-    found, value = torch.empty_like(rewards), 0.0
-    for index in reversed(range(len(rewards))):
-        value = float(rewards[index]) + (0.0 if index + 1 in ends else discount * value)
-        found[index] = value
-    return found
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def small_config(name: str) -> Any:
         **dict.fromkeys(("hidden_sizes", "value_hidden_sizes", "policy_hidden_sizes"), WIDTHS),
         **({} if name == "odice" else {"learning_rate": 1e-3}),
     }
+    name = "odice_released" if name == "odice" else name  # no trainer measures the returns here
     return make_config(name, **{key: value for key, value in wanted.items() if key in known})
 
 

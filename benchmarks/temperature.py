@@ -2,7 +2,8 @@
 
     python benchmarks/temperature.py --out runs/temperature
 
-Weights (f*)'(scale R) of reverse KL or Pearson, normalised to mean one; everything else is the dataset's recipe. Same scales for all datasets: what
+Weights (f*)'(scale R) of reverse KL or Pearson, normalised to mean one; everything else is the default, with V and R in
+units of reward. Same scales for all datasets: what
 adapting must buy is that nobody has to know the size of the rewards. A finished run is not trained again.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import report
+from common import RAW_UNITS, report
 
 import rlkit2
 
@@ -58,7 +59,7 @@ def trained(given: Any, dataset: str, name: str, own: dict[str, Any]) -> rlkit2.
         run = rlkit2.load_run(runs[-1].parent)
         return run if run.manifest["status"] in ("finished", "failed") else rlkit2.train(resume=run)
     layers = (DATASETS[dataset],) * 2
-    fixed = {
+    fixed = RAW_UNITS | {
         "divergence": given.divergence,
         "weight": "conjugate_grad",
         "weight_normalization": "mean",
@@ -73,6 +74,8 @@ def trained(given: Any, dataset: str, name: str, own: dict[str, Any]) -> rlkit2.
         steps=given.steps,
         seeds=given.seeds,
         eval_every=given.steps // 5,
+        eval_episodes=20,
+        normalize_observations=True,
         out=folder,
         overrides=fixed | own,
     )

@@ -32,7 +32,7 @@ ROWS, OBSERVATIONS, ACTIONS, BATCH = 100_000, 11, 3, 256
 SEEDS, GROUP = 16, 4
 SETTINGS = ExitStack()  # of the process, while a case runs in it
 CONFIGS: dict[str, dict[str, Any]] = {
-    "odice": {"value_layer_norm": False, "policy_hidden_sizes": (256, 256)},
+    "odice_released": {"value_layer_norm": False, "policy_hidden_sizes": (256, 256)},
     "iql": {},
     "td3bc": {},
 }
@@ -77,7 +77,7 @@ def ours(name: str, seeds: list[int], *, products: bool = True) -> Callable[[int
 
 def two_threads() -> Callable[[int], None]:
     """Sixteen seeds in groups of four on two Python threads, as the trainer lays them out on two cores."""
-    groups = [ours("odice", list(range(first, first + GROUP))) for first in range(0, SEEDS, GROUP)]
+    groups = [ours("odice_released", list(range(first, first + GROUP))) for first in range(0, SEEDS, GROUP)]
 
     def work(group: Callable[[int], None], updates: int) -> None:
         torch.set_num_threads(1)
@@ -109,11 +109,11 @@ def plain(*, products: bool = False) -> Callable[[int], None]:
 
 
 CASES: dict[str, Callable[[], Callable[[int], None]]] = {
-    "odice": lambda: ours("odice", [0]),
-    "odice x 4": lambda: ours("odice", list(range(GROUP))),
-    "odice x 16": lambda: ours("odice", list(range(SEEDS))),
+    "odice": lambda: ours("odice_released", [0]),
+    "odice x 4": lambda: ours("odice_released", list(range(GROUP))),
+    "odice x 16": lambda: ours("odice_released", list(range(SEEDS))),
     "odice x 16, two threads": two_threads,
-    "odice, default products": lambda: ours("odice", [0], products=False),
+    "odice, default products": lambda: ours("odice_released", [0], products=False),
     "plain odice": plain,
     "plain odice, fast products": lambda: plain(products=True),
     "iql": lambda: ours("iql", [0]),

@@ -93,7 +93,8 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     policy_weight_decay: NonNegative = 1e-4
     # Polyak rate of the target V
     target_update_rate: Rate = 0.02
-    # units of V: "return" (standard deviations of the data's discounted returns, around their mean) or "reward" (as they are)
+    # units of V: "return" (standard deviations of the data's discounted returns, around their mean, where the normalizer knows them, as the trainer's
+    # does) or "reward" (as they are)
     value_unit: Literal["return", "reward"] = "return"
     # units of R in the objective: "spread" (its own running standard deviation, if it were normal) or "value" (those of V)
     residual_unit: Literal["spread", "value"] = "spread"
@@ -343,9 +344,8 @@ class ODICE(Agent):
             quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1).view(-1, 1, 1)
             raw = (residual - quantile).clamp(min=0.0)
             above = raw.mean((1, 2), keepdim=True)
-            best = (residual >= quantile).to(
-                raw.dtype
-            )  # where nothing lies above: few distinct residuals, the largest of them common
+            # where nothing lies above (few distinct residuals, the largest of them common) the largest share the weight
+            best = (residual >= quantile).to(raw.dtype)
             raw = torch.where(above > 0.0, raw / above, best / best.mean((1, 2), keepdim=True))
             raw = raw * (1.0 - config.weight_floor) + config.weight_floor
         else:
@@ -418,8 +418,11 @@ class ODICE(Agent):
         self.residual_spread.lerp_(spread, rate).clamp_(min=1e-6)
 
     def learn_expected_residual(self, batch: Batch, residual: Tensor) -> Tensor:
-        """e(s, a), `[S, 1, B]`, before one step of its regression on the batch's R (at most 20 spreads)."""
-        target = residual.mean(1, keepdim=True).clamp(-20.0, 20.0)
+        """e(s, a), `[S, 1, B]`, before one step of its regression on the batch's R (where that counts in spreads, at most 20 of them)."""
+        target = residual.mean(1, keepdim=True)
+        if self.config.residual_unit == "spread":
+            most = 20.0 * self.residual_scale.view(-1, 1, 1)
+            target = target.clamp(-most, most)
         expected: Tensor = self.expected_residual(batch.observations, batch.actions)
         self.expected_optimizer.minimize((expected - target).square().mean((1, 2)))
         found: Tensor = expected.detach()

@@ -32,8 +32,13 @@ def discounted_returns(rewards: Tensor, episode_starts: Tensor, discount: float)
     return torch.from_numpy(found)
 
 
-def return_statistics(dataset: TransitionDataset, discount: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the discounted returns of a dataset's rows, float64; where all are equal the deviation counts as 1."""
-    returns = discounted_returns(dataset.rewards, dataset.episode_starts, discount)
+def return_statistics(
+    dataset: TransitionDataset, discount: float, rewards: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the discounted returns of a dataset's rows, float64; where all are equal the deviation counts as 1.
+
+    `rewards` `[..., N]` go in the place of the dataset's own; the statistics are then `[...]`.
+    """
+    returns = discounted_returns(dataset.rewards if rewards is None else rewards, dataset.episode_starts, discount)
     std = returns.std(-1, correction=0)
     return returns.mean(-1), torch.where(std > 1e-9 * returns.abs().amax(-1), std, 1.0)

@@ -23,6 +23,7 @@ from rlkit2.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.returns import discounted_returns
 
 Array = NDArray[np.float64]
 
@@ -125,16 +126,10 @@ def return_coverage(agent: UncertainAgent, episodes: TransitionDataset) -> Retur
 
 def returns_to_go(episodes: TransitionDataset, discount: float) -> tuple[Array, Array]:
     """Discounted return from every step to the end of its episode, and the discount of what comes after that, 0 after a termination; each `[N]`."""
-    rewards, ended = episodes.rewards.double().cpu().numpy(), episodes.terminations.cpu().numpy()
-    last = set((episodes.episode_starts[1:] - 1).tolist())
-    returns, remaining = np.empty(len(rewards)), np.empty(len(rewards))
-    total = left = 0.0
-    for row in range(len(rewards) - 1, -1, -1):
-        if row in last:
-            total, left = 0.0, 0.0 if ended[row] else 1.0
-        total, left = rewards[row] + discount * total, discount * left
-        returns[row], remaining[row] = total, left
-    return returns, remaining
+    starts = episodes.episode_starts
+    last = torch.repeat_interleave(starts[1:] - 1, starts.diff())
+    remaining = discount ** (last - torch.arange(len(last)) + 1).double() * ~episodes.terminations.cpu()[last]
+    return discounted_returns(episodes.rewards, starts, discount).numpy(), remaining.numpy()
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from rlkit2.api import load_dataset
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics
 from rlkit2.data.preferences import PreferenceDataset
+from rlkit2.data.returns import return_statistics
 from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.evaluation import evaluate_policy
 from rlkit2.evaluation.statistics import Estimate
@@ -414,7 +415,11 @@ def train_on_rewards(
     given = {"discount": settings.discount} if any(part.name == "discount" for part in fields(kind)) else {}
     config = make_config(settings.agent, **read_fields(kind, given | settings.agent_settings))
     mean, std = observation_statistics(dataset)
-    normalizer = make_normalizer(dataset.spec, seeds=len(seeds), observation_mean=mean, observation_std=std)
+    statistics: dict[str, Tensor] = {"observation_mean": mean, "observation_std": std}
+    if (discount := agent_class(settings.agent).return_discount(config)) is not None:
+        returns = return_statistics(dataset, discount, rewards)
+        statistics |= dict(zip(("return_mean", "return_std"), returns, strict=True))
+    normalizer = make_normalizer(dataset.spec, seeds=len(seeds), **statistics)
     agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer, cls=agent_class(settings.agent))
     indices = BatchIndices(dataset, seeds, settings.batch_size)
     rewards = rewards.float()

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rlkit2.data.returns import discounted_returns
 from rlkit2.evaluation.offline.estimate import Replicates
 from rlkit2.evaluation.offline.options import OfflineOptions
 from rlkit2.evaluation.offline.problem import EpisodeSampler, Problem, Resamples, chunks
@@ -110,13 +111,7 @@ def possible_returns(problem: Problem) -> tuple[float, float]:
 
 def returns_to_go(problem: Problem) -> Tensor:
     """Discounted sum of the data's rewards from each row to the end of its episode, `[N]`; what follows a truncation counts as nothing."""
-    rewards = problem.rewards.double().tolist()
-    ends = set((problem.starts[1:] - 1).tolist())
-    found, total = [0.0] * len(rewards), 0.0
-    for row in range(len(rewards) - 1, -1, -1):
-        total = rewards[row] + (0.0 if row in ends else problem.discount * total)
-        found[row] = total
-    return torch.tensor(found)
+    return discounted_returns(problem.rewards, problem.starts, problem.discount).float()
 
 
 def fit_q(problem: Problem, options: OfflineOptions, progress: Callable[[int, int], None] | None = None) -> FittedQ:
