@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from gymnasium.envs.registration import registry
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -42,6 +45,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror("no network in tests")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(autouse=True)
+def registry_as_before() -> Iterator[None]:
+    """Arguments of registered environments stay: `gymnasium.make_vec` writes into the specification that it is given."""
+    before = {name: copy.deepcopy(spec.kwargs) for name, spec in registry.items() if name.startswith("rlkit2/")}
+    yield
+    changed = [name for name, kwargs in before.items() if name in registry and registry[name].kwargs != kwargs]
+    for name in changed:  # the next tests are not to suffer
+        registry[name].kwargs = before[name]
+    assert not changed, f"the registered arguments of {', '.join(changed)} have been changed"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium
@@ -24,7 +25,7 @@ PAIRS = {
 
 
 def episodes(env_id: str, kwargs: dict[str, Any], behavior: str) -> list[Any]:
-    spec = gymnasium.spec(env_id)
+    spec = copy.copy(gymnasium.spec(env_id))  # the registry keeps its own
     spec.kwargs = {**spec.kwargs, **kwargs}
     env = gymnasium.make(spec)
     return list(rollout(spec, lambda: make_behavior(behavior, env, epsilon=0.3), episodes=3, seed=1, max_steps=15))
