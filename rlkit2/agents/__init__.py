@@ -68,6 +68,7 @@ ODICE_RELEASED = {
 """The released code's values for offline RL where `ODICEConfig` has others."""
 
 _REGISTRY = {
+    "awac": _Entry("rlkit2.agents.awac", "AWAC"),
     "bc": _Entry("rlkit2.agents.bc", "BC"),
     "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
     "cpl": _Entry("rlkit2.agents.cpl", "CPL"),

@@ -45,6 +45,7 @@ CASES = [
     ("odice", "continuous", {"encoder": "none"}),
     ("odice", "discrete", {}),
     ("td3bc", "continuous", {}),
+    ("awac", "discrete", {}),
     ("dqn", "discrete", {"critic": "ggd"}),
     ("cql", "discrete", {}),
 ]
@@ -121,7 +122,7 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
     for space in (spaces.Box(0, 255, SHAPE, np.uint8), spaces.Dict(a=spaces.Box(0, 255, SHAPE, np.uint8))):
         spec = DatasetSpec(observation_space=space, action_space=kind)
         with pytest.raises(
-            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, odice, dqn or cql"
+            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, awac, odice, dqn or cql"
         ) as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)

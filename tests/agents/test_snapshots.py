@@ -24,6 +24,7 @@ OBS, ACT, ROWS, UPDATES, SEEDS = 4, 2, 24, 50, (3, 8)
 
 # Options whose arithmetic is not that of the defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "awac": [{"weight_normalization": "none", "critic": "ggd"}],
     "bc": [{"policy_head": "squashed_gaussian"}, {"policy_head": "deterministic"}],
     "cql": [{"critic": "ggd"}],
     "dqn": [{"target": "min"}, {"target": "shared_lcb", "critic": "ggd", "vote": "shape"}, {"critic": "gaussian"}],

@@ -24,9 +24,9 @@ from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError
 from rlkit2.training.recipe import find_recipe
 from rlkit2.training.run import RunWarning
-from tests.agents import awac
+from tests.agents import own
 
-ROOT = Path(awac.__file__).parents[2]
+ROOT = Path(own.__file__).parents[2]
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with spaces in its name, an agent in it, and a run of 6 steps."""
     place = tmp_path_factory.mktemp("own") / "my agents"
     place.mkdir()
-    shutil.copy(awac.__file__, place / "my_awac.py")
+    shutil.copy(own.__file__, place / "my_own.py")
     random = np.random.default_rng(0)
     with h5py.File(place / "swings.hdf5", "w") as file:
         file["observations"] = random.normal(size=(60, 3)).astype(np.float32)
@@ -74,10 +74,10 @@ SHORT = ("--eval-every", "0", "--hidden-sizes", "8")
 
 
 def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
-    done = command(folder, "train", "my_awac.py:AWAC", "--dataset", "swings.hdf5", "--steps", "6", *SHORT)
+    done = command(folder, "train", "my_own.py:Own", "--dataset", "swings.hdf5", "--steps", "6", *SHORT)
     assert done.returncode == 0, done.stderr
     run = load_run(next((folder / "runs").iterdir()))
-    assert run.config["agent"] == "my_awac:AWAC"
+    assert run.config["agent"] == "my_own:Own"
     nameless = command(folder, "train", "--resume", str(run.path), "--steps", "9")
     assert nameless.returncode == 2
     assert "which is not loaded, and what a file names is not imported" in nameless.stderr
@@ -98,51 +98,51 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
     last = ("--checkpoint", "last", "--env", "Pendulum-v1", "--episodes", "1", "--max-steps", "3")
     named = command(folder, "evaluate", str(run.path), "--agent", run.config["agent_source"], *last)
     assert named.returncode == 0, named.stderr
-    (folder / "my_awac.py").write_text((folder / "my_awac.py").read_text() + "# changed\n")
+    (folder / "my_own.py").write_text((folder / "my_own.py").read_text() + "# changed\n")
     with pytest.warns(RunWarning, match="is not what the run was trained with so far"):
         assert command(folder, *words[1:], "--steps", "12").returncode == 0
     assert "new code" in run.manifest["warnings"][0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RunWarning)  # it is the run's code now
         assert command(folder, *words[1:], "--steps", "13").returncode == 0
-    shown = command(folder, "train", "my_awac.py:AWAC", "--help")
+    shown = command(folder, "train", "my_own.py:Own", "--help")
     assert "--temperature" in shown.stdout
-    assert "Advantage-weighted actor-critic" in shown.stdout
+    assert "An agent as a user writes one" in shown.stdout
 
 
 def test_a_sweep_runs_it_only_when_it_is_named(folder: Path) -> None:
     (folder / "sweep.toml").write_text(
-        '[base]\nagent = "my_awac.py:AWAC"\ndataset = "swings.hdf5"\n'
+        '[base]\nagent = "my_own.py:Own"\ndataset = "swings.hdf5"\n'
         '[base.training]\nsteps = 3\neval_every = 0\n[grid]\n"config.temperature" = [0.5]\n'
     )
     refused = command(folder, "sweep", "sweep.toml", "--out", "swept")
     assert refused.returncode == 2
     assert "what a file names is not imported" in refused.stderr
-    done = command(folder, "sweep", "sweep.toml", "--out", "swept", "--agent", "my_awac.py:AWAC")
+    done = command(folder, "sweep", "sweep.toml", "--out", "swept", "--agent", "my_own.py:Own")
     assert done.returncode == 0, done.stderr
     assert list((folder / "swept").rglob("checkpoints/*"))
     sweep = (folder / "sweep.toml").read_text().replace('"swings.hdf5"', f'"{folder / "swings.hdf5"}"')
     (folder / "elsewhere.toml").write_text(sweep)
-    far = command(folder.parent, "sweep", f"{folder}/elsewhere.toml", "--agent", f"{folder.name}/my_awac.py:AWAC")
+    far = command(folder.parent, "sweep", f"{folder}/elsewhere.toml", "--agent", f"{folder.name}/my_own.py:Own")
     assert far.returncode == 0, far.stdout + far.stderr
 
 
 def test_its_recipes_stand_beside_it(folder: Path) -> None:
     (folder / "recipes").mkdir()
     (folder / "recipes" / "random.toml").write_text(
-        'agent = "my_awac.py:AWAC"\ndataset = "swings.hdf5"\n[config]\ntemperature = 0.25\n[training]\nsteps = 2\n'
+        'agent = "my_own.py:Own"\ndataset = "swings.hdf5"\n[config]\ntemperature = 0.25\n[training]\nsteps = 2\n'
     )
-    done = command(folder, "train", "my_awac.py:AWAC", "--dataset", "swings.hdf5", "--out", "with recipe", *SHORT)
+    done = command(folder, "train", "my_own.py:Own", "--dataset", "swings.hdf5", "--out", "with recipe", *SHORT)
     assert done.returncode == 0, done.stderr
     run = load_run(next((folder / "with recipe").iterdir()))
     assert (run.config["config"]["temperature"], run.config["training"]["steps"]) == (0.25, 2)
     (folder / "recipes" / "another.toml").write_text('agent = "absent.py:B"\ndataset = "swings.hdf5"\n')
-    named = ("./my_awac.py:AWAC", "--recipe", "recipes/random.toml", "--out", "named")
+    named = ("./my_own.py:Own", "--recipe", "recipes/random.toml", "--out", "named")
     done = command(folder, "train", *named, *SHORT)
     assert done.returncode == 0, done.stderr
     run = load_run(next((folder / "named").iterdir()))
-    assert run.config["agent"] == "my_awac:AWAC"
-    assert run.config["agent_source"] == f"{folder / 'my_awac.py'}:AWAC"
+    assert run.config["agent"] == "my_own:Own"
+    assert run.config["agent_source"] == f"{folder / 'my_own.py'}:Own"
     refused = command(folder, "train", "iql", "--recipe", "recipes/random.toml")
     assert refused.returncode == 2
 
@@ -203,19 +203,19 @@ def test_a_subclass_with_its_parents_config_is_trained_as_itself(folder: Path, t
     assert {line["reversed/sign"] for line in run.metrics()} == {-1.0}
 
 
-class OwnAWAC(awac.AWAC):
+class Child(own.Own):
     """Shares its parent's config."""
 
 
 def test_a_class_can_be_given_in_python(folder: Path, tmp_path: Path) -> None:
     data = folder / "swings.hdf5"
     options: dict[str, Any] = {"eval_every": 0, "overrides": {"hidden_sizes": [8]}, "progress": False}
-    run = train(OwnAWAC, data, steps=2, out=tmp_path, **options)
-    assert type(run.agent) is OwnAWAC
+    run = train(Child, data, steps=2, out=tmp_path, **options)
+    assert type(run.agent) is Child
     resumed = train(resume=run, steps=4, progress=False)
     assert max(resumed.checkpoints) == 4
     with pytest.raises(ConfigError, match="name that: rlkit2 train"):
-        train(awac.AWAC, resume=run, steps=5, progress=False)
+        train(own.Own, resume=run, steps=5, progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [1e11, 1e300])
@@ -260,14 +260,14 @@ def offer(folder: Path, lines: str) -> None:
 def test_a_broken_package_breaks_only_its_own_agents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offer(tmp_path, "broken = no_such_module:A\nno-agent = json:JSONDecoder\nwith-dash = tests.agents.awac:AWAC\n")
+    offer(tmp_path, "broken = no_such_module:A\nno-agent = json:JSONDecoder\nwith-dash = tests.agents.own:Own\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="agent broken of the installed package offering cannot be imported: Module"):
         agent_class("broken")
     with pytest.raises(ConfigError, match="agent no-agent of the installed package offering is not"):
         agent_class("no-agent")
-    assert agent_class("with-dash") is awac.AWAC
-    assert class_name(awac.AWAC) == "with-dash"
+    assert agent_class("with-dash") is own.Own
+    assert class_name(own.Own) == "with-dash"
     assert class_name(agent_class("sdice")) == "odice"
     with pytest.raises(SystemExit) as ended:
         main(["train", "--help"])
@@ -286,7 +286,7 @@ def test_a_foreign_class_of_a_shipped_name_gets_no_shipped_recipe(
 
 
 def test_installed_packages_offer_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(tmp_path, "offered = tests.agents.awac:AWAC\n")
+    offer(tmp_path, "offered = tests.agents.own:Own\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "offered" in list_agents()
-    assert agent_class("offered") is awac.AWAC
+    assert agent_class("offered") is own.Own
