@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from rlkit2.agents.interface import with_interface
 from rlkit2.data.actions import check_actions
 from rlkit2.data.audit.glance import glance
 from rlkit2.data.dataset import TransitionDataset
@@ -371,7 +372,8 @@ def load_policy(path: str | os.PathLike[str], seed_index: int | None = None) -> 
         RunError: no policy there.
     """
     folder = Path(path)
-    return read_policy(folder / "policy" if (folder / "config.json").is_file() else folder, seed_index)
+    policy = read_policy(folder / "policy" if (folder / "config.json").is_file() else folder, seed_index)
+    return with_interface(policy)
 
 
 def choose_device(name: str) -> torch.device:

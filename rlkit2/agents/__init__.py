@@ -21,6 +21,7 @@ import torch
 from gymnasium import spaces
 
 from rlkit2.agents.base import Agent, as_seeds
+from rlkit2.agents.interface import make_interface
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line
@@ -313,7 +314,7 @@ def make_agent(
     """
     config = make_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     normalizer = make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer
-    return (agent_class(name_or_config) if cls is None else cls)(
+    agent = (agent_class(name_or_config) if cls is None else cls)(
         config,
         spec.observation_size,
         sum(normalizer.choices) if normalizer.choices else spec.action_size,
@@ -324,6 +325,8 @@ def make_agent(
         normalizer=normalizer,
         **({"images": [Image(*image) for image in spec.images]} if spec.images else {}),
     )
+    agent.policy.interface = make_interface(spec)
+    return agent
 
 
 MOST_STEPS = 2**24

@@ -6,10 +6,13 @@ import itertools
 import json
 import uuid
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -18,7 +21,8 @@ from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
 from rlkit2.errors import ConfigError, RunError, first_line
 from rlkit2.files import make_folder, write_atomically
 from rlkit2.nn.actors import Actor, rebuild_actor
-from rlkit2.nn.encoders import as_rows, can_be_rebuilt, encoded_size, plans_of
+from rlkit2.nn.encoders import can_be_rebuilt, encoded_size, plans_of
+from rlkit2.nn.interface import Interface, as_tensor, nested, plain_interface
 from rlkit2.nn.mlp import named_tensors
 from rlkit2.nn.normalizer import Normalizer
 
@@ -37,53 +41,204 @@ class Policy(nn.Module):
         normalizer: maps to and from raw environment units.
         seeds: the integers that name the seeds, in order.
         metadata: JSON-compatible facts that travel with a saved policy (training puts the dataset's spec there).
+        interface: the spaces it was trained for; None: observations are rows, and actions what the actor gives.
     """
 
     def __init__(
-        self, actor: Actor, normalizer: Normalizer, seeds: tuple[int, ...], metadata: dict[str, Any] | None = None
+        self,
+        actor: Actor,
+        normalizer: Normalizer,
+        seeds: tuple[int, ...],
+        metadata: dict[str, Any] | None = None,
+        interface: Interface | None = None,
     ) -> None:
         super().__init__()
         self.actor, self.normalizer, self.seeds, self.metadata = actor, normalizer, seeds, metadata or {}
+        self.interface = interface
 
     @torch.no_grad()
     def forward(
-        self, observations: Tensor, deterministic: bool = True, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Actions for raw observations.
+        self, observations: Any, deterministic: bool = True, generator: torch.Generator | None = None
+    ) -> Tensor | NDArray[Any]:
+        """Actions for raw observations, of all seeds together; `predict` is the same for the loop of one environment.
 
         Args:
-            observations: `[B, obs]` with one seed, `[S, B, obs]` with several (with one, the seed axis may be given and is kept); images as
-                bytes in their own shape, or as rows.
+            observations: a tensor or an array: `[B, obs]`, one `[obs]`, or `[S, B, obs]` with several seeds (with one, the seed axis may be given
+                and is kept). Also in the shape of the space, behind the same leading axes: images in bytes, several dimensions, or the dict or
+                tuple that the environment gives. Where the policy sees stacks these are stacks, `[frames, ...]`, as
+                `gymnasium.wrappers.FrameStackObservation` makes them.
             deterministic: the mode; otherwise a sample.
             generator: source of the sample.
 
         Returns:
-            `[B, act]` or `[S, B, act]` within the action bounds, rounded where the space has whole numbers; discrete actions as int64 `[B]` or
-            `[S, B]`, several choices as int64 `[B, k]` or `[S, B, k]`, counted from the space's own start.
+            `[B, act]`, `[act]` or `[S, B, act]` within the action bounds, rounded where the space has whole numbers; discrete actions as int64 `[B]`
+            or `[S, B]`, several choices as int64 `[B, k]` or `[S, B, k]`, counted from the space's own start. A tensor for tensors, else an array.
 
         Raises:
             ConfigError: the shape does not fit the policy.
         """
-        size, num_seeds = self.actor.settings["observation_size"], len(self.seeds)
-        encoder = self.actor.settings.get("encoder")
-        given, observations = observations.shape, as_rows(observations, encoder)
-        add_axis = observations.ndim == 2 and num_seeds == 1
-        if add_axis:
-            observations = observations.unsqueeze(0)
-        if observations.ndim != 3 or observations.shape[0] != num_seeds or observations.shape[-1] != size:
-            wanted = f"[B, {size}]" if num_seeds == 1 else f"[{num_seeds}, B, {size}]"
-            if encoder is not None:
-                shapes = " and ".join(str(shape) for _, shape in encoder["images"])
-                wanted += f", with images {shapes} in bytes"
-            raise ConfigError(f"this policy takes observations {wanted}, not {list(given)}")
+        rows, arrays = self._rows(observations)
+        if not self._fits(rows):
+            raise ConfigError(f"this policy takes observations {self._wanted()}, not {_shape(observations)}")
+        lead, seeds = rows.shape[:-1], len(self.seeds)
+        actions = self._act(rows.reshape(seeds, -1, rows.shape[-1]), deterministic, generator)
+        actions = actions.reshape((*lead, *actions.shape[2:]))
+        return actions.cpu().numpy() if arrays else actions
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, Any]:
+        """The action for what an environment shows, as Stable-Baselines3 calls it: `action, state = policy.predict(observation, state, start)`.
+
+        A policy that sees stacks of frames stacks them itself: `observation` is the newest frame, `state` what the call before returned. Where
+        `episode_start` is true the history is forgotten, and the first frame stands for those before it.
+
+        Args:
+            observation: one observation as the environment gives it (array, tensor, number, dict or tuple), or a batch of them, `[B, ...]`.
+            state: of a policy that sees stacks: what `predict` returned for the step before, None at the first step; ignored by others.
+            episode_start: whether this is the first step of an episode, one flag or `[B]`; to be given where `state` is None and the policy sees
+                stacks, so that nobody forgets the history by accident.
+            deterministic: the mode; otherwise a sample.
+            generator: source of the sample.
+
+        Returns:
+            The action as `env.step` takes it (a batch for a batch): type, shape and bounds are those of the action space; tensors for tensors, else
+            arrays. And the state, `[frames, columns]` or `[B, frames, columns]`; None for a policy that sees single observations.
+
+        Raises:
+            ConfigError: the observation does not fit, the policy has several seeds, or the history of a stack is missing.
+        """
+        if len(self.seeds) > 1:
+            names = ", ".join(map(str, self.seeds))
+            raise ConfigError(
+                f"predict is for one policy, and this holds seeds {names}; choose one: policy.select_seed(0)"
+            )
+        outside = self._outside
+        values = outside.read(observation)
+        arrays = not any(isinstance(part, Tensor) for part in _leaves(observation))
+        frame = outside.frame(values)
+        rows = frame
+        if outside.frames > 1:
+            state = outside.advance(*self._history(frame, state, episode_start))
+            rows = outside.rows(state)
+        actions = self._act(rows.reshape(1, -1, outside.size), deterministic, generator)
+        parts = outside.values(actions.reshape((*frame.shape[:-1], *actions.shape[2:])))
+        state = state if outside.frames > 1 else None
+        if not arrays:
+            return nested(outside.action, parts), state
+        own = [entry.array(part) for entry, part in zip(outside.action, parts, strict=True)]
+        return nested(outside.action, own), None if state is None else state.cpu().numpy()
+
+    def _history(self, frame: Tensor, state: Any, start: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The frames before `frame`, itself, and where episodes start, in matching shapes.
+
+        Raises:
+            ConfigError: they do not match, or it cannot be known what came before.
+        """
+        frames, lead = self._outside.frames, frame.shape[:-1]
+        if state is None and (start is None or not np.all(start)):
+            raise ConfigError(
+                f"this policy sees the last {frames} observations: give the state that predict returned for the step before, or episode_start=True "
+                "at the first step of an episode"
+            )
+        starts = torch.as_tensor(np.zeros(lead, bool) if start is None else start, device=frame.device).to(torch.bool)
+        if starts.shape not in ((), lead):
+            raise ConfigError(f"episode_start has shape {list(starts.shape)}, and the observations are {list(lead)}")
+        shape = (*lead, frames, frame.shape[-1])
+        before = frame.new_zeros(shape) if state is None else torch.as_tensor(state, device=frame.device)
+        if before.shape != shape:
+            raise ConfigError(f"state has shape {list(before.shape)}, not {list(shape)}; give what predict returned")
+        return before.to(frame.dtype), frame, starts.expand(lead)
+
+    def _act(self, rows: Tensor, deterministic: bool, generator: torch.Generator | None) -> Tensor:
+        """Actions `[S, B, ...]` in the environment's units for raw rows `[S, B, obs]`."""
+        inputs = self._inputs(rows)
+        noise = None if deterministic else self.actor.draw_noise(self._like(inputs), generator)
+        return self.normalizer.environment_actions(self.actor(inputs, noise))
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        """Rows as the network takes them."""
         parameter = next(self.actor.parameters())
-        inputs = observations.to(parameter.device)
-        if inputs.dtype != torch.uint8 or encoder is None:  # an encoder takes the bytes
-            inputs = self.normalizer.observations(inputs.to(parameter.dtype))
-        rows = inputs[..., :0].to(parameter.dtype)
-        noise = None if deterministic else self.actor.draw_noise(rows, generator)
-        actions = self.normalizer.environment_actions(self.actor(inputs, noise))
-        return actions.squeeze(0) if add_axis else actions
+        inputs = rows.to(parameter.device)
+        if inputs.dtype == torch.uint8 and "encoder" in self.actor.settings:  # an encoder takes the bytes
+            return inputs
+        return self.normalizer.observations(inputs.to(parameter.dtype))
+
+    def _like(self, inputs: Tensor) -> Tensor:
+        """What noise for `inputs` takes its lead, type and device from."""
+        return inputs[..., :0].to(next(self.actor.parameters()).dtype)
+
+    def _rows(self, observations: Any) -> tuple[Tensor, bool]:
+        """What `forward` is given as rows `[*lead, obs]`, and whether it was arrays."""
+        if isinstance(observations, Tensor) and observations.is_floating_point() and self._fits(observations):
+            return observations, False
+        outside, arrays = self._outside, not any(isinstance(part, Tensor) for part in _leaves(observations))
+        stacks = outside.frames > 1
+        if not isinstance(observations, Mapping | tuple):
+            plain, entry = as_tensor(observations), outside.observation[0]
+            shape = (outside.frames, *entry.shape) if stacks else entry.shape
+            own = tuple(plain.shape[max(plain.ndim - len(shape), 0) :]) == shape and not entry.path
+            if entry.choices and not plain.is_floating_point():
+                own = True  # not yet one-hot
+            elif self._fits(plain):  # rows go before
+                own = False
+            if not own:
+                return plain, arrays
+        frames = outside.frame(outside.read(observations, frames=stacks, most=2))
+        return outside.rows(frames) if stacks else frames, arrays
+
+    def _fits(self, rows: Tensor) -> bool:
+        """Whether these are rows for all seeds; with one seed their axis may be left out, and so may that of a batch."""
+        lead, seeds = rows.shape[:-1], len(self.seeds)
+        known = lead[0] == seeds if len(lead) == 2 else seeds == 1 and len(lead) < 2
+        return bool(rows.ndim) and known and rows.shape[-1] == self.actor.settings["observation_size"]
+
+    def _wanted(self) -> str:
+        """The shapes that `forward` takes, in words."""
+        size, encoder = self.actor.settings["observation_size"], self.actor.settings.get("encoder")
+        wanted = f"[B, {size}]" if len(self.seeds) == 1 else f"[{len(self.seeds)}, B, {size}]"
+        if encoder is not None:
+            shapes = " and ".join(str(shape) for _, shape in encoder["images"])
+            wanted += f", with images {shapes} in bytes"
+        keys = [entry.name for entry in self._outside.observation if entry.path]
+        return wanted + (f", or entries {', '.join(keys)}" if keys else "")
+
+    @property
+    def _outside(self) -> Interface:
+        """The interface, or what can be said without one."""
+        return self.interface or plain_interface(self.actor.settings)
+
+    def select_seed(self, index: int) -> Policy:
+        """The policy of one seed, a copy, by its place 0 to S - 1.
+
+        Raises:
+            ConfigError: there is no such seed, or the actor's network is one of your own, so nothing here could rebuild it.
+        """
+        self._require_known("split into seeds")
+        return _one_seed(self._description(self.metadata), _tensors(self), index, "the policy")
+
+    def _require_known(self, verb: str) -> None:
+        if not can_be_rebuilt(self.actor.network):
+            kind = type(self.actor.network).__name__
+            raise ConfigError(f"a policy on {kind} cannot be {verb}; save its state_dict yourself")
+
+    def _description(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        return {
+            "seeds": list(self.seeds),
+            "dtype": str(next(self.actor.parameters()).dtype).removeprefix("torch."),
+            "actor": self.actor.settings,
+            "action_start": self.normalizer.action_start,
+            "whole_actions": self.normalizer.whole,
+            "interface": None if self.interface is None else self.interface.to_json(),
+            "metadata": metadata,
+        }
 
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the folder `path` with `policy.json` and `policy.safetensors`; each file appears by atomic rename.
@@ -96,25 +251,14 @@ class Policy(nn.Module):
             ConfigError: the actor's network is one of your own, so nothing here could rebuild it.
             WriteError: the folder cannot be written.
         """
-        if not can_be_rebuilt(self.actor.network):
-            raise ConfigError(
-                f"a policy on {type(self.actor.network).__name__} cannot be saved; save its state_dict yourself"
-            )
+        self._require_known("saved")
         folder = Path(path)
         make_folder(folder)
         pair = uuid.uuid4().hex  # both files carry it, so half a replacement is noticed
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
         content = save(tensors, metadata={"pair": pair})
-        description = {
-            "format": _FORMAT,
-            "pair": pair,
-            "seeds": list(self.seeds),
-            "dtype": str(next(self.actor.parameters()).dtype).removeprefix("torch."),
-            "actor": self.actor.settings,
-            "action_start": self.normalizer.action_start,
-            "whole_actions": self.normalizer.whole,
-            "metadata": self.metadata if metadata is None else metadata,
-        }
+        own = self._description(self.metadata if metadata is None else metadata)
+        description = {"format": _FORMAT, "pair": pair, **own}
         text = json.dumps(sealed(description, {"policy.safetensors": digest(content)}), indent=2) + "\n"
         write_atomically(folder / "policy.safetensors", content)
         write_atomically(folder / "policy.json", text)
@@ -143,14 +287,20 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
     except Exception as error:
         raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
     if seed_index is not None:
-        if not 0 <= seed_index < len(seeds):
-            raise ConfigError(f"seed index {seed_index} is out of range: {folder} holds {len(seeds)} seeds")
-        seeds = seeds[seed_index : seed_index + 1]
-        tensors = {name: tensor[seed_index : seed_index + 1] for name, tensor in tensors.items()}
+        return _one_seed(description, tensors, seed_index, str(folder))
     try:
         return _built(description, tensors, seeds)
     except Exception as error:
         raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
+
+
+def _one_seed(description: dict[str, Any], tensors: dict[str, Tensor], index: int, owner: str) -> Policy:
+    """The policy of one of the seeds that `owner` holds."""
+    seeds = description["seeds"]
+    if not 0 <= index < len(seeds):
+        raise ConfigError(f"seed index {index} is out of range: {owner} holds {len(seeds)} seeds")
+    own = {name: tensor[index : index + 1] for name, tensor in tensors.items()}
+    return _built(description, own, seeds[index : index + 1])
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,7 +343,11 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor], seeds: list[
     for name in normalizer._buffers:  # absent ones are None
         if f"normalizer.{name}" in tensors:
             setattr(normalizer, name, tensors[f"normalizer.{name}"])
-    policy = Policy(actor, normalizer, tuple(seeds), description["metadata"])
+    stored = description.get("interface")  # older files have none
+    interface = None if stored is None else Interface.from_json(stored)
+    if interface is not None and interface.size != settings["observation_size"]:
+        raise Damaged("policy.json describes other observations than its network takes")
+    policy = Policy(actor, normalizer, tuple(seeds), description["metadata"], interface)
     for name, target in _tensors(policy).items():
         if name not in tensors or tensors[name].shape != target.shape:
             raise Damaged(f"tensor {name} is missing or has another shape")
@@ -207,3 +361,21 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
         for part, module in (("actor", policy.actor), ("normalizer", policy.normalizer))
         for name, tensor in named_tensors(module).items()
     }
+
+
+def _leaves(observation: Any) -> Iterator[Any]:
+    """The arrays and tensors of an observation."""
+    if isinstance(observation, Mapping):
+        observation = tuple(observation.values())
+    if isinstance(observation, tuple):
+        for part in observation:
+            yield from _leaves(part)
+    else:
+        yield observation
+
+
+def _shape(observations: Any) -> Any:
+    """What to say was given."""
+    if isinstance(observations, Mapping):
+        return {key: _shape(part) for key, part in observations.items()}
+    return list(np.shape(observations)) if not isinstance(observations, tuple) else tuple(map(_shape, observations))

@@ -214,10 +214,11 @@ class Run:
         """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint; see also `at`."""
         if self.step is not None:
             return self.agent.policy
+        from rlkit2.agents.interface import with_interface
         from rlkit2.nn.policy import PolicyMissingError, load_policy
 
         try:
-            policy = load_policy(self.path / "policy")
+            policy = with_interface(load_policy(self.path / "policy"))
             if policy.metadata.get("step") == max(self.checkpoints, default=policy.metadata.get("step")):
                 return policy
         except PolicyMissingError:  # killed before the first one was written
