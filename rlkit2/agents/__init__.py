@@ -74,6 +74,7 @@ _REGISTRY = {
     "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
     "cpl": _Entry("rlkit2.agents.cpl", "CPL"),
     "cql": _Entry("rlkit2.agents.cql", "CQL"),
+    "crr": _Entry("rlkit2.agents.crr", "CRR"),
     "dqn": _Entry("rlkit2.agents.dqn", "DQN"),
     "edac": _Entry("rlkit2.agents.edac", "EDAC"),
     "ipl": _Entry("rlkit2.agents.ipl", "IPL"),

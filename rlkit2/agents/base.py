@@ -356,7 +356,7 @@ class Agent:
 
 def no_images(name: str) -> str:
     """Why an agent refuses observations that hold images."""
-    return f"{name} does not learn from images; choose bc, td3bc, iql, awac, odice, dqn or cql, or leave the images out with observation_keys"
+    return f"{name} does not learn from images; choose bc, td3bc, iql, awac, crr, odice, dqn or cql, or leave the images out with observation_keys"
 
 
 def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

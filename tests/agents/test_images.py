@@ -46,6 +46,7 @@ CASES = [
     ("odice", "discrete", {}),
     ("td3bc", "continuous", {}),
     ("awac", "discrete", {}),
+    ("crr", "continuous", {}),
     ("dqn", "discrete", {"critic": "ggd"}),
     ("cql", "discrete", {}),
 ]
@@ -122,7 +123,7 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
     for space in (spaces.Box(0, 255, SHAPE, np.uint8), spaces.Dict(a=spaces.Box(0, 255, SHAPE, np.uint8))):
         spec = DatasetSpec(observation_space=space, action_space=kind)
         with pytest.raises(
-            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, awac, odice, dqn or cql"
+            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, awac, crr, odice, dqn or cql"
         ) as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)

@@ -27,6 +27,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "awac": [{"weight_normalization": "none", "critic": "ggd"}],
     "bc": [{"policy_head": "squashed_gaussian"}, {"policy_head": "deterministic"}],
     "cql": [{"critic": "ggd"}],
+    "crr": [{"weight": "binary", "advantage": "max", "num_critics": 2}, {"critic": "gaussian"}],
     "dqn": [{"target": "min"}, {"target": "shared_lcb", "critic": "ggd", "vote": "shape"}, {"critic": "gaussian"}],
     "edac": [{"critic": "ggd"}],
     "iql": [{"critic": "ggd", "sample_weighting": "iv"}, {"critic": "gaussian"}],
