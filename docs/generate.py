@@ -45,10 +45,11 @@ ROOMS = {
     "evaluation": ("rlkit2.evaluation", "rlkit2.evaluation.offline"),
     "reporting": ("rlkit2.reporting",),
     "sweeps": ("rlkit2.sweeps",),
-    "studies": ("rlkit2.studies.preferences_to_regret", "rlkit2.studies.pair_ranking"),
+    "studies": ("rlkit2.studies.benchmark", "rlkit2.studies.preferences_to_regret", "rlkit2.studies.pair_ranking"),
     "testing": ("rlkit2.testing",),
 }
 ONLY = {
+    "rlkit2.studies.benchmark": "run_benchmark, Benchmark",
     "rlkit2.api": "load_dataset, train, evaluate, offline_evaluate, load_run, load_policy",
     "rlkit2.studies.preferences_to_regret": "StudySettings, StudyResult, run_study, load_study",
     "rlkit2.studies.pair_ranking": "rank_pairs",

@@ -114,6 +114,7 @@ def train(
     progress: bool | Progress = True,
     trust_env: bool = False,
     until: int | None = None,
+    recipes: bool = True,
     **options: Any,
 ) -> Run:
     """Train an agent on a dataset, several seeds together, into a new run folder.
@@ -136,6 +137,7 @@ def train(
         progress: show a table (lines, without a terminal) on standard error.
         trust_env: build the environment as the files of the dataset or run say, which runs the code they name.
         until: stop after this step, saved as by an interruption; `resume` continues, to the same numbers.
+        recipes: look for a shipped recipe; False: what is not given comes from the defaults alone.
         **options: fields of `TrainingOptions`, `DataOptions` and `ReadingOptions`; None is as good as not given.
 
     Returns:
@@ -174,7 +176,7 @@ def train(
         agent = class_name(agent)
     if resume is None:
         given = {"training": training, "data": data, "reading": reading}
-        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, shown, trust_env)
+        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, shown, trust_env, recipes)
         run = None
         changed = None
     else:
@@ -402,6 +404,7 @@ def _plan(
     env: EnvSource | None,
     shown: Progress,
     trust_env: bool,
+    recipes: bool,
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a new run and its dataset: what was given, then the recipe, then the defaults."""
     from rlkit2.agents import agent_class, list_agents, make_config
@@ -426,7 +429,7 @@ def _plan(
     assert source is not None
     if isinstance(source, str) and source.startswith("builtin/"):
         source = builtin_id(source)
-    if recipe is None and isinstance(agent, str):
+    if recipe is None and isinstance(agent, str) and recipes:
         recipe = find_recipe(
             name, source if isinstance(source, str) else getattr(getattr(source, "spec", None), "id", "")
         )

@@ -121,12 +121,8 @@ class Agent:
         discrete = self.action_kinds == ("discrete",) if discrete is None else discrete
         self.choices = None if normalizer is None else normalizer.choices
         kind = "multidiscrete" if self.choices else "discrete" if discrete else "continuous"
-        if kind not in self.action_kinds:
-            raise ConfigError(
-                f"{type(self).__name__} is for {' or '.join(self.action_kinds)} actions; these are {kind}, {MENDS.get(kind, 'choose another agent')}"
-            )
-        if images and not self.sees_images:
-            raise ConfigError(no_images(type(self).__name__))
+        if (refused := self.refusal(kind, images=bool(images))) is not None:
+            raise ConfigError(refused)
         self.config = config
         self.encoder = choose_encoder(getattr(config, "encoder", "auto"), images)
         self.seeds = as_seeds(seeds)
@@ -140,6 +136,14 @@ class Agent:
         self._optimizers: dict[str, Adam] = {}
         self._buffers: dict[str, Tensor] = {"step": self.step}
         self._build()
+
+    @classmethod
+    def refusal(cls, kind: str, *, images: bool = False) -> str | None:
+        """One line on why the agent does not learn from actions of a kind of `ACTION_KINDS`, or from images; None where it does."""
+        if kind not in cls.action_kinds:
+            mend = MENDS.get(kind, "choose another agent")
+            return f"{cls.__name__} is for {' or '.join(cls.action_kinds)} actions; these are {kind}, {mend}"
+        return no_images(cls.__name__) if images and not cls.sees_images else None
 
     def _build(self) -> None:
         """Make networks, optimisers and the policy from `self.config` and register them."""

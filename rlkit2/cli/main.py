@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("rlkit2.cli.data", "list, inspect, check, build, import and relabel datasets"),
     "train": ("rlkit2.cli.train", "train an agent on a dataset, several seeds together; resume a run"),
     "sweep": ("rlkit2.cli.sweep", "train many runs from one file; resumable"),
+    "benchmark": ("rlkit2.cli.benchmark", "agents by datasets with one setting each: table, page, results that grow"),
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it; --offline: from data alone"),
     "select": ("rlkit2.cli.select", "rank runs by what they would earn, judged from data alone"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),

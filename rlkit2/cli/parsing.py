@@ -102,6 +102,18 @@ def name_values(texts: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
+def as_seeds(text: str) -> int | list[int]:
+    """`4`, a number of seeds, or `3,7`, the seeds themselves.
+
+    Raises:
+        ConfigError: neither.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be a number of seeds or seeds with commas between, not {text!r}") from error
+
+
 def parse(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
     """`tyro.cli`, whose framed errors become a `ConfigError` of one line."""
     with redirect_stderr(StringIO()) as text:

@@ -19,7 +19,7 @@ from tyro.conf import OmitArgPrefixes
 from rlkit2.agents import agent_class, class_name, import_agent, list_agents, make_config
 from rlkit2.api import train
 from rlkit2.cli import output
-from rlkit2.cli.parsing import parse
+from rlkit2.cli.parsing import as_seeds, parse
 from rlkit2.envs.builtin import builtin_recipes
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.evaluation import mean_text
@@ -32,7 +32,10 @@ from rlkit2.training.recipe import agent_recipes
 COMMAND = {
     "dataset": ("ID", "Minari id, builtin/... id, or a file or folder in a known format (default: that of the recipe)"),
     "seeds": ("N", "number of seeds trained together, or the seeds themselves: 3,7 (default: 1)"),
-    "recipe": ("FILE", "TOML with agent, dataset and options (default: the shipped one for agent and dataset, if any)"),
+    "recipe": (
+        "FILE",
+        "TOML with agent, dataset and options; none: the agent's own defaults (default: the shipped one for agent and dataset, if any)",
+    ),
     "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),
     "resume": ("RUN", "resume this run from its newest checkpoint; --steps N prolongs it to N in all"),
     "env": ("ID", "environment to evaluate in (default: the dataset's)"),
@@ -49,6 +52,8 @@ def run(arguments: Sequence[str]) -> int | None:
     agent, rest = _agent(arguments)
     given = _parse(agent, rest)
     recipe = given.pop("recipe", None)
+    shipped = recipe != "none"
+    recipe = recipe if shipped else None
     if recipe is not None and agent is not None:
         named = class_name(agent_class(agent)) if ":" in agent else agent
         if (of := load_recipe(recipe).agent) != named:
@@ -56,9 +61,10 @@ def run(arguments: Sequence[str]) -> int | None:
     done = train(
         agent if recipe is None else Path(recipe),
         given.pop("dataset", None),
-        seeds=_seeds(given.pop("seeds", "1")),
+        seeds=as_seeds(given.pop("seeds", "1")),
         overrides=_section(agent_class(agent).config_class, given) if agent else None,
         loggers=given.pop("logger", ()),
+        recipes=shipped,
         **{name: value for cls in SECTIONS.values() for name, value in _section(cls, given).items()},
         **given,
     )
@@ -75,8 +81,8 @@ def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         return arguments[0], list(arguments[1:])
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == "--recipe" and (value or arguments[index + 1 :]):
-            return load_recipe(value or arguments[index + 1]).agent, list(arguments)
+        if name == "--recipe" and (file := value or next(iter(arguments[index + 1 :]), "none")) != "none":
+            return load_recipe(file).agent, list(arguments)
     return None, list(arguments)
 
 
@@ -142,13 +148,6 @@ def _show(value: Any) -> str:
         if value in (None, True, False)
         else str(value)
     )
-
-
-def _seeds(text: str) -> int | list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
-    except ValueError as error:
-        raise ConfigError(f"--seeds must be a number of seeds or seeds with commas between, not {text!r}") from error
 
 
 def _unknown(argument: str, agent: str | None, fields: Sequence[str]) -> str:

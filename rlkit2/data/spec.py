@@ -106,6 +106,13 @@ class DatasetSpec:
         return isinstance(self.action_space, spaces.Discrete)
 
     @property
+    def action_kind(self) -> str:
+        """`discrete` (one choice), `multidiscrete` (several at once) or `continuous`."""
+        if self.discrete:
+            return "discrete"
+        return "continuous" if action_layout(self.action_space).choices is None else "multidiscrete"
+
+    @property
     def action_size(self) -> int:
         """Number of choices of a Discrete action space, else columns of an action."""
         if isinstance(self.action_space, spaces.Discrete):

@@ -7,7 +7,7 @@ improvement over a baseline; intervals are those of `rlkit2.evaluation.statistic
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,16 +169,20 @@ def compare(
         found, said = _played(members, evaluate) if evaluate is not None else _recorded(members, last)
         table.update({(group.label, dataset): scores for group, scores in zip(members, found, strict=True)})
         notes += said
-    rows = [
-        _row(label, dataset, [scores], [table[base, dataset]] if (base, dataset) in table else None, base)
-        for (label, dataset), scores in table.items()
-    ]
-    pooled, said = _over_datasets(table, datasets, base)
-    rows += pooled
+    rows, said = _rows(table, base)
     notes = [*_methods(rows), *repeated, *notes, *said, *_stopped(groups)]
     if evaluate is None:
         notes.insert(0, _columns(last))
     return Comparison(tuple(rows), base, tuple(notes), tuple(groups))
+
+
+def compare_histories(histories: Mapping[tuple[str, str], ScoreHistory], *, baseline: str, last: int = 5) -> Comparison:
+    """Compare the last evaluations of (label, dataset) by what was recorded of them, without the folders of the runs.
+
+    `baseline`: one of the labels. `last`: see `compare`.
+    """
+    rows, said = _rows({key: _of_histories([history], last) for key, history in histories.items()}, baseline)
+    return Comparison(tuple(rows), baseline, (*_methods(rows), *said))
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,18 @@ class _GroupScores:
     unit: str | None  # None: never evaluated
 
 
+def _rows(table: Mapping[tuple[str, str], _GroupScores], base: str) -> tuple[list[Row], list[str]]:
+    """A row for every label on every dataset, those over all datasets, and what a reader must know about the latter."""
+    rows = [
+        _row(label, dataset, [scores], [table[base, dataset]] if (base, dataset) in table else None, base)
+        for (label, dataset), scores in table.items()
+    ]
+    pooled, said = _over_datasets(table, list(dict.fromkeys(dataset for _, dataset in table)), base)
+    return [*rows, *pooled], said
+
+
 def _over_datasets(
-    table: dict[tuple[str, str], _GroupScores], datasets: Sequence[str], base: str
+    table: Mapping[tuple[str, str], _GroupScores], datasets: Sequence[str], base: str
 ) -> tuple[list[Row], list[str]]:
     """Rows over all datasets, of the labels that were run on each; returns of different environments are not averaged."""
     if len(datasets) < 2:
@@ -244,20 +258,24 @@ def _recorded(groups: Sequence[Group], last: int) -> tuple[list[_GroupScores], l
                     f"{group.label} on {group.dataset}: {run.path} is {run.status}; its last evaluation is at step "
                     f"{history.steps[-1]} of {run.config['training']['steps']}"
                 )
-        final = np.concatenate([*(history.scores[-1][:, :episodes] for history in evaluated), *missing])
-        recent = [history.per_seed[-last:].mean(axis=0) for history in evaluated]
-        best = [history.per_seed[history.best] for history in evaluated]
-        nan = [scores[:, 0] for scores in missing]
-        tables.append(
-            _GroupScores(
-                final,
-                float(np.concatenate([*recent, *nan]).mean()),
-                float(np.concatenate([*best, *nan]).mean()),
-                max((history.steps[-1] for history in evaluated), default=None),
-                evaluated[0].unit if evaluated else None,
-            )
-        )
+        tables.append(_of_histories(evaluated, last, missing))
     return tables, notes
+
+
+def _of_histories(evaluated: Sequence[ScoreHistory], last: int, missing: Sequence[Array] = ()) -> _GroupScores:
+    """Scores of the last evaluations of a group's runs, and of seeds that have none, `[S, E]`."""
+    episodes = min((history.scores[-1].shape[1] for history in evaluated), default=1)
+    final = np.concatenate([*(history.scores[-1][:, :episodes] for history in evaluated), *missing])
+    recent = [history.per_seed[-last:].mean(axis=0) for history in evaluated]
+    best = [history.per_seed[history.best] for history in evaluated]
+    nan = [scores[:, 0] for scores in missing]
+    return _GroupScores(
+        final,
+        float(np.concatenate([*recent, *nan]).mean()),
+        float(np.concatenate([*best, *nan]).mean()),
+        max((history.steps[-1] for history in evaluated), default=None),
+        evaluated[0].unit if evaluated else None,
+    )
 
 
 def read_histories(groups: Sequence[Group]) -> tuple[list[list[ScoreHistory | None]], list[str]]:

@@ -69,30 +69,40 @@ def _score_cells(row: Row, pooled: bool, scored: bool, k: int) -> list[Cell]:
 def curves(groups: Sequence[Group], series: SERIES, name: str) -> str:
     """Scores over updates on one dataset: the mean over seeds and its interval as a band."""
     found, notes = read_histories(groups)
-    histories = [(group, [h for h in of_group if h is not None]) for group, of_group in zip(groups, found, strict=True)]
-    lines = [_curve(group, known, series[group.label]) for group, known in histories if known]
+    labelled = {
+        group.label: [history for history in of_group if history is not None]
+        for group, of_group in zip(groups, found, strict=True)
+    }
+    absent = [label for label, known in labelled.items() if not known]
+    said = [*notes, *([f"without evaluations: {', '.join(absent)}"] if absent else [])]
+    return history_curves(labelled, groups[0].dataset, series, name, said)
+
+
+def history_curves(
+    histories: Mapping[str, Sequence[ScoreHistory]], dataset: str, series: SERIES, name: str, said: Sequence[str] = ()
+) -> str:
+    """The same for the histories of every label on a dataset; `said`: what the caption adds."""
+    lines = [_curve(label, known, series[label]) for label, known in histories.items() if known]
     if not lines:
         return "<p class='note'>No evaluations.</p>"
-    unit = "normalised score (%)" if next(known for _, known in histories if known)[0].unit == SCORE else "return"
-    seeds = np.concatenate([history.per_seed.ravel() for _, known in histories for history in known])
+    unit = "normalised score (%)" if next(known for known in histories.values() if known)[0].unit == SCORE else "return"
+    seeds = np.concatenate([history.per_seed.ravel() for known in histories.values() for history in known])
     ends = [f"{line.label} {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines]
     drawing = line_chart(
         name,
         lines,
         x_label="updates",
         y_label=unit,
-        alt=f"{unit} over updates on {groups[0].dataset}, first to last evaluation: " + "; ".join(ends),
+        alt=f"{unit} over updates on {dataset}, first to last evaluation: " + "; ".join(ends),
         view=_view(seeds),
     )
-    absent = [group.label for group, known in histories if not known]
-    said = [*notes, *([f"without evaluations: {', '.join(absent)}"] if absent else [])]
     caption = "mean over seeds; band: its 95 % interval, which two or three seeds leave wide" + "".join(
         f"; {line}" for line in said
     )
     return f"<div class='figures wide'>{figure(drawing, caption)}</div>"
 
 
-def _curve(group: Group, histories: Sequence[ScoreHistory], series: int) -> Line:
+def _curve(label: str, histories: Sequence[ScoreHistory], series: int) -> Line:
     by_step: dict[int, list[Array]] = {}
     for history in histories:
         for step, scores in zip(history.steps, history.scores, strict=True):
@@ -103,7 +113,7 @@ def _curve(group: Group, histories: Sequence[ScoreHistory], series: int) -> Line
     kept += steps[-1:] if kept[-1] != steps[-1] else []
     found = [bootstrap([_stacked(by_step[step])], resamples=300) for step in kept]
     value, low, high = (np.array([getattr(e, end) for e in found]) for end in ("value", "low", "high"))
-    return Line(series, group.label, np.array(kept, dtype=np.float64), value, low, high)
+    return Line(series, label, np.array(kept, dtype=np.float64), value, low, high)
 
 
 def _stacked(rows: Sequence[Array]) -> Array:

@@ -6,6 +6,7 @@ agent = "bc"
 dataset = "builtin/pendulum"
 seeds = 4                             # a number, or a list of seeds
 loggers = ["tensorboard"]             # beside the files that are always written
+recipes = false                       # what is not given comes from the defaults, never from a shipped recipe
 [base.config]                         # [base.data], [base.training] and [base.reading] likewise
 hidden_sizes = [64, 64]
 [grid]                                # every combination of these
@@ -58,7 +59,7 @@ from rlkit2.training.run_files import read_json
 from rlkit2.training.selection import Goal, read_goal
 
 SECTIONS = ("config", *OPTIONS)
-NAMES = ("agent", "dataset", "seeds", "env", "loggers")
+NAMES = ("agent", "dataset", "seeds", "env", "loggers", "recipes")
 ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
 
 
@@ -76,6 +77,7 @@ class Experiment:
     reading: dict[str, Any] = field(default_factory=dict)
     loggers: tuple[str, ...] = ()
     label: str = ""
+    recipes: bool = True  # shipped ones, for what is not given
 
     @property
     def folder(self) -> str:
@@ -83,6 +85,8 @@ class Experiment:
         settings = {name: value for name, value in asdict(self).items() if name not in ("label", "loggers")}
         if not self.reading:  # a section that older files do not know
             del settings["reading"]
+        if self.recipes:  # likewise
+            del settings["recipes"]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return re.sub(r"[^A-Za-z0-9._=]+", "-", f"{self.label or self.agent} {digest}").strip("-")
 
@@ -265,6 +269,9 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         if not isinstance(loggers, list):
             raise ConfigError(f"loggers must be a list of names, not {loggers!r}")
         check_names(loggers)
+        recipes = settings.get("recipes", True)
+        if not isinstance(recipes, bool):
+            raise ConfigError(f"recipes must be true or false, not {recipes!r}")
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
     return Experiment(
@@ -276,6 +283,7 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         **options,
         loggers=tuple(loggers),
         label=label,
+        recipes=recipes,
     )
 
 

@@ -43,6 +43,7 @@ def train_experiment(folder: Path) -> str:
             loggers=settings["loggers"],
             progress=False,
             until=settings.get("until"),
+            recipes=settings.get("recipes", True),
             **settings["data"],
             **settings["training"],
             **settings["reading"],

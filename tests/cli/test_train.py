@@ -102,6 +102,19 @@ def test_a_recipe_file_names_agent_and_dataset_and_options_win_over_it(capsys, p
     assert "recipe none.toml does not exist" in refused(capsys, "train", "--recipe", "none.toml")
 
 
+def test_no_recipe_is_taken_where_none_is_wanted(capsys, place, monkeypatch):
+    folder = place / "recipes" / "bc"
+    folder.mkdir(parents=True)
+    (folder / "walk.toml").write_text('agent = "bc"\ndataset = "tiny/walk-v0"\n[config]\nlearning_rate = 0.1\n')
+    monkeypatch.setattr("rlkit2.training.recipe.recipe_folder", lambda kind: folder.parent)
+    typed(capsys, "train", "bc", *QUICK, "--hidden-sizes", "8")
+    typed(capsys, "train", "bc", *QUICK, "--hidden-sizes", "8", "--recipe", "none")
+    first, second = (Run(f"runs/bc-tiny-walk-v0-00{number}").config for number in (1, 2))
+    assert (first["config"]["learning_rate"], second["config"]["learning_rate"]) == (0.1, 3e-4)
+    assert (first["recipe"], second["recipe"]) == (str(folder / "walk.toml"), None)
+    assert "no agent is named" in refused(capsys, "train", "--recipe", "none")
+
+
 def test_resume_prolongs_a_run(capsys):
     typed(capsys, "train", "bc", *QUICK, "--hidden-sizes", "8")
     out, _ = typed(capsys, "train", "--resume", "runs/bc-tiny-walk-v0-001", "--steps", "9")

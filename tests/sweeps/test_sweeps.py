@@ -98,6 +98,7 @@ def test_a_run_keeps_its_folder_wherever_it_stands_in_the_file(tmp_path):
         (('name = "tiny"', 'name = "../../elsewhere"'), r"name must be a plain name of a folder, not '\.\./\.\./elsewhere'"),
         (("seeds = 2", "seeds = 1e40"), "seeds must be a positive number or distinct integers, not 1e\\+40"),
         (("seeds = 2", "seeds = 1000000000000"), "seeds must be a positive number or distinct integers"),
+        (("seeds = 2", "recipes = 0"), "recipes must be true or false, not 0"),
         (("seeds = 2", "env = 5"), "env must be the id of an environment, not 5"),
         (("seeds = 2", 'loggers = ["wandbb"]'), "unknown logger 'wandbb'"),
         (("seeds = 2", 'loggers = "wandb"'), "loggers must be a list of names, not 'wandb'"),
@@ -111,6 +112,14 @@ def test_a_wrong_file_is_one_line_before_anything_is_trained(tmp_path, capsys, c
     assert main(["sweep", str(path), "--out", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_without_recipes_have_folders_of_their_own(tmp_path):
+    plain = load_sweep(written(tmp_path)).experiments
+    bare = load_sweep(written(tmp_path, FILE.replace("seeds = 2", "seeds = 2\nrecipes = false"))).experiments
+    assert {e.recipes for e in plain} == {True}
+    assert {e.recipes for e in bare} == {False}
+    assert {e.folder for e in plain}.isdisjoint(e.folder for e in bare)
 
 
 def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatch):
