@@ -269,6 +269,6 @@ def _versions(board: Board) -> list[str]:
         if stopped:
             listed = ", ".join(map(str, stopped))
             lines.append(
-                f"{cell.agent} on {cell.dataset}: seed {listed} stopped at a loss that is no number: no score."
+                f"{cell.agent} on {cell.dataset}: seed {listed} stopped at a loss that was not finite: no score."
             )
     return lines

@@ -206,7 +206,7 @@ def read_cells(path: str | os.PathLike[str]) -> list[Cell]:
             raise RunError(f"{path} has format {content['format']}, which this version does not know; upgrade rlkit2")
         return [_read(line, content["settings"]) for line in content["cells"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} is no file of cells, or damaged ({type(error).__name__}: {error})") from error
+        raise RunError(f"{path} is not a file of cells, or damaged ({type(error).__name__}: {error})") from error
 
 
 def _read(line: Mapping[str, Any], settings: Mapping[str, Any]) -> Cell:

@@ -113,7 +113,7 @@ def run_benchmark(
     Raises:
         ConfigError, DatasetError: an unknown agent, dataset or option, before anything is trained.
         EnvironmentUnavailableError: a dataset has no environment to score policies in.
-        KeyboardInterrupt: what is finished is in the results; the same call goes on.
+        KeyboardInterrupt: what is finished is in the results; the same call continues.
     """
     check_engine(engine, jobs)
     against = against or ("bc" if "bc" in agents else next(iter(agents), ""))

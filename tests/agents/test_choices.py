@@ -68,7 +68,7 @@ def cloned(name: str, space: spaces.Space[Any], updates: int = 60) -> tuple[Any,
     cls = agent_class(name)
     fields = [f.name for f in dataclasses.fields(cls.config_class)]
     quick: dict[str, Any] = {field: 0.03 for field in fields if field.endswith("learning_rate")}
-    quick |= {"weight": "conjugate_grad"} if "weight" in fields else {}
+    quick |= {"weight": "conjugate_grad"} if "divergence" in fields else {}
     agent = make_agent(small_config(partial(make_config, name), cls.config_class, **quick), spec)
     rows = torch.arange(len(observations)).repeat(4).unsqueeze(0)
     flags = torch.ones(rows.shape, dtype=torch.bool)

@@ -205,7 +205,7 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path: Path, datasets: list[st
         ("seeds", {"0": {"means": ["a"], "final": []}}),
     ):
         done.results.write_text(json.dumps({**content, "cells": [{**cell, name: value}]}))
-        with pytest.raises(RunError, match=r"results.json is no file of cells, or damaged"):
+        with pytest.raises(RunError, match=r"results.json is not a file of cells, or damaged"):
             read_cells(done.results)
     done.results.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(RunError, match="upgrade rlkit2"):
