@@ -13,6 +13,7 @@ parallel to the forward one, over all parameters of a seed at once:
 
     c = <g_f, g_b> / <g_f, g_f>,    total = g_0 + g_f + (g_b - c g_f)
 
+That is the paper's rule, for a batch (`projection`; `rlkit2.agents.odice_projection` has the same for each layer and each transition).
 `semi` uses g_0 + g_f alone; `true` differentiates one residual through both values, without targets.
 
 By default every number is in the data's own units, so that one setting serves data of any reward size, horizon and discount: V counts in standard
@@ -46,6 +47,7 @@ from rlkit2.agents.odice_diagnostics import (
     sample_share,
     signs_of_trouble,
 )
+from rlkit2.agents.odice_projection import coefficients, orthogonal_by_layer, orthogonal_by_sample
 from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
@@ -55,8 +57,8 @@ from rlkit2.losses.divergences import (
     policy_weight,
     resolve_divergence,
 )
-from rlkit2.nn import Adam, Critic, lerp_, target_copy, unflatten, vjp
-from rlkit2.nn.mlp import Pullback
+from rlkit2.nn import Adam, Critic, layer_sizes, lerp_, target_copy, unflatten, vjp
+from rlkit2.nn.mlp import Pullback, StackedPullback
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     lambda_: Inside = 0.5
     # weight of the projected backward gradient (orthogonal rule); 0 is the semi rule
     eta: NonNegative = 0.1
+    # what is made orthogonal: the gradients of the "batch" (released code), of each "layer" of it, or of each "sample"
+    projection: Literal["batch", "layer", "sample"] = "batch"
     # gamma
     discount: Fraction = 0.99
     # value heads; targets take their minimum
@@ -131,6 +135,8 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
                 "target_effective_sample_share needs weight = 'conjugate_grad' (or 'positive_residual' without pearson): "
                 "the share of max(0, R) and of max(0, R - quantile) does not depend on the scale of R"
             )
+        if self.projection != "batch" and self.gradient_rule != "orthogonal":
+            raise ConfigError(f"gradient_rule = '{self.gradient_rule}' projects nothing; leave projection = 'batch'")
 
     @property
     def value_widths(self) -> tuple[int, ...]:
@@ -213,9 +219,14 @@ class ODICE(Agent):
 
     def _build(self) -> None:
         config = self.config
+        if config.projection == "sample" and self.encoder is not None:
+            raise ConfigError(
+                "projection = 'sample' does not go through an encoder of images; choose 'batch' or 'layer'"
+            )
         value_options = {"members": config.num_values, "layer_norm": config.value_layer_norm}
         self._build_value(config.value_widths, config.value_learning_rate, **value_options)
         self.value_target = target_copy(self.value_network)
+        self.layer_sizes = layer_sizes(self.value_network)
         actor = self._likelihood_actor(config.policy_widths)
         self.actor = self._build_policy(actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
         self._register({"value_target": self.value_target})
@@ -313,8 +324,11 @@ class ODICE(Agent):
         """g_0 + g_f + (g_b - c g_f) of vectors `[S, P]`, c = <g_f, g_b> / <g_f, g_f> per seed; g_0 = `mean_term` g_1. In place of g_f."""
         norm_f, norm_b = (torch.linalg.vector_norm(gradient, dim=1) for gradient in (g_f, g_b))
         dot, square = torch.linalg.vecdot(g_f, g_b), norm_f * norm_f
-        c = (dot / square.clamp(min=self.config.projection_guard)).nan_to_num(0.0, 0.0, 0.0)
-        perpendicular = torch.addcmul(g_b, g_f, c.unsqueeze(1), value=-1.0)
+        c = coefficients(dot, square, self.config.projection_guard)
+        if self.config.projection == "layer":
+            perpendicular = orthogonal_by_layer(g_f, g_b, self.layer_sizes, self.config.projection_guard)
+        else:
+            perpendicular = torch.addcmul(g_b, g_f, c.unsqueeze(1), value=-1.0)
         metrics = {
             "projection/forward_norm": norm_f,
             "projection/backward_norm": norm_b,
@@ -334,6 +348,12 @@ class ODICE(Agent):
         if self.config.gradient_rule == "true":
             return pullback(torch.cat([at_value + mean_term, at_next], 2)), {}
         here, there = slice(0, rows), slice(rows, 2 * rows)
+        if self.config.projection == "sample":
+            if not isinstance(pullback, StackedPullback):
+                raise ConfigError("projection = 'sample' needs a V that is a StackedMLP; choose 'batch' or 'layer'")
+            square, product = pullback.products(here, here), pullback.products(here, there)
+            at_value, metrics = orthogonal_by_sample(at_value, at_next, square, product, self.config.projection_guard)
+            return pullback(torch.cat([at_value + mean_term, at_next], 2)), metrics
         g_f, g_b, g_1 = pullback(at_value, here), pullback(at_next, there), pullback(None, here)
         return self.orthogonal(g_f, g_b, g_1, mean_term)
 

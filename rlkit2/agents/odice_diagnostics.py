@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlkit2.agents.metrics import Derived
 from rlkit2.losses.divergences import f_conjugate, resolve_divergence
-from rlkit2.nn import vjp
+from rlkit2.nn import EncodedMLP, StackedMLP
 
 if TYPE_CHECKING:
     from rlkit2.agents.odice import ODICEConfig, Residuals
@@ -56,21 +56,29 @@ def batch_statistics(
     return metrics
 
 
-def coadaptation(network: nn.Module, observations: Tensor, next_observations: Tensor) -> dict[str, Tensor]:
-    """<sum_b grad V(s_b), sum_b grad V(s'_b)> / B^2 and its cosine, `[S]`: the feature co-adaptation that the projection should lower.
+@torch.no_grad()
+def coadaptation(
+    network: StackedMLP | EncodedMLP, observations: Tensor, next_observations: Tensor
+) -> dict[str, Tensor]:
+    """How alike V sees the two states of a transition, beside two states of different transitions, `[S]` each, means over heads and batch.
+
+    With phi the last hidden features: `product` <phi(s), phi(s')>, `cosine` its cosine, and `product_shuffled`, `cosine_shuffled` with the s' of
+    another row. The paper's argument for the projection (section 3.2; after Kumar et al., "DR3", 2022) is about that product, pair by pair: an
+    update that raises it forgets to tell s from s'. Two states of one transition are alike to begin with, so only the distance to the shuffled
+    says whether features have grown together.
 
     Args:
         network: V, `[S, B, obs]` to `[S, M, B]`.
         observations, next_observations: `[S, B, obs]`, normalised.
     """
-    gradients = []
-    for inputs in (observations, next_observations):
-        values, pullback = vjp(network, inputs)
-        gradients.append(pullback(torch.full_like(values, 1.0 / values.shape[2])))
-    here, there = gradients
-    product = torch.linalg.vecdot(here, there)
-    norms = torch.linalg.vector_norm(here, dim=1) * torch.linalg.vector_norm(there, dim=1)
-    return {"coadaptation/product": product, "coadaptation/cosine": _cosine(product, norms)}
+    here, there = (network.features(inputs) for inputs in (observations, next_observations))
+    found = {}
+    for name, other in (("", there), ("_shuffled", there.roll(1, -2))):
+        product = torch.linalg.vecdot(here, other)
+        norms = torch.linalg.vector_norm(here, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
+        found[f"coadaptation/product{name}"] = product.flatten(1).mean(1)
+        found[f"coadaptation/cosine{name}"] = _cosine(product, norms).flatten(1).mean(1)
+    return found
 
 
 def signs_of_trouble(config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -118,6 +126,9 @@ def derived_metrics(config: ODICEConfig) -> Derived:
         found["value/bound_max"] = lambda m: m["reward/max"] / (1.0 - config.discount)
     if config.gradient_rule != "orthogonal":
         return found
+    found["value/dual_backward"] = lambda m: dual(m, "residual/conjugate_backward", config.lambda_ * config.eta)
+    if config.projection == "sample":  # there are no gradients of the batch to compare
+        return found
 
     def cosine(m: Mapping[str, Tensor]) -> Tensor:
         return _cosine(m["projection/dot"], m["projection/forward_norm"] * m["projection/backward_norm"])
@@ -127,11 +138,13 @@ def derived_metrics(config: ODICEConfig) -> Derived:
             m["value/dot_after_projection"], m["projection/forward_norm"] * m["projection/perpendicular_norm"]
         )
 
+    def removed(m: Mapping[str, Tensor]) -> Tensor:
+        return 1.0 - (m["projection/perpendicular_norm"] / m["projection/backward_norm"]).square().nan_to_num(1.0)
+
     return found | {
-        "value/dual_backward": lambda m: dual(m, "residual/conjugate_backward", config.lambda_ * config.eta),
         "projection/cosine": cosine,
         "projection/cosine_after": cosine_after,
-        "projection/removed_share": lambda m: cosine(m).square(),
+        "projection/removed_share": removed if config.projection == "layer" else lambda m: cosine(m).square(),
         "projection/flow_discount": lambda m: config.discount * config.eta / (1.0 - m["projection/coefficient"]),
         "projection/guard_active": lambda m: m["projection/forward_norm"].square() < config.projection_guard,
     }

@@ -258,6 +258,15 @@ class EncodedMLP(nn.Module):
 
     def forward(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
         """Outputs for `inputs [S, B, in]`, uint8 or floating, in the shapes of the head's; `frozen`: no gradient of the weights."""
+        found: Tensor = self.head(self._encoded(inputs, frozen), frozen=frozen)
+        return found
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The head's last hidden layer at `inputs`, as `StackedMLP.features`."""
+        return self.head.features(self._encoded(inputs, frozen=True))
+
+    def _encoded(self, inputs: Tensor, frozen: bool) -> Tensor:
+        """Features of the images and the other columns, `[S, B, n]`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             parts = [encode(image.planes(inputs)) for image, encode in zip(self.images, self.encoders, strict=True)]
         column = 0
@@ -267,8 +276,7 @@ class EncodedMLP(nn.Module):
             column = image.stop
         if column < inputs.shape[-1]:
             parts.append(inputs[..., column:])
-        found: Tensor = self.head(torch.cat(parts, -1) if len(parts) > 1 else parts[0].contiguous(), frozen=frozen)
-        return found
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0].contiguous()
 
     def named_views(self) -> dict[str, Tensor]:
         """The tensors of the encoders, then those of the head."""

@@ -186,7 +186,12 @@ class StackedMLP(nn.Module):
         flat = self.flat.detach() if frozen else self.flat
         return self._unmerge(_Evaluate.apply(self, flat, merged))  # type: ignore[no-untyped-call]
 
-    def vjp(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Tensor:
+        """The last hidden layer at `inputs`, `[S, M, B, h]` (no M without members)."""
+        return self._unmerge(self._run(self._merge(inputs))[1][-1].inputs)
+
+    def vjp(self, inputs: Tensor) -> tuple[Tensor, StackedPullback]:
         """Outputs `[S, M, B]` of a scalar network, and their pullback to the parameters.
 
         `pullback(cotangent, rows=slice(None))` maps a cotangent on the outputs of those rows (None: ones) to the gradient `[S, P]`. Parts of the rows
@@ -200,22 +205,7 @@ class StackedMLP(nn.Module):
             raise ValueError("vjp needs a scalar network (output_size=None)")
         with torch.no_grad():
             outputs, traces = self._run(self._merge(inputs))
-        lead = self.num_seeds * (self.members or 1)
-        version = None if torch.compiler.is_compiling() else self.flat._version
-        unit: list[_Cotangent] = []
-
-        @torch.no_grad()
-        def pullback(cotangent: Tensor | None, rows: slice = slice(None)) -> Tensor:
-            if version is not None and version != self.flat._version:
-                raise RuntimeError("the weights have changed since vjp; pull back before the optimiser's step")
-            cotangent = None if cotangent is None else cotangent.reshape(lead, 1, -1)
-            if cotangent is not None and rows == slice(None):
-                return self._weight_gradient(traces, self._backpropagate(traces, cotangent)[0], None)
-            if not unit:
-                unit.extend(self._backpropagate(traces, None)[0])
-            return self._weight_gradient(traces, unit, cotangent, rows)
-
-        return self._unmerge(outputs), pullback
+        return self._unmerge(outputs), StackedPullback(self, traces)
 
     def differentiable(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
         """The same outputs by plain autograd operations: slower, but differentiable any number of times."""
@@ -352,6 +342,61 @@ class StackedMLP(nn.Module):
         return gradient
 
 
+class StackedPullback:
+    """The `Pullback` of a `StackedMLP`, which also knows how its rows' gradients multiply."""
+
+    def __init__(self, network: StackedMLP, traces: list[_Trace]) -> None:
+        self.network, self.traces = network, traces
+        self.version = None if torch.compiler.is_compiling() else network.flat._version
+        self.unit: list[_Cotangent] | None = None
+
+    @torch.no_grad()
+    def __call__(self, cotangent: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        if cotangent is not None:
+            cotangent = cotangent.reshape(self.network.num_seeds * (self.network.members or 1), 1, -1)
+            if rows == slice(None) and self.unit is None:
+                self._check()
+                cotangents, _ = self.network._backpropagate(self.traces, cotangent)
+                return self.network._weight_gradient(self.traces, cotangents, None)
+        return self.network._weight_gradient(self.traces, self._unit(), cotangent, rows)
+
+    @torch.no_grad()
+    def products(self, first: slice, second: slice) -> Tensor:
+        """Inner products of the gradients of two rows' outputs, pair by pair, `[S, M, pairs]` (no M without members).
+
+        The gradient of a linear map at one row is the outer product of its input and its cotangent, so the inner product of two such gradients
+        is that of the inputs times that of the cotangents.
+        """
+        total: Tensor | None = None
+        for trace, cotangent in zip(self.traces, self._unit(), strict=True):
+            product = _pairs(trace.inputs, first, second) + 1.0  # 1: the bias
+            if cotangent.linear is not None:
+                product = product * _pairs(cotangent.linear, first, second)
+            if cotangent.affine is not None and trace.normalized is not None:
+                gains = cotangent.affine * trace.normalized
+                product = product + _pairs(gains, first, second) + _pairs(cotangent.affine, first, second)
+            total = product if total is None else total + product
+        assert total is not None
+        return self.network._unmerge(total)
+
+    def _unit(self) -> list[_Cotangent]:
+        """Cotangents of every layer for ones on the outputs."""
+        self._check()
+        if self.unit is None:
+            self.unit = self.network._backpropagate(self.traces, None)[0]
+        return self.unit
+
+    def _check(self) -> None:
+        if self.version is not None and self.version != self.network.flat._version:
+            raise RuntimeError("the weights have changed since vjp; pull back before the optimiser's step")
+
+
+def _pairs(values: Tensor, first: slice, second: slice) -> Tensor:
+    """Inner products of the rows `first` and `second` of `values [SM, B, n]`."""
+    products: Tensor = torch.linalg.vecdot(values[:, first], values[:, second])
+    return products
+
+
 class _Evaluate(torch.autograd.Function):
     """Bind the hand-written passes of a `StackedMLP` to autograd."""
 
@@ -410,6 +455,21 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     if views is not None:
         return dict(views())
     return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def layer_sizes(module: nn.Module) -> list[int]:
+    """How many consecutive entries of a vector `[S, P]` (what a pullback returns) belong to each layer, of each member apart."""
+    sizes: list[int] = []
+    for part in module.modules():
+        if isinstance(part, StackedMLP):
+            layers: dict[str, int] = {}
+            for name, shape in part._shapes.items():
+                number = name.split(".")[1]
+                layers[number] = layers.get(number, 0) + math.prod(shape)
+            sizes += [*layers.values()] * (part.members or 1)
+        elif own := [parameter[0].numel() for parameter in part.parameters(recurse=False)]:
+            sizes.append(sum(own))
+    return sizes
 
 
 def unflatten(module: nn.Module, vector: Tensor) -> list[Tensor]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from rlkit2.agents import make_config
 from rlkit2.agents.odice import ODICE, ODICEConfig
+from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.divergences import DIVERGENCES, f_conjugate
+from rlkit2.nn import Image, layer_sizes
 from tests.agents.odice_problem import make, make_batch, perturb, pick
 
 RULES = ("orthogonal", "semi", "true")
@@ -61,6 +63,103 @@ def test_projection(eta: float, seed: int, divergence: str, layer_norm: bool) ->
     torch.testing.assert_close(added + scaled.coefficient[:, None] * forward, backward, rtol=1e-9, atol=1e-12)
     after = agents[1].update(batch)["projection/cosine_after"]
     assert after.abs().max() < 1e-12
+
+
+def vector(parts: list[Tensor] | None) -> Tensor:
+    """As pullbacks order it, `[S, P]`: one head after the other."""
+    assert parts is not None
+    return torch.cat([part.flatten(2) for part in parts], 2).flatten(1)
+
+
+def gradients_of_samples(agent: ODICE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """g_0 of the batch, and g_f, g_b of every transition alone, `[n, S, P]`: one backward pass each, of the whole objective's terms."""
+    batch = agent.normalize(batch)
+    residuals = agent.residuals(batch)
+    rows = residuals.value.shape[2]
+    mean_term, at_value, at_next = agent.cotangents(residuals)
+    assert at_next is not None
+    forward, backward = [], []
+    for i in range(rows):
+        only = torch.zeros(rows).double()
+        only[i] = 1.0
+        forward.append(residuals.pullback(torch.cat([at_value * only, torch.zeros_like(at_next)], 2)))
+        backward.append(residuals.pullback(torch.cat([torch.zeros_like(at_value), at_next * only], 2)))
+    return residuals.pullback(None, slice(0, rows)) * mean_term, torch.stack(forward), torch.stack(backward)
+
+
+@settings(max_examples=10)
+@given(st.floats(0.01, 4.0), st.integers(0, 50), st.sampled_from(DIVERGENCES), st.booleans(), st.sampled_from([1, 2]))
+def test_projection_of_every_sample(eta: float, seed: int, divergence: str, layer_norm: bool, heads: int) -> None:
+    """One backward pass equals the loop over transitions, each with the projection of its own gradients."""
+    made = {"eta": eta, "divergence": divergence, "value_layer_norm": layer_norm, "num_values": heads}
+    agent = perturb(make(2, projection="sample", **made), seed=seed)
+    batch = make_batch(2, seed=seed)
+    g_0, forward, backward = gradients_of_samples(agent, batch)
+    square = (forward * forward).sum(-1, keepdim=True)
+    count = len(forward)
+    c = (forward * backward).sum(-1, keepdim=True) / square.clamp(min=agent.config.projection_guard / count**2)
+    expected = g_0 + (forward + backward - c * forward).sum(0)
+    found = agent.value_gradients(batch)
+    torch.testing.assert_close(vector(found.total), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.coefficient, c.mean((0, 2)), rtol=1e-9, atol=1e-12)
+    batchwise = perturb(make(2, **made), seed=seed).value_gradients(batch)
+    torch.testing.assert_close(vector(found.forward), vector(batchwise.forward), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(vector(found.backward), vector(batchwise.backward), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(vector(found.total), vector(batchwise.total), rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_projection_of_every_layer(layer_norm: bool) -> None:
+    """What is added is orthogonal to the forward gradient in every layer of every head."""
+    agent = perturb(make(2, projection="layer", eta=1.0, value_layer_norm=layer_norm))
+    batch = make_batch(2)
+    found = agent.value_gradients(batch)
+    added = vector(found.total) - vector(found.value_term) - vector(found.forward)
+    sizes = layer_sizes(agent.value_network)
+    assert len(sizes) == 2 * (len(agent.config.value_widths) + 1)
+    for one, other, whole in zip(
+        *(v.split(sizes, 1) for v in (added, vector(found.forward), vector(found.backward))), strict=True
+    ):
+        assert (torch.linalg.vecdot(one, other).abs() <= 1e-9 * other.norm() * whole.norm()).all()
+        parallel = torch.linalg.vecdot(whole, other) / torch.linalg.vecdot(other, other)
+        torch.testing.assert_close(one + parallel[:, None] * other, whole, rtol=1e-9, atol=1e-12)
+    removed = agent.update(batch)["projection/removed_share"]
+    kept = added.square().sum(1) / vector(found.backward).square().sum(1)
+    torch.testing.assert_close(removed, 1.0 - kept, rtol=1e-9, atol=1e-12)
+
+
+def test_projections_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="gradient_rule = 'semi' projects nothing"):
+        ODICEConfig(gradient_rule="semi", projection="layer")
+    with pytest.raises(ConfigError, match="does not go through an encoder"):
+        ODICE(
+            ODICEConfig(projection="sample", encoder="nature"), 3072, 2, images=[Image(0, (32, 32, 3))], discrete=True
+        )
+
+
+def test_coadaptation_is_that_of_pairs() -> None:
+    """Written out for one transition after the other from the network's own layers."""
+    agent, batch = perturb(make(2, value_layer_norm=False)), make_batch(2)
+    found, normalized = agent.coadaptation(batch), agent.normalize(batch)
+    views = agent.value_network.named_views()
+
+    def phi(x: Tensor, seed: int, head: int) -> Tensor:
+        for i in range(len(agent.config.value_widths)):
+            x = (x @ views[f"layers.{i}.weight"][seed, head] + views[f"layers.{i}.bias"][seed, head, 0]).relu()
+        return x
+
+    rows = batch.rewards.shape[1]
+    for seed in range(2):
+        cosines: dict[str, list[Tensor]] = {"": [], "_shuffled": []}
+        for head in range(2):
+            here = [phi(x, seed, head) for x in normalized.observations[seed]]
+            there = [phi(x, seed, head) for x in normalized.next_observations[seed]]
+            for i in range(rows):
+                for name, j in (("", i), ("_shuffled", i - 1)):
+                    cosines[name].append(torch.nn.functional.cosine_similarity(here[i], there[j], dim=0, eps=0.0))
+        for name, values in cosines.items():
+            expected = torch.stack(values).nan_to_num(0.0).mean()
+            torch.testing.assert_close(found[f"coadaptation/cosine{name}"][seed], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_heads_rows_and_seeds_permute() -> None:
