@@ -178,12 +178,12 @@ def train(
         given = {"training": training, "data": data, "reading": reading}
         plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, shown, trust_env, recipes)
         run = None
-        changed = None
+        changed: list[str] = []
     else:
         run = resume if isinstance(resume, Run) else Run(resume)
         options = {**training, **data, **(overrides or {})}
         plan, transitions = _continued(run, agent, dataset, seeds, options, reading, trust_env)
-        changed = _changed_code(run.config, plan)
+        changed = [text for text in (_changed_code(run.config, plan), _changed_schedule(run, plan)) if text]
     check_actions(transitions)
     same_way = partial(
         load_dataset, **ReadingOptions(**read_fields(ReadingOptions, plan.get("reading", {}))).arguments()
@@ -197,9 +197,9 @@ def train(
     doubts = [text for text in (unreachable_actions(trial, transitions), glance(transitions)) if text]
     for doubt in doubts:
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
-    if changed:
-        doubts.append(changed)
-        warnings.warn(changed, RunWarning, stacklevel=2)
+    for change in changed:
+        doubts.append(change)
+        warnings.warn(change, RunWarning, stacklevel=2)
     with _evaluator(plan, env, shown, trust_env) as evaluator:
         if run is None:
             run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
@@ -509,6 +509,20 @@ def _continued(
         )
     read = {"reading": {**plan.get("reading", {}), **reading}} if reading else {}
     return {**plan, **own_agent(cls), **read, "training": {**plan["training"], "steps": steps}}, transitions
+
+
+def _changed_schedule(run: Run, plan: Mapping[str, Any]) -> str | None:
+    """One line where learning rates that fall over a run rise again because it is prolonged."""
+    from rlkit2.training.building import agent_config, run_class
+
+    before, steps = run.config["training"]["steps"], plan["training"]["steps"]
+    constant = plan["training"].get("schedule", "constant") == "constant"
+    if steps == before or (constant and not run_class(plan).depends_on_steps(agent_config(plan))):
+        return None
+    return (
+        f"learning rates of {run.path} fell towards 0 at step {before} and now do so at step {steps}: they rise again where it goes on, so the "
+        f"end is not that of a run that was of {steps} steps from the start"
+    )
 
 
 def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:

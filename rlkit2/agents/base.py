@@ -31,6 +31,7 @@ from rlkit2.nn import (
 )
 from rlkit2.nn.actors import Actor, PolicyHead
 from rlkit2.nn.encoders import images_of
+from rlkit2.nn.optim import Schedule
 from rlkit2.nn.random import uniform
 
 ActorT = TypeVar("ActorT", bound=Actor)
@@ -240,6 +241,17 @@ class Agent:
         for old, new in changes:
             for names in places:
                 names.update({name: new for name, value in names.items() if value is old})
+
+    def follow_schedule(self, schedule: Schedule, steps: int) -> None:
+        """Let the learning rates of all optimisers fall to zero over a run of `steps` updates; "constant" leaves what the config says."""
+        if schedule != "constant":
+            for optimizer in self._optimizers.values():
+                optimizer.follow(schedule, steps, self.step)
+
+    @classmethod
+    def depends_on_steps(cls, config: Any) -> bool:
+        """Whether an update depends on how long the run is to be, by the config alone."""
+        return False
 
     @classmethod
     def prepare_dataset(cls, config: Any, dataset: Any, load: Callable[[str], Any] | None = None) -> Any:

@@ -29,6 +29,7 @@ from rlkit2.data.batch import Batch
 from rlkit2.fields import Count, Fraction, Inside, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.td import expectile_slope, td_target
 from rlkit2.nn import lerp_, vjp
+from rlkit2.nn.optim import Schedule
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
     value_learning_rate: NonNegative = 3e-4
     # Adam's step size for the policy, at the start
     policy_learning_rate: NonNegative = 3e-4
-    # updates over which that step size falls to zero along half a cosine; none: constant
-    policy_cosine_steps: Count | None = 1_000_000
+    # updates over which that step size falls to zero along half a cosine; run: those of the run; none: constant
+    policy_cosine_steps: Count | Literal["run"] | None = "run"
     # Polyak rate of the target Q
     target_update_rate: Rate = 0.005
 
@@ -75,7 +76,19 @@ class IQL(UncertainAgent):
         self._build_value(config.hidden_sizes, config.value_learning_rate, members=members)
         self._build_critics()
         actor = self._likelihood_actor(config.hidden_sizes)
-        self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=config.policy_cosine_steps)
+        steps = None if config.policy_cosine_steps == "run" else config.policy_cosine_steps
+        self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=steps)
+
+    def follow_schedule(self, schedule: Schedule, steps: int) -> None:
+        """The policy's step size falls along half a cosine of its own where the run has no schedule for all."""
+        super().follow_schedule(schedule, steps)
+        if schedule == "constant" and self.depends_on_steps(self.config):
+            self.policy_optimizer.follow("cosine", steps, self.step)
+
+    @classmethod
+    def depends_on_steps(cls, config: IQLConfig) -> bool:
+        """Where the cosine is that of the run."""
+        return config.policy_cosine_steps == "run"
 
     # The terms of the objective, on normalised batches
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Schedule = Literal["constant", "cosine", "linear"]
+"""How a step size falls to zero over a number of steps: not at all, along half a cosine, along a line."""
 
 
 class Adam:
@@ -15,7 +19,7 @@ class Adam:
         module: its parameters are optimised; each leads with the seed axis, so seeds never mix.
         learning_rate: step size.
         weight_decay: adds `weight_decay * parameter` to the gradient.
-        cosine_steps: if given, the learning rate falls to zero over that many steps along half a cosine.
+        cosine_steps: if given, `follow("cosine", cosine_steps)`.
     """
 
     def __init__(
@@ -24,15 +28,19 @@ class Adam:
         self._named = dict(module.named_parameters())
         self._parameters = list(self._named.values())
         device = self._parameters[0].device
-        self._base_rate, self._weight_decay, self._cosine_steps = learning_rate, weight_decay, cosine_steps
-        kind = (
-            torch.float32 if device.type == "cuda" else self._parameters[0].dtype
-        )  # CUDA's fused Adam reads a float32
-        self._rate = torch.tensor(learning_rate, dtype=kind, device=device) if cosine_steps else learning_rate
+        self._base_rate, self._weight_decay = learning_rate, weight_decay
+        # CUDA's fused Adam reads a float32
+        kind = torch.float32 if device.type == "cuda" else self._parameters[0].dtype
+        self._rate, self._half_rate = (
+            torch.tensor(rate, dtype=kind, device=device) for rate in (learning_rate, 0.5 * learning_rate)
+        )
         self._ones = torch.ones_like(self._parameters[0].flatten(1)[:, 0])
-        self._half_rate = torch.tensor(0.5 * learning_rate, dtype=kind, device=device)
         self._optimizer = torch.optim.Adam(
-            self._parameters, lr=self._rate, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+            self._parameters,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         for parameter in self._parameters:  # what torch makes in the first step, so that a fresh state is complete
             self._optimizer.state[parameter] = {
@@ -40,10 +48,26 @@ class Adam:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self.follow("constant", 0)
+        if cosine_steps:
+            self.follow("cosine", cosine_steps)
+
+    def follow(self, schedule: Schedule, steps: int, clock: Tensor | None = None) -> None:
+        """From now on the learning rate falls from its start to zero over `steps`, on the device.
+
+        Args:
+            schedule: the curve.
+            steps: where it arrives.
+            clock: `[S]`, how many are done; None counts this optimiser's own.
+        """
+        self._schedule, self._steps, self._clock = schedule, steps, clock
+        self._optimizer.param_groups[0]["lr"] = self._base_rate if schedule == "constant" else self._rate
 
     def restarted(self, module: nn.Module) -> Adam:
         """A fresh one of the same settings for another module."""
-        return Adam(module, self._base_rate, weight_decay=self._weight_decay, cosine_steps=self._cosine_steps)
+        fresh = Adam(module, self._base_rate, weight_decay=self._weight_decay)
+        fresh.follow(self._schedule, self._steps, self._clock)
+        return fresh
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -65,13 +89,21 @@ class Adam:
         return norm
 
     def _advance(self) -> None:
-        if self._cosine_steps and isinstance(self._rate, Tensor):
-            done = self._optimizer.state[self._parameters[0]]["step"]
-            angle = (done.to(self._rate.dtype) * (math.pi / self._cosine_steps)).clamp(max=math.pi)
-            torch.add(self._half_rate, angle.cos(), alpha=0.5 * self._base_rate, out=self._rate)
+        if self._schedule != "constant":
+            self._set_rate()
         self._optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _set_rate(self) -> None:
+        done = self._optimizer.state[self._parameters[0]]["step"] if self._clock is None else self._clock[0]
+        done = done.to(self._rate.dtype)
+        if self._schedule == "linear":
+            left = (1.0 - done * (1.0 / self._steps)).clamp(min=0.0)
+            torch.mul(left, self._base_rate, out=self._rate)
+        else:
+            angle = (done * (math.pi / self._steps)).clamp(max=math.pi)
+            torch.add(self._half_rate, angle.cos(), alpha=0.5 * self._base_rate, out=self._rate)
 
     def named_state(self) -> dict[str, Tensor]:
         """Live tensors `{parameter}.exp_avg`, `.exp_avg_sq` and `.step`; the last is one number, shared by the seeds."""

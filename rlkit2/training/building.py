@@ -124,7 +124,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
         dataset: source of the observation statistics; None leaves them at zero and one, for a state dict to overwrite.
     """
     spec = stored_spec(run_config)
-    cls, config = run_class(run_config), agent_config(run_config)
+    cls, config, training = run_class(run_config), agent_config(run_config), TrainingOptions(**run_config["training"])
     mean = std = None
     if run_config["data"]["normalize_observations"]:
         size = spec.observation_size
@@ -146,7 +146,9 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
             return_mean=return_mean,
             return_std=return_std,
         )
-        return make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
+        agent = make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
+        agent.follow_schedule(training.schedule, training.steps)
+        return agent
 
     return build
 

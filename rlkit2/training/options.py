@@ -20,6 +20,7 @@ from rlkit2.fields import (
     read_fields,
     show_fields,
 )
+from rlkit2.nn.optim import Schedule
 from rlkit2.training.selection import read_goal
 
 
@@ -47,6 +48,8 @@ class TrainingOptions(Checked):
     steps: Count = 100_000
     # transitions per update and seed
     batch_size: Count = 256
+    # learning rates of all networks: constant, or falling to zero at the last step, along half a cosine or a line
+    schedule: Schedule = "constant"
     # updates between two lines of metrics; default: a hundredth of the steps, at most 1000
     log_every: Count | None = None
     # updates between two evaluations; 0: none at all; default: one, at the end

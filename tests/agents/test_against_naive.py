@@ -57,6 +57,9 @@ def follow_iql(agent: IQL, steps: int = STEPS) -> None:
     """Train `agent` and its naive twins on the same batches and compare them."""
     state = agent.state_dict()
     hp = dataclasses.asdict(agent.config)
+    if hp["policy_cosine_steps"] == "run":
+        hp["policy_cosine_steps"] = 15
+        agent.follow_schedule("constant", 15)
     twins = [NaiveIQL(state, i, discrete=agent.discrete, **numbers(hp)) for i in range(len(SEEDS))]
 
     def step(twin: NaiveIQL, batch: Batch, i: int, t: int) -> dict[str, float]:

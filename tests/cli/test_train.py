@@ -73,7 +73,7 @@ def test_every_option_arrives_where_it_belongs(capsys):
     config = Run("there/odice-tiny-walk-v0-001").config
     assert config["training"] == {
         "steps": 8, "batch_size": 8, "log_every": 3, "eval_every": 0, "eval_episodes": 2, "checkpoint_every": 2,
-        "stop_when": None, "patience": 5,
+        "stop_when": None, "patience": 5, "schedule": "constant",
     }  # fmt: skip
     assert config["data"] == {
         "normalize_observations": True, "reward_transform": "return_range", "reward_scale": 0.5, "frame_stack": 1,
@@ -132,7 +132,7 @@ def test_resume_prolongs_a_run(capsys):
     ("arguments", "message"),
     [
         (["odcie"], "unknown agent 'odcie'; did you mean odice?"),
-        (["xyz"], "unknown agent 'xyz'; there are bc, "),
+        (["xyz"], "unknown agent 'xyz'; there are awac, bc, "),
         (["odice", "--lamda", "1"], "unknown option '--lamda'; did you mean --lambda?"),
         (["odice", "--policy_hidden_size", "8"], "did you mean --policy-hidden-sizes"),
         (["odice", "--zzz"], "unknown option '--zzz'; rlkit2 train odice --help shows all options"),

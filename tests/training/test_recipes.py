@@ -256,7 +256,7 @@ def test_wrong_options_are_refused_before_a_folder_is_made(tmp_path, options, me
 
 
 def test_what_is_missing_is_said():
-    with pytest.raises(ConfigError, match="no agent is named; choose one of: bc"):
+    with pytest.raises(ConfigError, match="no agent is named; choose one of: awac, bc"):
         rlkit2.train()
     with pytest.raises(ConfigError, match="no dataset is named; give one, for example: rlkit2 train bc --dataset"):
         rlkit2.train("bc")
