@@ -32,6 +32,7 @@ from rlkit2.progress import progress_bar
 from rlkit2.training.options import SECTIONS, DataOptions, read_options, show_options
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run, RunWarning
+from rlkit2.user_code import typed_again
 
 if TYPE_CHECKING:
     from rlkit2.evaluation import EnvSource, Evaluation
@@ -131,7 +132,8 @@ def train(
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         resume: a run to resume from its newest checkpoint; its own agent, dataset and options hold, but a larger `steps` prolongs it.
         overrides: fields of the agent's config that replace those of the recipe or the defaults.
-        env: environment to evaluate in; default: the dataset's.
+        env: environment to evaluate in: an id, `file.py:NAME` or `module:NAME` of what makes one, a function that makes one, or an environment;
+            default: the dataset's.
         compile: `auto` (a CUDA graph where there is a GPU), `on` (also `torch.compile` on a CPU) or `off`.
         loggers: any of `tensorboard`, `wandb`, `trackio`.
         progress: show a table (lines, without a terminal) on standard error.
@@ -243,8 +245,8 @@ def evaluate(
     Args:
         run_or_policy: a run, a policy, or the folder of either.
         episodes: episodes per seed, counted as they start.
-        env: environment (id, spec or a function that makes one); default: the one a run was trained with, else the dataset's evaluation
-            environment, else the one it was collected in.
+        env: environment (id, `file.py:NAME` or `module:NAME` of what makes one, spec, a function that makes one, or an environment); default: the
+            one a run was trained with, else the dataset's evaluation environment, else the one it was collected in.
         deterministic: the policy's mode, else samples.
         seed: which fixed set of episodes; disjoint from anything training used.
         num_envs, max_steps, progress: see `rlkit2.evaluation.evaluate_policy`.
@@ -252,6 +254,7 @@ def evaluate(
 
     Raises:
         EnvironmentUnavailableError: no environment, one that does not fit or that is not registered here; name one with `env`.
+        EpisodeError: the environment raises, or gives a reward that is not a number.
         RunError: the folder holds neither a run nor a policy.
         ConfigError: the policy does not say which dataset it belongs to.
     """
@@ -451,7 +454,7 @@ def _plan(
         source=str(Path(origin).resolve()) if Path(origin).exists() else origin,
         seeds=as_seeds(seeds),
         **chosen,
-        env=env if isinstance(env, str) else None,
+        env=typed_again(env) if isinstance(env, str) else None,
         recipe=str(recipe.path) if recipe else None,
     )
     return plan, transitions

@@ -46,6 +46,10 @@ class EnvironmentUnavailableError(RLKitError):
     """An environment cannot be built here."""
 
 
+class EpisodeError(RLKitError):
+    """An environment failed while an episode was played in it."""
+
+
 class MissingExtraError(RLKitError, ImportError):
     """An optional dependency is not installed."""
 

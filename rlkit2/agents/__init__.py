@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import inspect
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line
 from rlkit2.fields import closest
 from rlkit2.nn import Image, Normalizer
+from rlkit2.user_code import import_place
 
 __all__ = [
     "Agent",
@@ -126,50 +124,13 @@ def import_agent(name: str) -> type[Agent]:
     place, _, called = name.rpartition(":")
     if not place or not called:
         raise ConfigError(f"{name!r} does not name an agent; write my_agents.py:MyAgent or package.module:MyAgent")
-    try:
-        module = _file_module(Path(place)) if place.endswith(".py") else _module(place)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    module = import_place(place)
     found = getattr(module, called, None)
     if not (isinstance(found, type) and issubclass(found, Agent)):
         known = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Agent)]
         own = [key for key in known if vars(module)[key].__module__ == module.__name__]
         raise ConfigError(f"{place} has no agent {called!r}; it has {', '.join(own) or 'none'}")
     return found
-
-
-def _file_module(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None:
-        if getattr(loaded, "__file__", None) and Path(str(loaded.__file__)).resolve() == path:
-            return loaded
-        raise ConfigError(f"the name {path.stem} is taken by another module; rename {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be imported")
-    if (
-        str(path.parent) not in sys.path
-    ):  # at the end: the file shall find its neighbours, and nothing else shall find them first
-        sys.path.append(str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
-    return module
-
-
-def _module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # the command is a script: Python puts its folder there, not the current one
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
 
 
 def agent_class(name_or_config: str | object) -> type[Agent]:

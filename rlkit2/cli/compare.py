@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from rlkit2.api import evaluate
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command
+from rlkit2.errors import ConfigError
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.progress import progress_bar
 from rlkit2.reporting.comparison import Comparison, open_runs
@@ -23,6 +24,7 @@ def compare(
     baseline: str | None = None,
     episodes: int | None = None,
     last: int = 5,
+    env: str | None = None,
     trust_env: bool = False,
     json: bool = False,
     markdown: bool = False,
@@ -36,6 +38,7 @@ def compare(
         baseline: agent, label or run folder the others are held against; default: the first run.
         episodes: play this many episodes per seed with the final policies, instead of reading the last evaluation of the training.
         last: number of evaluations in the column "last evaluations".
+        env: with --episodes: environment to play all of them in, as of `rlkit2 evaluate`; default: that of each run.
         trust_env: with --episodes: build environments as the runs' files say, which runs the code they name.
         json: print JSON.
         markdown: print a Markdown table.
@@ -44,8 +47,10 @@ def compare(
     def score(run: Run) -> Evaluation:
         assert episodes is not None
         with progress_bar(run.path.name) as progress:
-            return evaluate(run, episodes=episodes, progress=progress, trust_env=trust_env)
+            return evaluate(run, episodes=episodes, env=env, progress=progress, trust_env=trust_env)
 
+    if env is not None and episodes is None:
+        raise ConfigError("--env is for playing: give --episodes, too")
     scorer = None if episodes is None else score
     opened, left_out = open_runs(runs)
     for line in left_out:

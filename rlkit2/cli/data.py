@@ -16,6 +16,7 @@ from rlkit2.cli import output
 from rlkit2.cli.parsing import AS_IS, HowToRead, subcommand
 from rlkit2.data import audit, read_dataset
 from rlkit2.data.cache import cache_folder, clean, entries, verify
+from rlkit2.data.environments import make_environment
 from rlkit2.data.folders import minari_root
 from rlkit2.data.infos import read_infos
 from rlkit2.data.load import local_datasets
@@ -24,13 +25,12 @@ from rlkit2.data.reward_calls import reads_infos
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.envs.builtin import build_recipe, builtin_id, builtin_recipes, data_root, ensure_builtin
 from rlkit2.errors import ConfigError, DatasetError
-from rlkit2.evaluation.environments import make_environment
 from rlkit2.progress import progress_bar
 
 Source = Positional[Annotated[str, arg(metavar="DATASET")]]
 NewId = Positional[Annotated[str, arg(metavar="NEW_ID")]]
 File = Annotated[Path | None, arg(metavar="FILE")]
-Id = Annotated[str | None, arg(metavar="ID")]
+Id = Annotated[str | None, arg(metavar="ENV")]
 Number = Annotated[float | None, arg(metavar="RETURN")]
 Text = Annotated[str | None, arg(metavar="TEXT")]
 
@@ -167,8 +167,9 @@ def import_file(
         dataset_id: id of the new Minari dataset, namespace/name-v0.
         reading: how to read it.
         trust_env: where no spaces are stored, build the environment as the file says, which runs the code it names.
-        env: Gymnasium id of the environment, which also tells the spaces; default: none, and spaces as the arrays allow.
-        eval_env: Gymnasium id of the environment to evaluate in; default: the same.
+        env: the environment, which also tells the spaces: a Gymnasium id, or my_envs.py:NAME or module:NAME of what makes one (the dataset names it
+            only if it is registered); default: none, and spaces as the arrays allow.
+        eval_env: the environment to evaluate in; default: the same.
         ref_min_score: return of a random policy there.
         ref_max_score: return of an expert there.
         description: what the data are.
@@ -194,6 +195,10 @@ def import_file(
     output.say(text.built(written))
     for line in text.note_lines(dataset.spec.notes):
         output.say(line)
+    if spec is not None and spec.env_spec is None:
+        output.say(
+            f"{env} is not registered with Gymnasium, so the dataset does not name it; evaluation will need --env {env}"
+        )
     if spec is None:
         output.say(
             f"no --env: actions are {text.short(dataset.spec.action_space)}; evaluation will need an environment"

@@ -56,7 +56,8 @@ def evaluate(
     Args:
         runs: folders of runs, or of saved policies.
         episodes: episodes per seed, counted as they start.
-        env: environment id; default: the dataset's evaluation environment, else the one it was collected in.
+        env: environment: an id, my_envs.py:NAME or module:NAME of a function or class that makes one; default: the dataset's evaluation
+            environment, else the one it was collected in.
         stochastic: sample actions instead of taking the mode.
         checkpoint: best, last or a step; default: the policy the run ended with. "best" is an oracle: it was picked by its score.
         seed: which fixed set of evaluation episodes.

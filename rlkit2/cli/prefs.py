@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import gymnasium
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -15,11 +14,11 @@ from rlkit2.api import load_dataset
 from rlkit2.cli.output import console, print_json, say
 from rlkit2.cli.parsing import AS_IS, HowToRead, name_values, subcommand
 from rlkit2.data.dataset import TransitionDataset
-from rlkit2.data.known_environments import registered_spec
+from rlkit2.data.environments import Env, make_environment
 from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.data.reward_file import save_rewards
 from rlkit2.errors import ConfigError, DatasetError
-from rlkit2.evaluation.environments import Env, make_environment
+from rlkit2.evaluation.environments import evaluation_source
 from rlkit2.files import save_figure
 from rlkit2.preferences import (
     RewardEnsemble,
@@ -67,6 +66,7 @@ def label(
     label_key: str | None = None,
     as_dataset: bool = False,
     more: bool = False,
+    env: str | None = None,
     trust_env: bool = False,
 ) -> int:
     """Label pairs of segments, by a scripted teacher or by hand in the browser.
@@ -96,8 +96,12 @@ def label(
         label_key: the array of labels or scores in that .npz file.
         as_dataset: the segments of the .npz file become the dataset DATASET, a new Minari id, as they are in no other one.
         more: add to the labels in --out instead of refusing to replace them.
+        env: with --serve: environment that draws the pairs: an id, my_envs.py:NAME or module:NAME of what makes one (asked for
+            render_mode="rgb_array"); default: the dataset's.
         trust_env: with --serve: build the environment that draws the pairs as the dataset says, which runs the code it names.
     """
+    if env is not None and not serve:
+        raise ConfigError("--env is for drawing the pairs: give --serve, too")
     arrays = SegmentArrays.read(people, label_key=label_key) if people is not None and people.suffix == ".npz" else None
     if arrays is None and (label_key is not None or as_dataset):
         raise ConfigError(
@@ -124,7 +128,7 @@ def label(
             port=port,
             open_browser=open_browser,
             say=say,
-            make_environment=_environment_maker(data, trust_env),
+            make_environment=_environment_maker(data, env, trust_env),
         )
         return 0
     if made is not None:
@@ -168,15 +172,12 @@ def _write_segments(arrays: SegmentArrays, dataset_id: str) -> PreferenceDataset
     return labels
 
 
-def _environment_maker(data: TransitionDataset, trust_env: bool) -> Callable[[], Env] | None:
-    """Makes the dataset's environment so that it draws frames; None where the dataset names none."""
+def _environment_maker(data: TransitionDataset, env: str | None, trust_env: bool) -> Callable[[], Env] | None:
+    """Makes the environment named, or the dataset's, so that it draws frames; None where the dataset names none."""
     spec = data.spec.eval_env_spec or data.spec.env_spec
-    if spec is None:
+    if env is None and spec is None:
         return None
-    owner = f"dataset {data.spec.id}"
-    return lambda: make_environment(
-        lambda: gymnasium.make(registered_spec(spec, owner, trust_env=trust_env), render_mode="rgb_array")
-    )
+    return lambda: make_environment(evaluation_source(data.spec, env, trust_env=trust_env), render_mode="rgb_array")
 
 
 def fit(

@@ -34,6 +34,7 @@ def select(
     seed: int = 0,
     checkpoints: bool = False,
     play: int = 0,
+    env: str | None = None,
     agent: tuple[str, ...] = (),
     trust_env: bool = False,
     json: bool = False,
@@ -58,12 +59,15 @@ def select(
         seed: of resamples, weights and batches.
         checkpoints: rank every checkpoint of the runs (`train --checkpoint-every`) instead of their final policies.
         play: episodes per seed to play for the truth; 0: none.
+        env: with --play: environment to play in, as of `rlkit2 evaluate`; default: that of each run.
         agent: those of the runs that are your own: my_agents.py:MyAgent.
         trust_env: with --play: build environments as the runs' files say, which runs the code they name.
         json: print everything as JSON.
     """
     for name in agent:
         import_agent(name)
+    if env is not None and not play:
+        raise ConfigError("--env is for playing: give --play, too")
     if by not in methods:
         methods = (*methods, by)
     options = OfflineOptions(steps=steps, members=members, seed=seed)
@@ -78,7 +82,7 @@ def select(
         options=options,
     )
     ranked = order(result.estimates[by])
-    truth = _played(sources, play, not stochastic, trust_env) if play else None
+    truth = _played(sources, play, not stochastic, env, trust_env) if play else None
     agreed = None
     if truth is not None:
         agreed = {method: agreement([one.value for one in found], truth) for method, found in result.estimates.items()}
@@ -116,14 +120,14 @@ def _figure(value: float) -> str:
 
 
 def _played(
-    runs: Sequence[Path | Run], episodes: int, deterministic: bool, trust_env: bool
+    runs: Sequence[Path | Run], episodes: int, deterministic: bool, env: str | None, trust_env: bool
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Mean return of every seed of every run, `[P]`."""
     means = []
     for run in runs:
         with progress_bar(run.label if isinstance(run, Run) else run.name) as progress:
             played = evaluate(
-                run, episodes=episodes, deterministic=deterministic, progress=progress, trust_env=trust_env
+                run, episodes=episodes, env=env, deterministic=deterministic, progress=progress, trust_env=trust_env
             )
         means.append(played.returns.mean(1))
     found = np.concatenate(means)

@@ -63,8 +63,8 @@ def tabular(
 
     Args:
         file: .npz file with transitions [S, A, S], discount, and rewards [K, S, A, S] with names [K] (or each reward under its own name).
-        env: Gymnasium environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v4) or small and deterministic, instead
-            of a file. Its reward is compared with variants of it, or with those of --reward.
+        env: environment with a table of transitions (FrozenLake-v1, CliffWalking-v1, Taxi-v4) or small and deterministic, by its id or as
+            my_envs.py:NAME or module:NAME of what makes it, instead of a file. Its reward is compared with variants of it, or with those of --reward.
         discount: in [0, 1); default: the file's, or 0.99 for an environment.
         reward: further rewards, [NAME=]file.py:FUNCTION of index arrays (states, actions, next_states) giving numbers of the same shape, or
             [NAME=]file.npy of shape [S, A, S], [S, A] or [S].
@@ -205,7 +205,7 @@ def env(
     Example: rlkit2 starc env Pendulum-v1 --reward rewards.py:upright --true --policy uniform
 
     Args:
-        env: Gymnasium id.
+        env: Gymnasium id, or my_envs.py:NAME or module:NAME of a function or class that makes one.
         reward: as of `starc dataset`.
         true: also compare with the environment's own reward.
         policy: what plays: uniform (the default), or the folder of a run or saved policy (all seeds of it); several make a mixture of which one

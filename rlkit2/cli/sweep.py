@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from rlkit2.agents import import_agent
 from rlkit2.cli import output
 from rlkit2.cli.parsing import command, name_values
+from rlkit2.data.environments import named_source
 from rlkit2.errors import RunError
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs, sweep_status
@@ -32,6 +33,7 @@ def sweep(
     device: str = "auto",
     option: tuple[str, ...] = (),
     agent: tuple[str, ...] = (),
+    env: tuple[str, ...] = (),
     trust_env: bool = False,
     dry_run: bool = False,
 ) -> int:
@@ -48,11 +50,14 @@ def sweep(
         device: auto, cpu, cuda or cuda:1.
         option: settings of the engine, name=value: for slurm those of submitit (partition=gpu timeout_min=240), for ray those of ray.init.
         agent: agents of your own that the file names: my_agents.py:MyAgent. A file alone makes nothing run.
+        env: environments of your own that the file names: my_envs.py:make_env.
         trust_env: build environments as the file and its datasets say, which runs the code they name.
         dry_run: show the runs and how far they are, train nothing.
     """
     for name in agent:
         import_agent(name)
+    for name in env:
+        named_source(name)
     plan = load_sweep(file, trust_env=trust_env)
     console = output.console(stderr=True)
     if plan.search is not None:

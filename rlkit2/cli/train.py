@@ -38,7 +38,10 @@ COMMAND = {
     ),
     "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),
     "resume": ("RUN", "resume this run from its newest checkpoint; --steps N prolongs it to N in all"),
-    "env": ("ID", "environment to evaluate in (default: the dataset's)"),
+    "env": (
+        "ENV",
+        "environment to evaluate in: an id, my_envs.py:NAME or module:NAME of what makes one (default: the dataset's)",
+    ),
     "device": ("NAME", "auto, cpu, cuda or cuda:1 (default: auto)"),
     "compile": (
         "MODE",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +16,7 @@ from gymnasium import wrappers
 from gymnasium.envs.registration import EnvSpec, WrapperSpec, registry
 
 from rlkit2.errors import EnvironmentUnavailableError, MissingExtraError, require
+from rlkit2.user_code import is_loaded
 
 # Environment packages that may be imported because a file needs them -> the module that registers their ids.
 PACKAGES = {
@@ -61,10 +62,14 @@ def registered_spec(spec: EnvSpec, owner: str, *, trust_env: bool = False) -> En
 
 
 def check_named_id(name: str, owner: str, *, trust_env: bool = False) -> None:
-    """Raise `EnvironmentUnavailableError` for an id out of a file of `owner` that names a module to import (`module:Env-v0`), unless it is loaded."""
-    module, colon, _ = name.partition(":")
-    if colon and module not in sys.modules and not trust_env:
-        raise _refused(f"environment {name} of {owner} would import {module}")
+    """Raise `EnvironmentUnavailableError` for an environment out of a file of `owner` that names code to import (`module:Env-v0`, `file.py:make`),
+    unless that is loaded."""
+    place, colon, _ = name.rpartition(":")
+    if colon and not trust_env and not is_loaded(place):
+        raise EnvironmentUnavailableError(
+            f"environment {name} of {owner} would import {place}; name it yourself with --env {shlex.quote(name)} (env=... in Python), or another "
+            "one, or --trust-env (trust_env=True) if you trust who made it"
+        )
 
 
 def check_arguments(arguments: dict[str, Any], known: dict[str, Any], name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.reward_calls import RewardCall
-from rlkit2.errors import RewardError, first_line
+from rlkit2.errors import ConfigError, RewardError, first_line
+from rlkit2.user_code import import_place
 
 # f(observations, actions, next_observations, terminations) -> rewards [n], or the rewards [N] themselves.
 Reward: TypeAlias = Callable[..., Any] | ArrayLike | Tensor
@@ -112,9 +112,9 @@ def load_reward(text: str) -> tuple[Reward, dict[str, str]]:
 
 def _imported(place: str, name: str) -> Callable[..., Any]:
     try:
-        module = importlib.import_module(place)
-    except Exception as error:
-        raise RewardError(f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+        module = import_place(place)
+    except ConfigError as error:
+        raise RewardError(str(error)) from error
     return _named(module, place, name)
 
 

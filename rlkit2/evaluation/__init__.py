@@ -1,5 +1,6 @@
 """Rollouts, scores and their statistics."""
 
+from rlkit2.data.environments import EnvSource, make_environment
 from rlkit2.evaluation.aggregates import (
     Profile,
     bandit_performance,
@@ -10,7 +11,6 @@ from rlkit2.evaluation.aggregates import (
     pooled_median,
     worst_of,
 )
-from rlkit2.evaluation.environments import EnvSource, make_environment
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.evaluation.reference_scores import ReferenceScores, reference_scores
 from rlkit2.evaluation.rollouts import Evaluator, evaluate_policy, evaluation_seeds

@@ -10,27 +10,23 @@ chaotic dynamics turn into other returns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkit2.data.environments import Env, EnvSource, named_source, source_name
 from rlkit2.data.spaces import action_bounds, action_layout
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import ConfigError, EnvironmentUnavailableError
-from rlkit2.evaluation.environments import (
-    Env,
-    EnvSource,
-    check_spaces,
-    evaluation_source,
-    source_name,
-    stacked_environment,
-)
+from rlkit2.errors import ConfigError, EnvironmentUnavailableError, EpisodeError, RLKitError, first_line
+from rlkit2.evaluation.environments import check_spaces, evaluation_source, stacked_environment
 from rlkit2.evaluation.evaluation import Evaluation
 from rlkit2.evaluation.reference_scores import KNOWN, ReferenceScores, reference_scores
 
@@ -80,13 +76,14 @@ def evaluate_policy(
 ) -> Evaluation:
     """Run every seed of `policy` for `episodes` episodes and return what it earned.
 
-    `spec`: the dataset's specification; it gives the observation layout, the environment and the reference returns. `env`: another environment (an
-    id, an `EnvSpec`, or a function that makes one). `deterministic`: the policy's mode, else sampled actions. `seed`: which fixed set of evaluation
-    episodes. `num_envs`: environments per policy seed stepped together; changes memory and time, never the result. `max_steps`: cut episodes there.
-    `progress(done, total)` is called as episodes end. `trust_env`: build the dataset's environment as its file says, running the code it names.
+    `spec`: the dataset's specification; it gives the observation layout, the environment and the reference returns. `env`: another environment (a
+    name, an `EnvSpec`, a function that makes one, or an environment, which plays everything itself and stays open). `deterministic`: the policy's
+    mode, else sampled actions. `seed`: which fixed set of evaluation episodes. `num_envs`: environments per policy seed stepped together; changes
+    memory and time, never the result. `max_steps`: cut episodes there. `progress(done, total)` is called as episodes end. `trust_env`: build the
+    dataset's environment as its file says, running the code it names.
 
     Raises `EnvironmentUnavailableError` for a missing, unknown, unfitting or (unless `trust_env`) unregistered environment, `MissingExtraError` for
-    a missing simulator.
+    a missing simulator, `EpisodeError` where the environment fails while it is played.
     """
     with Evaluator(
         spec,
@@ -126,16 +123,19 @@ class Evaluator:
         self.spec, self.deterministic, self.seed, self.max_steps = spec, deterministic, seed, max_steps
         self.episode_seeds = evaluation_seeds(seed, episodes)
         self.source = evaluation_source(spec, env, trust_env=trust_env)
+        self.own = not isinstance(named_source(self.source), gym.Env)  # made here, as many as are needed
         self.num_envs = min(num_envs or ROWS, episodes)
         self.flattener = spec.flattener
         self.pool: list[Env] = [stacked_environment(self.source, spec)]
         check_spaces(self.pool[0], spec, source_name(self.source))
+        self.name = source_name(self.source)
         self.reference, self.normalization = normalization(spec, self.pool[0], given=env is not None)
 
     def evaluate(self, policy: ActingPolicy, *, progress: Progress | None = None) -> Evaluation:
         """All episodes of every seed of `policy`."""
         seeds, episodes = tuple(policy.seeds), len(self.episode_seeds)
-        while len(self.pool) < len(seeds) * self.num_envs:
+        together = len(seeds) * self.num_envs if self.own else 1
+        while len(self.pool) < together:
             self.pool.append(stacked_environment(self.source, self.spec))
         record = Record(len(seeds), episodes, progress)
         training = getattr(policy, "training", False)
@@ -144,7 +144,10 @@ class Evaluator:
                 policy.eval()  # type: ignore[attr-defined]
             with torch.no_grad():
                 for first in range(0, episodes, self.num_envs):
-                    self._run_together(policy, range(first, min(first + self.num_envs, episodes)), record)
+                    wave = range(first, min(first + self.num_envs, episodes))
+                    keys = [(s, k) for s in range(len(seeds)) for k in wave]
+                    for start in range(0, len(keys), together):
+                        self._run_together(policy, keys[start : start + together], record)
         finally:
             if training:
                 policy.train()  # type: ignore[attr-defined]
@@ -154,19 +157,19 @@ class Evaluator:
             successes=record.successes if record.reports_success else None,
             seeds=seeds,
             episode_seeds=self.episode_seeds,
-            environment=source_name(self.source),
+            environment=self.name,
             dataset=self.spec.id,
             deterministic=self.deterministic,
             reference=self.reference,
             normalization=self.normalization,
         )
 
-    def _run_together(self, policy: ActingPolicy, wave: range, record: Record) -> None:
-        """Start the episodes of `wave` for all seeds and step them until the last one has ended."""
+    def _run_together(self, policy: ActingPolicy, keys: Sequence[tuple[int, int]], record: Record) -> None:
+        """Start the episodes `keys` (seed, episode), each in an environment of its own, and step them until the last one has ended."""
         count = len(record.returns)
-        envs = {(s, k): self.pool[s * len(wave) + i] for s in range(count) for i, k in enumerate(wave)}
-        observations = {key: env.reset(seed=self.episode_seeds[key[1]])[0] for key, env in envs.items()}
-        blocks = {k // ROWS: np.zeros((count, ROWS, *self.flattener.shape), self.flattener.dtype) for k in wave}
+        envs = dict(zip(keys, self.pool, strict=False))
+        observations = {key: self._reset(env, key) for key, env in envs.items()}
+        blocks = {k // ROWS: np.zeros((count, ROWS, *self.flattener.shape), self.flattener.dtype) for _, k in keys}
         step = 0
         while observations:
             rows = self.flattener.flatten(stack(list(observations.values())))
@@ -182,20 +185,45 @@ class Evaluator:
                 if not np.isfinite(action).all():
                     record.end(key, step - 1, failed=True)
                     continue
-                observation, reward, terminated, truncated, info = envs[key].step(
-                    step_action(action, envs[key].action_space)
-                )
-                record.add(key, float(reward), info)
+                observation, reward, terminated, truncated, info = self._step(envs[key], action, key, step)
+                record.add(key, reward, info)
                 if terminated or truncated or step == self.max_steps:
                     record.end(key, step)
                 else:
                     following[key] = observation
             observations = following
             if step >= ENDLESS and self.max_steps is None and observations:
-                name = source_name(self.source)
                 raise EnvironmentUnavailableError(
-                    f"an episode of {name} still runs after {ENDLESS} steps; give --max-steps (max_steps=...)"
+                    f"an episode of {self.name} still runs after {ENDLESS} steps; give --max-steps (max_steps=...)"
                 )
+
+    def _reset(self, env: Env, key: tuple[int, int]) -> Any:
+        try:
+            observation, _ = env.reset(seed=self.episode_seeds[key[1]])
+        except Exception as error:
+            raise self._failed(error, "reset", key) from error
+        return observation
+
+    def _step(
+        self, env: Env, action: NDArray[Any], key: tuple[int, int], step: int
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        try:
+            observation, reward, terminated, truncated, info = env.step(step_action(action, env.action_space))
+            reward = float(reward)
+        except Exception as error:
+            raise self._failed(error, f"step {step}", key) from error
+        if not math.isfinite(reward):
+            raise self._failed(ValueError(f"the reward was {reward}"), f"step {step}", key)
+        return observation, reward, terminated, truncated, info
+
+    def _failed(self, error: Exception, where: str, key: tuple[int, int]) -> RLKitError:
+        """What the environment raised, or gave, in words that let it be found again."""
+        if isinstance(error, RLKitError):
+            return error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        return EpisodeError(
+            f"environment {self.name} failed in {where} of episode {key[1]} (its seed {self.episode_seeds[key[1]]}): {kind}{first_line(error)}"
+        )
 
     def _act(self, policy: ActingPolicy, block: NDArray[Any], number: int, step: int) -> NDArray[Any]:
         """Actions `[S, ROWS, ...]` of one block in the environment's units, shape and dtype."""
@@ -220,9 +248,11 @@ class Evaluator:
         return self.evaluate(policy).lines()
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments that were made here."""
         while self.pool:
-            self.pool.pop().close()
+            env = self.pool.pop()
+            if self.own:
+                env.close()
 
     def __enter__(self) -> Evaluator:
         return self

@@ -11,7 +11,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from rlkit2.errors import EnvironmentUnavailableError, RewardError
+from rlkit2.data.environments import make_environment
+from rlkit2.errors import RewardError
 from rlkit2.rewards.mdp import TabularMDP
 
 # (state, action) -> [(probability, next state, reward, terminated)]
@@ -29,13 +30,9 @@ def from_gym(env: Any, discount: float) -> tuple[TabularMDP, np.ndarray[Any, Any
 
     Raises `EnvironmentUnavailableError` when the environment cannot be made, `RewardError` when it is stochastic or too large.
     """
-    made = isinstance(env, str)
+    made = not isinstance(env, gymnasium.Env)
     if made:
-        try:
-            # Ours are registered by importing their module.
-            env = gymnasium.make(f"rlkit2.envs:{env}" if env.startswith("rlkit2/") else env)
-        except (gymnasium.error.Error, ImportError) as error:
-            raise EnvironmentUnavailableError(f"cannot make {env!r}: {error}") from error
+        env = make_environment(env)
     bare = env.unwrapped
     if not isinstance(bare.action_space, gymnasium.spaces.Discrete):
         raise RewardError(

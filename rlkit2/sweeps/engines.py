@@ -26,6 +26,7 @@ from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, steps_done, sweep
 from rlkit2.sweeps.worker import SETTINGS, SlurmWork, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
+from rlkit2.user_code import typed_again
 
 Work = Callable[[Path], str]  # does what a folder says and returns its status
 Report = Callable[[Path, str], None]  # folder whose work has ended, and its status
@@ -81,6 +82,7 @@ def run_sweep(
         settings = {**asdict(folders[folder]), "device": device, "trust_env": sweep.trust_env, "until": until}
         if ":" in settings["agent"]:  # as a process in any folder finds it; loaded here, so somebody has named it
             settings["agent"] = agent_source(agent_class(settings["agent"])) or settings["agent"]
+        settings["env"] = settings["env"] and typed_again(settings["env"])
         write_json(folder / SETTINGS, settings)
 
     def ended(folder: Path, text: str) -> None:

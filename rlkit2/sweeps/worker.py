@@ -53,6 +53,7 @@ def train_experiment(folder: Path) -> str:
         run = train(
             own,
             resume=run,
+            env=settings["env"],
             device=settings["device"],
             trust_env=settings["trust_env"],
             loggers=settings["loggers"],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit2.errors import Preempted, RunError, first_line
+from rlkit2.errors import EpisodeError, Preempted, RunError, first_line
 from rlkit2.files import WriteError
 from rlkit2.nn import fast_matmul
 from rlkit2.nn.encoders import can_be_rebuilt
@@ -230,13 +230,26 @@ class Trainer:
         seeds = self.active
         agent = self.groups[0].agent if len(self.groups) == 1 else self._whole_agent(seeds)
         self.progress.status(f"evaluating at step {self.step}")
-        rows = self.evaluator(agent.policy, self.step)
+        try:
+            rows = self.evaluator(agent.policy, self.step)
+        except EpisodeError as error:
+            if self.rule is not None and self.rule.goal.metric == SCORE:
+                raise  # what decides is missing; the newest checkpoint is there to resume from
+            self._go_on_without_scores(error)
+            return
         lines = [{"step": self.step, **row, "seed": seed} for seed, row in zip(seeds, rows, strict=True)]
         self.files["evaluations"].append(lines)
         self._find_best()
         normalized = all(line.get("normalized_scores") is not None for line in lines)
         name = SCORE if normalized else "evaluation/return"
         self._tell([{"step": self.step, "seed": line["seed"], name: line[SCORE]} for line in score_lines(lines)])
+
+    def _go_on_without_scores(self, error: EpisodeError) -> None:
+        """An environment that fails costs its scores, not the training."""
+        self.evaluator = None
+        text = f"evaluation at step {self.step} failed, training goes on without scores: {error}"
+        self.run.update_manifest(warnings=[*self.run.manifest.get("warnings", []), text])
+        self.progress.message(f"warning: {text}")
 
     def _find_best(self) -> None:
         """Compare this evaluation with the best one so far, both over the seeds that still learn."""

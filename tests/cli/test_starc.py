@@ -186,7 +186,7 @@ def test_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["tabul"], "did you mean tabular?"),
         (["tabular"], "give either a file or --env"),
         (["tabular", "missing.npz"], "missing.npz is not an .npz file of plain arrays"),
-        (["tabular", "--env", "Nowhere-v9"], "cannot make 'Nowhere-v9'"),
+        (["tabular", "--env", "Nowhere-v9"], "environment Nowhere-v9 cannot be built"),
         (["tabular", "--env", "FrozenLake-v1", "--true", "mine"], "'mine' is not one of the rewards: environment"),
         (["tabular", "--env", "FrozenLake-v1", "--discount", "1"], "discount is 1.0"),
         (["dataset", "builtin/pendulum", "--true"], "a distance needs two rewards, not 1"),

@@ -76,7 +76,7 @@ def test_mixtures_are_drawn_for_each_step() -> None:
 def test_what_cannot_be_played_is_refused() -> None:
     unbounded = spaces.Box(-np.inf, np.inf, (1,))
     for call, error, message in (
-        (lambda: collect("No-Such-v0"), EnvironmentUnavailableError, "cannot make 'No-Such-v0'"),
+        (lambda: collect("No-Such-v0"), EnvironmentUnavailableError, "environment No-Such-v0 cannot be built"),
         (lambda: collect(lambda: Steps(4, unbounded)), ConfigError, "no bounds to draw from"),
         (lambda: collect(lambda: Steps(4), policy=[(0.0, "uniform")]), ConfigError, "weight above 0"),
         (lambda: collect(lambda: Steps(4), policy=lambda o: "up"), ConfigError, "does not fit Steps"),

@@ -111,7 +111,7 @@ def test_enumeration_of_a_deterministic_environment() -> None:
         TabularMDP.from_gym(Corridor(chance=0.5), 0.9)
     with pytest.raises(RewardError, match="more than 2000 states"):
         TabularMDP.from_gym(Corridor(length=3000), 0.9)
-    with pytest.raises(EnvironmentUnavailableError, match="cannot make 'Nowhere-v0'"):
+    with pytest.raises(EnvironmentUnavailableError, match="environment Nowhere-v0 cannot be built"):
         TabularMDP.from_gym("Nowhere-v0", 0.9)
     with pytest.raises(RewardError, match="needs discrete ones"):
         TabularMDP.from_gym("Pendulum-v1", 0.9)

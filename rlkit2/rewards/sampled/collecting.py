@@ -17,12 +17,11 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from rlkit2.data import DatasetSpec, TransitionDataset, dataset_from_arrays
+from rlkit2.data.environments import Env, EnvSource, make_environment, named_source
 from rlkit2.data.spaces import action_layout
-from rlkit2.errors import ConfigError, EnvironmentUnavailableError, first_line
+from rlkit2.errors import ConfigError, EnvironmentUnavailableError, EpisodeError, RLKitError, first_line
 from rlkit2.nn.policy import Policy, load_policy
 
-Env: TypeAlias = gymnasium.Env[Any, Any]
-EnvSource: TypeAlias = str | EnvSpec | Env | Callable[[], Env]
 PolicyPart: TypeAlias = Literal["uniform"] | Policy | str | os.PathLike[str] | Callable[[Any], Any]
 PolicySource: TypeAlias = PolicyPart | Sequence[tuple[float, PolicyPart]]
 ENDLESS = 100_000  # steps after which an episode without a limit is taken for endless
@@ -45,7 +44,7 @@ def collect(
     """Play episodes and give their transitions, with the infos that came with each of them, arrays `[N, ...]` by name.
 
     Args:
-        env: id, specification, a function that makes one, or an environment (which stays open).
+        env: id, `file.py:NAME` or `module:NAME` of what makes one, specification, a function that makes one, or an environment (which stays open).
         policy: `"uniform"`; a policy (it samples; of several seeds one is drawn for each step) or the folder of a saved one; a function of one
             observation, as the environment gives it, to one action; or a mixture, `[(weight, policy), ...]`, of which one is drawn anew for each
             step, so that the mixture is itself a policy of the state alone.
@@ -56,6 +55,7 @@ def collect(
 
     Raises:
         EnvironmentUnavailableError: it cannot be made, or an episode without `max_steps` does not end.
+        EpisodeError: the environment fails while it is played.
         ConfigError: a policy that does not fit the environment, weights that are not positive, or actions without bounds under `"uniform"`.
     """
     if episodes < 1 or (max_steps is not None and max_steps < 1):
@@ -82,15 +82,11 @@ def collect(
 @contextmanager
 def _open(env: EnvSource) -> Iterator[Env]:
     """The environment; closed in the end where it was made here."""
-    if isinstance(env, gymnasium.Env):
-        yield env
+    source = named_source(env)
+    made = make_environment(source)
+    if isinstance(source, gymnasium.Env):
+        yield made
         return
-    try:
-        if isinstance(env, str) and env.startswith("rlkit2/"):
-            env = f"rlkit2.envs:{env}"  # ours are registered by importing their module
-        made = gymnasium.make(env, disable_env_checker=True) if isinstance(env, str | EnvSpec) else env()
-    except Exception as error:
-        raise EnvironmentUnavailableError(f"cannot make {env!r}: {first_line(error)}") from error
     try:
         yield made
     finally:
@@ -176,11 +172,12 @@ class _Player:
         row = self._row(observation)
         for step in range(1, (self.limit or ENDLESS) + 1):
             actor = self.actors[self.generator.choice(len(self.actors), p=self.shares)]
+            action = None
             try:
                 action = actor(observation, row, self.generator)
                 observation, reward, terminated, truncated, info = self.env.step(action)
-            except (TypeError, ValueError, IndexError, RuntimeError, AssertionError, ConfigError) as error:
-                raise ConfigError(f"the policy does not fit {self.name}: {first_line(error)}") from error
+            except Exception as error:
+                raise self._failed(error, action, f"in step {step} of the episode from its seed {seed}") from error
             following = self._row(observation)
             stored = action_layout(self.env.action_space).flatten(_batched(action))[0]
             cut = not terminated and (truncated or step == self.limit)
@@ -193,6 +190,12 @@ class _Player:
         raise EnvironmentUnavailableError(
             f"an episode of {self.name} still runs after {ENDLESS} steps; give max_steps (--max-steps)"
         )
+
+    def _failed(self, error: Exception, action: Any, where: str) -> RLKitError:
+        """Who is at fault: a policy that gave no action of the space, or the environment."""
+        if action is None or not _holds(self.env.action_space, action):
+            return ConfigError(f"the policy does not fit {self.name}: {first_line(error)}")
+        return EpisodeError(f"environment {self.name} failed {where}: {type(error).__name__}: {first_line(error)}")
 
     def _row(self, observation: Any) -> NDArray[Any]:
         return np.asarray(self.spec.flattener.flatten(_batched(observation))[0])
@@ -211,6 +214,13 @@ class _Player:
                 if values[0].dtype.kind in "biuf" and all(value.shape == values[0].shape for value in values):
                     found[name] = np.stack(values)
         return found
+
+
+def _holds(space: spaces.Space[Any], action: Any) -> bool:
+    try:
+        return bool(space.contains(action))
+    except Exception:  # noqa: BLE001 - the action may be anything
+        return False
 
 
 def _batched(tree: Any) -> Any:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rlkit2.data import Batch, TransitionDataset
+from rlkit2.data.environments import EnvSource
 from rlkit2.errors import ConfigError, DatasetError
 from rlkit2.fields import Checked, Natural, NonNegative
 from rlkit2.fields import Interval as Range
 from rlkit2.rewards.matrix import RewardDistanceMatrix
 from rlkit2.rewards.sampled.absolute import absolute_distances
 from rlkit2.rewards.sampled.cells import CellSums, gather_cells
-from rlkit2.rewards.sampled.collecting import EnvSource, PolicySource, collect, is_environment
+from rlkit2.rewards.sampled.collecting import PolicySource, collect, is_environment
 from rlkit2.rewards.sampled.features import (
     Categories,
     EncodedFeatures,
