@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkit2.agents.base import Agent, as_seeds
-from rlkit2.data.batch import Batch
+from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Checked, describe_fields
@@ -67,6 +67,8 @@ class Problem:
         options: dict[str, Any] = {"discrete": self.kind == "discrete", "dtype": dtype}
         if self.kind == "multidiscrete":
             options = {"choices": (CHOICES, STARTS), "dtype": dtype}
+        if self.from_transitions:
+            options["next_actions"] = self.agent.needs_next_actions
         return [make(*sizes, **options, generator=start + t) for t in range(count)]
 
 
@@ -266,6 +268,36 @@ def check_values_bootstrap_from_the_next_observation(problem: Problem) -> None:
         )
 
 
+def check_returns_of_several_steps(problem: Problem) -> None:
+    """k steps are worth gamma^k: as an agent that discounts so in every step; an agent that has no use for such returns refuses them."""
+    data = problem.batches(4)
+    if not problem.agent.several_steps:
+        try:
+            train(problem.build(), [_of_steps(batch, 3, 0.5) for batch in data])
+        except ConfigError:
+            return
+        raise AssertionError(
+            "returns of several steps are taken for rewards; set several_steps, or refuse them (normalize does)"
+        )
+    gamma = 0.9
+    first, second = (
+        Problem(problem.agent, problem.kind, dataclasses.replace(problem.config, discount=discount)).build()
+        for discount in (gamma, gamma**3)
+    )
+    train(first, [_of_steps(batch, 3, gamma) for batch in data])
+    train(second, data)
+    expected = second.state_dict()
+    for name, tensor in first.state_dict().items():
+        _assert_close(tensor, expected[name], f"{name} after returns of three steps", 1e-8)
+
+
+def _of_steps(batch: Any, count: int, discount: float) -> LookaheadBatch:
+    """The batch as one whose rewards are returns of `count` steps."""
+    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    steps = torch.full(batch.rewards.shape, count)
+    return LookaheadBatch(**{"rows": steps, **parts, "steps": steps, "discount": discount})
+
+
 def check_config_is_frozen_and_explained(problem: Problem) -> None:
     """A frozen dataclass on `rlkit2.fields.Checked`, with a comment above every field."""
     cls = type(problem.config)
@@ -287,6 +319,7 @@ OF_TRANSITIONS = (
     check_terminated_steps_ignore_what_follows,
     check_truncated_steps_bootstrap,
     check_values_bootstrap_from_the_next_observation,
+    check_returns_of_several_steps,
 )
 CHECKS: tuple[Callable[[Problem], None], ...] = (
     check_config_is_frozen_and_explained,
@@ -370,10 +403,11 @@ def random_batch(
     dtype: torch.dtype = torch.float32,
     generator: int = 0,
     termination_rate: float = 0.2,
+    next_actions: bool = False,
 ) -> Batch:
     """Transitions without structure; actions reach the bounds exactly now and then, as recorded ones do.
 
-    `discrete`: int64 choices `[S, B]`; `choices`: sizes and first values of several, int64 `[S, B, k]`.
+    `discrete`: int64 choices `[S, B]`; `choices`: sizes and first values of several, int64 `[S, B, k]`. `next_actions`: a `LookaheadBatch`.
     """
     draw = torch.Generator().manual_seed(generator)
 
@@ -388,7 +422,7 @@ def random_batch(
         ]
         chosen = torch.stack(several, -1)
     ends = torch.rand(seeds, rows, generator=draw)
-    return Batch(
+    batch = Batch(
         observations=normal(observation_size),
         actions=chosen if discrete or choices is not None else actions.clamp(-1.0, 1.0).to(dtype),
         rewards=normal(),
@@ -396,6 +430,12 @@ def random_batch(
         terminations=ends < termination_rate,
         truncations=ends > 0.9,
     )
+    if not next_actions:
+        return batch
+    following = batch.actions.roll(1, 1)
+    followed = torch.rand(seeds, rows, generator=draw) < 0.7
+    number = torch.arange(rows).expand(seeds, -1)
+    return LookaheadBatch(**vars(batch), rows=number, next_actions=following, followed=followed)
 
 
 def random_preferences(
@@ -414,9 +454,12 @@ def random_preferences(
 def map_batch(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """A batch, or a batch of batches, with `change` done to every tensor."""
     parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return type(batch)(
-        **{n: change(part) if isinstance(part, Tensor) else map_batch(change, part) for n, part in parts.items()}
-    )
+    changed = {
+        name: change(part) if isinstance(part, Tensor) else map_batch(change, part)
+        for name, part in parts.items()
+        if isinstance(part, Tensor) or dataclasses.is_dataclass(part)
+    }
+    return dataclasses.replace(batch, **changed)
 
 
 def small_config(make: Callable[..., Any], config_class: type[Any], **overrides: Any) -> Any:

@@ -110,6 +110,7 @@ def test_normalisation_and_reward_options_reach_the_agent(tmp_path):
     expected = {
         "normalize_observations": True,
         "frame_stack": 1,
+        "num_steps": 1,
         "reward_transform": "none",
         "reward_scale": 3.0,
         "held_out": 0.0,

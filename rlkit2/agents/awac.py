@@ -29,7 +29,6 @@ from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.fields import Bounds, Count, Fraction, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.ggd import effective_sample_size
-from rlkit2.losses.td import td_target
 from rlkit2.nn import Critic, lerp_
 from rlkit2.nn.random import normal
 
@@ -93,7 +92,7 @@ class AWAC(UncertainAgent):
     def critic_targets(self, batch: Batch) -> Tensor:
         """y, `[S, B]`."""
         next_value = self.policy_value(self.critic_target, batch.next_observations, "next_action")
-        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+        return self.td_targets(batch, next_value)
 
     @torch.no_grad()
     def advantage(self, batch: Batch) -> Tensor:

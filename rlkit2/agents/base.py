@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlkit2.data.batch import Batch
+from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Bounds, Checked, Finite, Natural
 from rlkit2.nn import (
@@ -95,6 +95,8 @@ class Agent:
     # those of `ACTION_KINDS` that it learns; `_likelihood_actor` has heads for all three
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     sees_images: ClassVar[bool] = False
+    several_steps: ClassVar[bool] = False  # its targets may span several steps: it bootstraps by `discounts`
+    needs_next_actions: ClassVar[bool] = False  # of the data, in a `LookaheadBatch`
     seeds: tuple[int, ...]
     policy: Policy
     policy_optimizer: Adam
@@ -291,7 +293,41 @@ class Agent:
             rewards=batch.rewards.to(self.dtype),
             next_observations=self._shifted(self.inputs(batch.next_observations), "next_observations"),
             terminations=batch.terminations.to(self.dtype),
+            **self._normalized_ahead(batch),
         )
+
+    def _normalized_ahead(self, batch: Batch) -> dict[str, Tensor]:
+        """What a `LookaheadBatch` holds besides, in the networks' units and dtype.
+
+        Raises:
+            ConfigError: returns of several steps for an agent that has no use for them, or discounted otherwise than it discounts; no next
+                actions for one that needs them.
+        """
+        found = {}
+        if isinstance(batch, LookaheadBatch) and batch.steps is not None:
+            if not self.several_steps:
+                raise ConfigError(single_steps(type(self).__name__))
+            if batch.discount != self.config.discount:
+                raise ConfigError(
+                    f"the batch's returns are discounted by {batch.discount:g}, the agent discounts by {self.config.discount:g}"
+                )
+            found["steps"] = batch.steps.to(self.dtype)
+        if isinstance(batch, LookaheadBatch) and batch.next_actions is not None and batch.followed is not None:
+            found["next_actions"] = self.normalize_actions(batch.next_actions)
+            found["followed"] = batch.followed.to(self.dtype)
+        elif self.needs_next_actions:
+            raise ConfigError(
+                f"{type(self).__name__} needs the data's next actions; take batches from dataset.looking_ahead(next_actions=True)"
+            )
+        return found
+
+    def discounts(self, batch: Batch) -> float | Tensor:
+        """gamma; where a normalised batch has returns of several steps gamma^k of every row, `[S, B]`."""
+        gamma: float = self.config.discount
+        if isinstance(batch, LookaheadBatch) and batch.steps is not None:
+            powers: Tensor = gamma**batch.steps
+            return powers
+        return gamma
 
     def inputs(self, observations: Tensor) -> Tensor:
         """Raw observations `[S, B, *shape]` as networks take them: rows `[S, B, obs]`, standardised, bytes of images as they are."""
@@ -373,6 +409,11 @@ class Agent:
 def no_images(name: str) -> str:
     """Why an agent refuses observations that hold images."""
     return f"{name} does not learn from images; choose bc, td3bc, iql, awac, crr, odice, dqn or cql, or leave the images out with observation_keys"
+
+
+def single_steps(name: str) -> str:
+    """Why an agent refuses returns of several steps."""
+    return f"{name} learns from single steps; leave num_steps at 1, or choose an agent with a critic, such as iql"
 
 
 def batch_means(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.fields import Count, Fraction, NonNegative, Positive, Rate, Widths
-from rlkit2.losses.td import td_target
 from rlkit2.nn import Critic, lerp_, target_copy
 from rlkit2.nn.actors import Actor
 from rlkit2.nn.random import normal
@@ -97,7 +96,7 @@ class CRR(UncertainAgent):
         else:
             sampled = self.sampled_values(self.critic_target, self.actor_target, observations, 1, "next_action")
             next_value = sampled.squeeze(1)
-        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+        return self.td_targets(batch, next_value)
 
     @torch.no_grad()
     def advantage(self, batch: Batch) -> Tensor:

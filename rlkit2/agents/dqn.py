@@ -28,7 +28,6 @@ from rlkit2.data.batch import Batch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, NonNegative, Rate, Widths
 from rlkit2.losses.aggregation import lower_bound
-from rlkit2.losses.td import td_target
 from rlkit2.nn import GreedyActor, Policy, lerp_
 from rlkit2.nn.actors import Vote
 from rlkit2.nn.critics import taken
@@ -87,19 +86,18 @@ class DQN(UncertainAgent):
         if self.config.target == "independent":
             chooser = self.critic.every_action(batch.next_observations) if self.config.double_q else next_values
             own = next_values.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
-            rewards, terminations = batch.rewards.unsqueeze(1), batch.terminations.unsqueeze(1)
-            return td_target(rewards, terminations, own, self.config.discount)
+            return self.td_targets(batch, own)
         if self.config.target == "min":
             shared = next_values.amin(1)
         else:
             shared = lower_bound(next_values, self.lcb_coefficient)
-        return td_target(batch.rewards, batch.terminations, shared.amax(-1), self.config.discount)
+        return self.td_targets(batch, shared.amax(-1))
 
     @torch.no_grad()
     def target_variance(self, batch: Batch) -> Tensor:
         """gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`."""
         next_values = self.critic_target.every_action(batch.next_observations).amax(-1)
-        return (self.config.discount * (1.0 - batch.terminations)).square() * next_values.var(1)
+        return (self.discounts(batch) * (1.0 - batch.terminations)).square() * next_values.var(1)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L(Q), `[S]`, and metrics."""

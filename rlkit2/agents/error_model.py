@@ -191,7 +191,7 @@ class ErrorModel:
         self,
         outputs: Tensor,
         targets: Tensor,
-        discount: float,
+        discount: float | Tensor,
         target_variance: Tensor | None = None,
         row_weights: Tensor | None = None,
         location: Tensor | None = None,
@@ -201,7 +201,7 @@ class ErrorModel:
         Args:
             outputs: `[S, M, B, 1 + k]`, at the actions taken.
             targets: `[S, B]`, or `[S, M, B]` where members have their own; without gradient.
-            discount: gamma.
+            discount: gamma, or `[S, B]` where rows span different numbers of steps.
             target_variance: gamma^2 (1 - terminated) times the members' variance of the next value, `[S, B]`, for "iv".
             row_weights: how much each row counts for each member, `[S, M, B]`; None: all alike.
             location: of the noise, `[S, M, B]`, without gradient, where it has one of its own.
@@ -253,7 +253,7 @@ class ErrorModel:
 
     @torch.no_grad()
     def sample_weights(
-        self, heads: Heads, error: Tensor, discount: float, target_variance: Tensor | None
+        self, heads: Heads, error: Tensor, discount: float | Tensor, target_variance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Weights of mean one over the batch, `[S, 1, B]` ("shape": `[S, M, B]`), and the xi `[S]` that keeps the effective size.
 

@@ -27,7 +27,7 @@ from rlkit2.agents.error_model import ErrorOptions, counted
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.fields import Count, Fraction, Inside, NonNegative, Positive, Rate, Widths
-from rlkit2.losses.td import expectile_slope, td_target
+from rlkit2.losses.td import expectile_slope
 from rlkit2.nn import lerp_, vjp
 from rlkit2.nn.optim import Schedule
 
@@ -106,11 +106,7 @@ class IQL(UncertainAgent):
     @torch.no_grad()
     def critic_targets(self, batch: Batch) -> Tensor:
         """r + gamma (1 - terminated) V(s'), `[S, B]`; each critic's own, `[S, M, B]`, where independent."""
-        next_value = self.value_network(batch.next_observations)
-        rewards, terminations = batch.rewards, batch.terminations
-        if next_value.ndim == 3:
-            rewards, terminations = rewards.unsqueeze(1), terminations.unsqueeze(1)
-        return td_target(rewards, terminations, next_value, self.config.discount)
+        return self.td_targets(batch, self.value_network(batch.next_observations))
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
         """min(exp(beta A), clamp), `[S, B]`."""

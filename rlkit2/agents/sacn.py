@@ -134,7 +134,7 @@ class SACN(UncertainAgent):
             value = grouped_minimum(next_values).repeat(1, 2, 1)
         else:
             value = next_values
-        bootstrap = self.config.discount * (1.0 - batch.terminations)
+        bootstrap = self.discounts(batch) * (1.0 - batch.terminations)
         targets = batch.rewards.unsqueeze(1) + bootstrap.unsqueeze(1) * (value - entropy_term.unsqueeze(1))
         return targets if targets.shape[1] > 1 else targets.squeeze(1)
 
@@ -143,7 +143,7 @@ class SACN(UncertainAgent):
         next_values, entropy_term = self.next_values(batch)
         spread = None
         if self.config.sample_weighting == "iv":
-            spread = (self.config.discount * (1.0 - batch.terminations)).square() * next_values.var(1)
+            spread = (self.discounts(batch) * (1.0 - batch.terminations)).square() * next_values.var(1)
         return self.targets_at(batch, next_values, entropy_term), spread
 
     def action_value(self, observations: Tensor, actions: Tensor) -> Tensor:

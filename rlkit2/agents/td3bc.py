@@ -24,7 +24,6 @@ from rlkit2.agents.error_model import ErrorOptions
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.data.batch import Batch
 from rlkit2.fields import Count, Fraction, NonNegative, Rate, Widths
-from rlkit2.losses.td import td_target
 from rlkit2.nn import lerp_, target_copy
 from rlkit2.nn.random import normal
 
@@ -84,11 +83,7 @@ class TD3BC(UncertainAgent):
         noise = (self.config.target_noise * noise).clamp(-limit, limit)
         next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1.0, 1.0)
         next_value = self.critic_target(batch.next_observations, next_actions)
-        if self.config.target == "independent":
-            rewards, terminations = batch.rewards.unsqueeze(1), batch.terminations.unsqueeze(1)
-            return td_target(rewards, terminations, next_value, self.config.discount)
-        next_value = next_value.amin(1)
-        return td_target(batch.rewards, batch.terminations, next_value, self.config.discount)
+        return self.td_targets(batch, next_value if self.config.target == "independent" else next_value.amin(1))
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """-lambda Q_1(s, pi(s)) plus the cloning error, `[S]`, with metrics of both."""

@@ -18,7 +18,7 @@ from rlkit2.data.batch import Batch, RowBatch
 from rlkit2.errors import ConfigError
 from rlkit2.losses.aggregation import lower_bound
 from rlkit2.losses.ggd import expected_minimum
-from rlkit2.losses.td import squared_error
+from rlkit2.losses.td import squared_error, td_target
 from rlkit2.nn import Adam, Critic, as_rows
 from rlkit2.nn.distributions import GeneralizedNormal, mixture_excess_kurtosis, mixture_icdf
 from rlkit2.nn.random import uniform_at
@@ -79,6 +79,7 @@ class PredictedTargets:
 class UncertainAgent(Agent):
     """An agent with an ensemble `critic` and an `ErrorModel`; a subclass offers `critic_targets`."""
 
+    several_steps = True
     errors: ErrorModel
     lcb_coefficient: float
 
@@ -111,8 +112,19 @@ class UncertainAgent(Agent):
         """y for a normalised batch, `[S, B]` or `[S, M, B]`, without gradient."""
         raise NotImplementedError
 
-    def _build_critics(self) -> None:
-        """The critics with the error model of the config, their targets and optimiser, and the k of their lower bounds."""
+    def td_targets(self, batch: Batch, next_value: Tensor) -> Tensor:
+        """r + gamma (1 - terminated) next_value of a normalised batch, for next values `[S, B]`, or `[S, M, B]` where members have their own.
+
+        Where the batch has returns of several steps, r is such a return and gamma is raised to their number.
+        """
+        rewards, terminations, discounts = batch.rewards, batch.terminations, self.discounts(batch)
+        if next_value.ndim == 3:
+            rewards, terminations = rewards.unsqueeze(1), terminations.unsqueeze(1)
+            discounts = discounts.unsqueeze(1) if isinstance(discounts, Tensor) else discounts
+        return td_target(rewards, terminations, next_value, discounts)
+
+    def _build_critics(self, **options: Any) -> None:
+        """The critics with the error model of the config, their targets and optimiser, and the k of their lower bounds; `options` as for `Critic`."""
         config = self.config
         if config.prior_scale and self.encoder is not None:
             raise ConfigError(
@@ -125,6 +137,7 @@ class UncertainAgent(Agent):
             noise_outputs=self.errors.outputs,
             detach_noise=self.errors.detached,
             prior_scale=config.prior_scale,
+            **options,
         )
         if self.errors.own_location:
             self.location = Critic(
@@ -136,6 +149,7 @@ class UncertainAgent(Agent):
                 encoder=self.encoder,
                 stream="location",
                 **self._placement,
+                **options,
             )
             self.location_optimizer = Adam(self.location, config.critic_learning_rate)
             self._register({"location": self.location}, {"location": self.location_optimizer})
@@ -192,7 +206,7 @@ class UncertainAgent(Agent):
         """`ErrorModel.loss` of outputs at a normalised batch, with the weights of its rows and a step of the noise's location."""
         weights = self.row_weights(batch)
         location = self.fit_location(batch, targets, weights)
-        return self.errors.loss(outputs, targets, self.config.discount, target_variance, weights, location)
+        return self.errors.loss(outputs, targets, self.discounts(batch), target_variance, weights, location)
 
     def fit_critic(self, batch: Batch, targets: Tensor, target_variance: Tensor | None = None) -> dict[str, Tensor]:
         """One step of all members on a normalised batch, with metrics.

@@ -27,7 +27,7 @@ from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
 from rlkit2.evaluation.return_coverage import LEVEL, LIMITS, ReturnCoverage, return_coverage
 from rlkit2.files import make_folder, save_figure, write_atomically
 from rlkit2.progress import progress_bar
-from rlkit2.training.building import reading_arguments, split_dataset
+from rlkit2.training.building import look_ahead, reading_arguments, split_dataset
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
 
@@ -76,10 +76,12 @@ def uncertainty(
     opened = load_run(run)
     trained: Any = opened.load_agent(checkpoint)
     episodes = _episodes(opened, dataset, reading)
+    options = DataOptions(**opened.config["data"])
+    seen = look_ahead(episodes.dataset, type(trained), trained.config, options)  # as in training
     with progress_bar("TD errors") as progress:
-        found = td_diagnostics(trained, episodes.dataset, max_transitions=max_transitions, seed=seed, progress=progress)
-    size = _size(trained, episodes.dataset)
-    known = noise_map(trained, episodes.dataset) if has_known_noise(episodes.dataset.spec) else None
+        found = td_diagnostics(trained, seen, max_transitions=max_transitions, seed=seed, progress=progress)
+    size = _size(trained, seen)
+    known = noise_map(trained, seen) if has_known_noise(seen.spec) and options.num_steps == 1 else None
     values = {
         "run": str(run),
         "step": checkpoint or max(opened.checkpoints),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,15 +26,20 @@ class Batch:
     terminations: Tensor
     truncations: Tensor
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def with_seed_axis(self) -> Batch:
+    def with_seed_axis(self) -> Self:
         """The same batch with the leading seed axis added where it is missing (`rewards` of shape `[B]`)."""
         if self.rewards.ndim == 2:
             return self
-        return type(self)(**{f.name: getattr(self, f.name).unsqueeze(0) for f in fields(self)})
+        return self._changed(lambda tensor: tensor.unsqueeze(0))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `change` done to every tensor."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if isinstance(part, Tensor)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +47,21 @@ class RowBatch(Batch):
     """A batch that knows its rows of the dataset, `rows` int64 `[S, B]`: what `TransitionDataset.gather` and `sample` give."""
 
     rows: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookaheadBatch(RowBatch):
+    """A batch that also says what the data did next; `TransitionDataset.looking_ahead` gives it.
+
+    With returns of several steps, `steps` is k, the steps that each row spans, int64 `[S, B]`: `rewards` are then sum_(j<k) discount^j r_(t+j),
+    `next_observations` and both flags those of the last of the k, and what follows is worth discount^k. k is smaller than asked for where the
+    episode ends before.
+
+    With the data's own next actions, `next_actions` (as `actions`) are those taken at `next_observations`; `followed`, bool `[S, B]`, is false where
+    the episode ends and there is none (the last action of the episode then stands in, and must not count).
+    """
+
+    steps: Tensor | None = None
+    discount: float = 1.0
+    next_actions: Tensor | None = None
+    followed: Tensor | None = None

@@ -13,13 +13,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rlkit2.data.batch import Batch, RowBatch
+from rlkit2.data.batch import Batch, LookaheadBatch, RowBatch
 from rlkit2.data.infer import infer_spaces
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """What batches tell of the steps after their own; see `TransitionDataset.looking_ahead`."""
+
+    num_steps: int = 1
+    discount: float = 1.0
+    next_actions: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +38,7 @@ class TransitionDataset:
     Tensors (views where possible): `observations`, `next_observations` `[N, obs]` float32 (uint8 images keep dtype and shape), `actions` `[N, act]`
     float32 or int64 `[N]` (`[N, act]` for several discrete choices), `rewards` `[N]` float32, `terminations`, `truncations` `[N]` bool, and
     `episode_starts` `[E + 1]` int64, the row of each episode's first step and N. Records may be memory-mapped; a dataset is never changed
-    in place: `select`, `split`, `stacked` and `with_rewards` give new ones that share the records.
+    in place: `select`, `split`, `stacked`, `with_rewards` and `looking_ahead` give new ones that share the records.
     """
 
     records: Records
@@ -38,6 +47,7 @@ class TransitionDataset:
     rows: Tensor | None = None
     new_rewards: Tensor | None = None
     stack: int = 1
+    lookahead: Lookahead = Lookahead()
 
     def __len__(self) -> int:
         return len(self.records) if self.rows is None else len(self.rows)
@@ -47,8 +57,7 @@ class TransitionDataset:
 
     def _field(self, name: str) -> Tensor:
         if self.stack > 1 and name in OBSERVATIONS:
-            stacked: Tensor = getattr(self.gather(torch.arange(len(self))), name)
-            return stacked
+            return self._fields(torch.arange(len(self), device=self.device))[name]
         if self.rows is None:
             return self.records.view(name)
         return self.records.views(self.records.gather(self.rows), (name,))[name]
@@ -117,7 +126,7 @@ class TransitionDataset:
         index %= self.num_episodes
         rows = slice(int(self.episode_starts[index]), int(self.episode_starts[index + 1]))
         if self.stack > 1:
-            return dict(vars(self.gather(torch.arange(rows.start, rows.stop))))
+            return self._fields(torch.arange(rows.start, rows.stop, device=self.device))
         words = self.records.words[rows] if self.rows is None else self.records.gather(self.rows[rows])
         return {**self.records.views(words), "rewards": self.rewards[rows]}
 
@@ -130,15 +139,41 @@ class TransitionDataset:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def gather(self, indices: Tensor) -> Batch:
-        """The transitions at `indices` (any shape `[...]`, normally `[S, B]`) as a `Batch` of fields `[..., *field]`, copied in one gather."""
+        """The transitions at `indices` (any shape `[...]`, normally `[S, B]`) as a `Batch` of fields `[..., *field]`, copied in one gather.
+
+        A `LookaheadBatch` where the dataset is `looking_ahead`.
+        """
         if indices.device != self.device:
             indices = indices.to(self.device, non_blocking=True)
+        fields = self._fields(indices)
+        if self.lookahead == Lookahead():
+            return RowBatch(**fields, rows=indices)
+        return LookaheadBatch(**fields | self._ahead(indices), rows=indices)
+
+    def _fields(self, indices: Tensor) -> dict[str, Tensor]:
+        """The fields of single steps."""
         fields = self.records.views(self._words(indices))
         if self.stack > 1:
             fields |= self._stacks(indices, fields)
         if self.new_rewards is not None:
             fields["rewards"] = self.new_rewards[indices]
-        return RowBatch(**fields, rows=indices)
+        return fields
+
+    def _ahead(self, indices: Tensor) -> dict[str, Any]:
+        """What replaces the fields of single steps, and comes to them, by `lookahead`."""
+        found: dict[str, Any] = {}
+        last = indices
+        if self.lookahead.num_steps > 1:
+            last = self._last_rows[indices]
+            end = self._fields(last)
+            found = {name: end[name] for name in ("next_observations", "terminations", "truncations")}
+            found |= {"rewards": self._returns_ahead[indices], "steps": last - indices + 1}
+            found["discount"] = self.lookahead.discount
+        if self.lookahead.next_actions:
+            final = self._final_rows[indices]
+            after = self._words(torch.minimum(last + 1, final))
+            found |= {"next_actions": self.records.views(after, ("actions",))["actions"], "followed": last < final}
+        return found
 
     def _words(self, indices: Tensor) -> Tensor:
         return self.records.gather(indices if self.rows is None else self.rows[indices])
@@ -147,6 +182,31 @@ class TransitionDataset:
     def _first_rows(self) -> Tensor:
         """The row at which every row's episode starts, `[N]`."""
         return torch.repeat_interleave(self.episode_starts[:-1], self.episode_lengths)
+
+    @cached_property
+    def _final_rows(self) -> Tensor:
+        """The first row at or after every row at which an episode ends or a flag says so, `[N]`."""
+        ends = self.terminations | self.truncations
+        ends[self.episode_starts[1:] - 1] = True
+        rows = ends.nonzero().squeeze(1)
+        return rows[torch.searchsorted(rows, torch.arange(len(self), device=self.device))]
+
+    @cached_property
+    def _last_rows(self) -> Tensor:
+        """The last row of the steps ahead of every row, `[N]`."""
+        here = torch.arange(len(self), device=self.device)
+        return torch.minimum(here + self.lookahead.num_steps - 1, self._final_rows)
+
+    @cached_property
+    def _returns_ahead(self) -> Tensor:
+        """Discounted rewards of the steps ahead of every row, `[N]` (summed in float64)."""
+        here, rewards = torch.arange(len(self), device=self.device), self.rewards.double()
+        total = torch.zeros_like(rewards)
+        for j in range(min(self.lookahead.num_steps, int(self.episode_lengths.max()))):
+            row = here + j
+            factor = self.lookahead.discount**j * (row <= self._last_rows)
+            total += factor * rewards[row.clamp(max=len(self) - 1)]
+        return total.to(self.rewards.dtype)
 
     def _stacks(self, indices: Tensor, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         """The last observations up to those of `fields`, as one each; those before an episode's first are its first."""
@@ -258,6 +318,23 @@ class TransitionDataset:
             spec=replace(self.spec.stacked(count), content_hash=self._derived(b"stack", bytes([count])).content_hash),
             stack=count,
         )
+
+    def looking_ahead(
+        self, num_steps: int = 1, discount: float = 1.0, *, next_actions: bool = False
+    ) -> TransitionDataset:
+        """The same transitions, whose batches are `LookaheadBatch`es: the fields of the dataset itself stay those of single steps.
+
+        Args:
+            num_steps: returns of up to so many steps, never across the end of an episode; the steps between are those of the data's policy.
+            discount: of those returns, in [0, 1]; the agent's own.
+            next_actions: batches hold the data's own next actions.
+
+        Raises:
+            DatasetError: a number out of range.
+        """
+        if num_steps < 1 or not 0.0 <= discount <= 1.0:
+            raise DatasetError(f"num_steps {num_steps} must be at least 1 and discount {discount} between 0 and 1")
+        return replace(self, lookahead=Lookahead(num_steps, float(discount) if num_steps > 1 else 1.0, next_actions))
 
     def with_rewards(self, rewards: ArrayLike | Tensor) -> TransitionDataset:
         """The same transitions with other rewards `[N]` (finite; stored as float32); records are shared."""

@@ -10,15 +10,17 @@ from rlkit2.guard import guarded
 
 
 @guarded()
-def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discount: float) -> Tensor:
+def td_target(rewards: Tensor, terminations: Tensor, next_value: Tensor, discount: float | Tensor) -> Tensor:
     """r + discount (1 - terminated) next_value; a truncated step bootstraps, a terminated one does not.
 
     Args:
         rewards, terminations: `[S, B]`, flags as 0/1 numbers.
         next_value: value of the next observations, `[S, B]`.
-        discount: in [0, 1].
+        discount: in [0, 1]; `[S, B]` where rows span different numbers of steps.
     """
     continued = torch.addcmul(next_value, terminations, next_value, value=-1.0)
+    if isinstance(discount, Tensor):
+        return torch.addcmul(rewards, discount, continued)
     return torch.add(rewards, continued, alpha=discount)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_hash, make_agent, make_normalizer
-from rlkit2.data.dataset import TransitionDataset
+from rlkit2.agents.base import single_steps
+from rlkit2.data.dataset import Lookahead, TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.data.returns import return_statistics
@@ -43,9 +44,22 @@ def prepare_dataset(
 
     `load` opens further datasets by id; None: Minari's alone.
     """
+    if dataset.lookahead != Lookahead():
+        raise ConfigError(
+            "training looks ahead by itself: give the dataset as it was loaded, and num_steps as an option"
+        )
+    if options.num_steps > 1 and not agent.several_steps:
+        raise ConfigError(single_steps(class_name(agent)))
     training, _ = split_dataset(dataset, options)
-    prepared: TransitionDataset = agent.prepare_dataset(config, training, load)
-    return prepared
+    return look_ahead(agent.prepare_dataset(config, training, load), agent, config, options)
+
+
+def look_ahead(dataset: TransitionDataset, agent: type[Agent], config: Any, options: DataOptions) -> TransitionDataset:
+    """The dataset whose batches hold what the agent's targets need of the steps after their own."""
+    if options.num_steps == 1 and not agent.needs_next_actions:
+        return dataset
+    discount = config.discount if options.num_steps > 1 else 1.0
+    return dataset.looking_ahead(options.num_steps, discount, next_actions=agent.needs_next_actions)
 
 
 def split_dataset(

@@ -32,6 +32,8 @@ class DataOptions(Checked):
     normalize_observations: bool = False
     # show the last so many observations as one, oldest first; before the first of an episode stands the first
     frame_stack: Annotated[int, Interval("[1, 255]")] = 1
+    # targets hold the discounted rewards of up to so many steps of an episode, then the value behind them; for agents with critics
+    num_steps: Count = 1
     # none, return_range (x 1000 / range of episode returns) or goal_penalty (0 -> -3, else 0)
     reward_transform: Literal["none", "return_range", "goal_penalty"] = "none"
     # factor on every reward, after the transform

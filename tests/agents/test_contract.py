@@ -121,6 +121,13 @@ class StopsAtCuts(AWAC):
         )
 
 
+class ForgetsTheSteps(AWAC):
+    """A return of several steps is taken for one of a single step."""
+
+    def discounts(self, batch: Batch) -> float:
+        return self.config.discount
+
+
 class Averages(AWAC):
     """Metrics are means over the seeds."""
 
@@ -151,6 +158,7 @@ class Explodes(AWAC):
         (Dices, "training_is_deterministic"),
         (BootstrapsAtTheEnd, "terminated_steps_ignore_what_follows"),
         (StopsAtCuts, "truncated_steps_bootstrap"),
+        (ForgetsTheSteps, "returns_of_several_steps"),
         (Averages, "metrics"),
         (Names, "metrics"),
         (Explodes, "three_hundred_updates_stay_finite"),

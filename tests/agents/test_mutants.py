@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rlkit2.agents.iql as iql_module
 import rlkit2.agents.td3bc as td3bc_module
+import rlkit2.agents.uncertain_agent as uncertain_module
 from rlkit2.agents.bc import BC
 from rlkit2.agents.iql import IQL
 from rlkit2.agents.td3bc import TD3BC
@@ -38,7 +39,7 @@ from tests.agents.test_against_naive import (
 from tests.agents.test_contract import problem
 
 Patch = Callable[[pytest.MonkeyPatch], Any]
-td_target, lerp_ = iql_module.td_target, iql_module.lerp_
+td_target, lerp_ = uncertain_module.td_target, iql_module.lerp_
 
 
 def undamped(target: Any, online: Any, rate: float) -> None:
@@ -83,7 +84,7 @@ expectile_slope = iql_module.expectile_slope
 IQL_MUTANTS: dict[str, Patch] = {
     "V regresses on the mean of the critics": lambda m: m.setattr(IQL, "value_target", mean_of_targets),
     "V regresses on the online critics": lambda m: m.setattr(IQL, "value_target", online_critics),
-    "terminated steps bootstrap": lambda m: m.setattr(iql_module, "td_target", bootstrap_always),
+    "terminated steps bootstrap": lambda m: m.setattr(uncertain_module, "td_target", bootstrap_always),
     "truncated steps do not bootstrap": lambda m: m.setattr(IQL, "critic_targets", stopped_by_truncation),
     "Q bootstraps from V(s)": lambda m: m.setattr(IQL, "critic_targets", value_here),
     "the sign of the advantage is flipped": lambda m: m.setattr(
@@ -109,7 +110,7 @@ def without(**fields: Any) -> Patch:
 
 OVERRIDES: dict[str, Any] = {}
 TD3BC_MUTANTS: dict[str, Patch] = {
-    "terminated steps bootstrap": lambda m: m.setattr(td3bc_module, "td_target", bootstrap_always),
+    "terminated steps bootstrap": lambda m: m.setattr(uncertain_module, "td_target", bootstrap_always),
     "truncated steps do not bootstrap": lambda m: m.setattr(TD3BC, "critic_targets", stopped_by_truncation),
     "the target action has no noise": without(target_noise=0.0),
     "the noise is not clipped": without(target_noise_clip=1e6),
@@ -209,11 +210,11 @@ CONTRACT_MUTANTS: dict[str, tuple[Patch, Callable[[], None]]] = {
         lambda: check_truncated_steps_bootstrap(problem("iql", "continuous")),
     ),
     "terminated steps bootstrap": (
-        lambda m: m.setattr(iql_module, "td_target", bootstrap_always),
+        lambda m: m.setattr(uncertain_module, "td_target", bootstrap_always),
         lambda: check_terminated_steps_ignore_what_follows(problem("iql", "discrete")),
     ),
     "nothing bootstraps": (
-        lambda m: m.setattr(iql_module, "td_target", lambda rewards, *_: rewards),
+        lambda m: m.setattr(uncertain_module, "td_target", lambda rewards, *_: rewards),
         lambda: check_values_bootstrap_from_the_next_observation(problem("iql", "continuous")),
     ),
 }

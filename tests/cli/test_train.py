@@ -77,7 +77,7 @@ def test_every_option_arrives_where_it_belongs(capsys):
     }  # fmt: skip
     assert config["data"] == {
         "normalize_observations": True, "reward_transform": "return_range", "reward_scale": 0.5, "frame_stack": 1,
-        "held_out": 0.0,
+        "held_out": 0.0, "num_steps": 1,
     }  # fmt: skip
     given = {
         "lambda_": 0.7, "value_layer_norm": False, "log_std_bounds": [-4.0, 1.0], "weight_clamp": None, "gradient_rule": "semi",
