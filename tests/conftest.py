@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 import socket
@@ -56,6 +57,13 @@ def registry_as_before() -> Iterator[None]:
     for name in changed:  # the next tests are not to suffer
         registry[name].kwargs = before[name]
     assert not changed, f"the registered arguments of {', '.join(changed)} have been changed"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """What is imported by now is left out of garbage collections: transformers asks for a whole one after every training, over a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
