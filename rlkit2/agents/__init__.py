@@ -98,8 +98,10 @@ _REGISTRY = {
     ),
     "sacn": _Entry("rlkit2.agents.sacn", "SACN"),
     "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
+    "sql": _Entry("rlkit2.agents.sql", "SQL"),
     "td3bc": _Entry("rlkit2.agents.td3bc", "TD3BC"),
     "vdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "true"}),
+    "xql": _Entry("rlkit2.agents.xql", "XQL"),
 }
 
 

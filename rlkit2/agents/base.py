@@ -408,7 +408,8 @@ class Agent:
 
 def no_images(name: str) -> str:
     """Why an agent refuses observations that hold images."""
-    return f"{name} does not learn from images; choose bc, td3bc, iql, awac, crr, odice, dqn or cql, or leave the images out with observation_keys"
+    able = "bc, td3bc, iql, sql, xql, awac, crr, odice, dqn or cql"
+    return f"{name} does not learn from images; choose {able}, or leave the images out with observation_keys"
 
 
 def single_steps(name: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,14 +33,10 @@ from rlkit2.nn.optim import Schedule
 
 
 @dataclass(frozen=True)
-class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
-    """Implicit Q-learning."""
+class InSampleConfig(EncoderOptions, PolicyOptions, ErrorOptions):
+    """What implicit Q-learning shares with its relatives (`sql`, `xql`): V, Q and a policy that never ask for an action outside the data."""
 
-    # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
-    expectile: Inside = 0.7
-    # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
-    inverse_temperature: NonNegative = 3.0
-    # upper bound of the policy weight exp(beta A)
+    # upper bound of the policy weight
     weight_clamp: Positive = 100.0
     # gamma
     discount: Fraction = 0.99
@@ -50,6 +46,10 @@ class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
     target: Literal["shared", "independent"] = "shared"
     # hidden layers of Q, V and the policy
     hidden_sizes: Widths = (256, 256)
+    # layer norm in V
+    value_layer_norm: bool = False
+    # layer norm in Q
+    critic_layer_norm: bool = False
     # Adam's step size for Q
     critic_learning_rate: NonNegative = 3e-4
     # Adam's step size for V
@@ -62,19 +62,30 @@ class IQLConfig(EncoderOptions, PolicyOptions, ErrorOptions):
     target_update_rate: Rate = 0.005
 
 
+@dataclass(frozen=True)
+class IQLConfig(InSampleConfig):
+    """Implicit Q-learning."""
+
+    # tau in (0, 1): 0.5 evaluates the data's policy, towards 1 the best action in the data (AntMaze: 0.9)
+    expectile: Inside = 0.7
+    # beta: 0 clones the data, larger values follow the advantage (AntMaze: 10)
+    inverse_temperature: NonNegative = 3.0
+
+
 class IQL(UncertainAgent):
     """Implicit Q-learning for S seeds; arguments as for `Agent`."""
 
-    config_class = IQLConfig
+    config_class: ClassVar[type] = IQLConfig
     action_kinds = ACTION_KINDS
     sees_images = True
-    config: IQLConfig
+    config: Any  # IQLConfig, or a relative's own
 
     def _build(self) -> None:
         config = self.config
         members = config.num_critics if config.target == "independent" else None
-        self._build_value(config.hidden_sizes, config.value_learning_rate, members=members)
-        self._build_critics()
+        rate, layer_norm = config.value_learning_rate, config.value_layer_norm
+        self._build_value(config.hidden_sizes, rate, members=members, layer_norm=layer_norm)
+        self._build_critics(layer_norm=config.critic_layer_norm)
         actor = self._likelihood_actor(config.hidden_sizes)
         steps = None if config.policy_cosine_steps == "run" else config.policy_cosine_steps
         self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=steps)
@@ -98,8 +109,8 @@ class IQL(UncertainAgent):
         values: Tensor = self.critic_target(batch.observations, batch.actions)
         return values if self.config.target == "independent" else values.amin(1)
 
-    def value_term(self, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """Expectile loss of every row, and the derivative of L(V) with respect to each V(s), both shaped as `advantage`, `[S, B]` or `[S, M, B]`."""
+    def value_term(self, values: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of V at every row, and the derivative of L(V) with respect to each V(s), all shaped as `values`, `[S, B]` or `[S, M, B]`."""
         slope = expectile_slope(advantage, self.config.expectile)
         return slope * advantage, slope * (-2.0 / advantage.shape[-1])
 
@@ -110,7 +121,12 @@ class IQL(UncertainAgent):
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
         """min(exp(beta A), clamp), `[S, B]`."""
-        return (self.config.inverse_temperature * advantage).exp().clamp(max=self.config.weight_clamp)
+        weight: Tensor = (self.config.inverse_temperature * advantage).exp()
+        return weight.clamp(max=self.config.weight_clamp)
+
+    def weight_shares(self, weight: Tensor) -> dict[str, Tensor]:
+        """Flags `[S, B]` of rows whose share is worth watching."""
+        return {"weight/clamp_share": weight == self.config.weight_clamp}
 
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
         """L(pi), `[S]`."""
@@ -126,7 +142,7 @@ class IQL(UncertainAgent):
         targets = self.critic_targets(batch)
         values, pullback = vjp(self.value_network, batch.observations)
         advantage = self.value_target(batch) - values
-        value_loss, cotangent = self.value_term(advantage)
+        value_loss, cotangent = self.value_term(values, advantage)
         if (
             self.config.target == "independent"
         ):  # V learns from the rows as its critic counts them; the policy follows the members' mean
@@ -154,7 +170,7 @@ class IQL(UncertainAgent):
                     "value/mean": values,
                     "advantage/mean": advantage,
                     "weight/mean": weight,
-                    "weight/clamp_share": weight == self.config.weight_clamp,
+                    **self.weight_shares(weight),
                 }
             ),
         }

@@ -24,8 +24,23 @@ def network(state: Mapping[str, Tensor], prefix: str, seed: int, member: int | N
         linear = nn.Linear(*weight.shape, dtype=weight.dtype)
         linear.weight.data.copy_(weight.T)
         linear.bias.data.copy_(bias.flatten())
-        layers += [linear, nn.ReLU()] if i < count - 1 else [linear]
+        layers += [linear, *normalization(state, prefix, seed, member, i), nn.ReLU()] if i < count - 1 else [linear]
     return nn.Sequential(*layers)
+
+
+def normalization(
+    state: Mapping[str, Tensor], prefix: str, seed: int, member: int | None, layer: int
+) -> list[nn.Module]:
+    """The layer norm behind a linear layer, where there is one."""
+    if f"{prefix}.norms.{layer}.weight" not in state:
+        return []
+    gain, shift = (state[f"{prefix}.norms.{layer}.{kind}"][seed] for kind in ("weight", "bias"))
+    if member is not None:
+        gain, shift = gain[member], shift[member]
+    norm = nn.LayerNorm(gain.numel(), dtype=gain.dtype)
+    norm.weight.data.copy_(gain.flatten())
+    norm.bias.data.copy_(shift.flatten())
+    return [norm]
 
 
 def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:

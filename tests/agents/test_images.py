@@ -123,7 +123,8 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
     for space in (spaces.Box(0, 255, SHAPE, np.uint8), spaces.Dict(a=spaces.Box(0, 255, SHAPE, np.uint8))):
         spec = DatasetSpec(observation_space=space, action_space=kind)
         with pytest.raises(
-            ConfigError, match=r"does not learn from images; choose bc, td3bc, iql, awac, crr, odice, dqn or cql"
+            ConfigError,
+            match=r"does not learn from images; choose bc, td3bc, iql, sql, xql, awac, crr, odice, dqn or cql",
         ) as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)

@@ -43,6 +43,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"residual_unit": "value", "value_unit": "reward", "weight": "conjugate_grad"},
     ],
     "sacn": [{"critic": "ggd"}, {"critic": "gaussian", "sample_weighting": "iv"}],
+    "xql": [{"critic": "ggd"}],
     "td3bc": [{"critic": "ggd"}, {"critic": "gaussian", "policy_delay": 3}],
 }
 
