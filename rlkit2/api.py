@@ -523,7 +523,7 @@ def _changed_schedule(run: Run, plan: Mapping[str, Any]) -> str | None:
     if steps == before or (constant and not run_class(plan).depends_on_steps(agent_config(plan))):
         return None
     return (
-        f"learning rates of {run.path} fell towards 0 at step {before} and now do so at step {steps}: they rise again where it goes on, so the "
+        f"learning rates of {run.path} fell towards 0 at step {before} and now do so at step {steps}: they rise again where it continues, so the "
         f"end is not that of a run that was of {steps} steps from the start"
     )
 

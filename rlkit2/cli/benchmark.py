@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlkit2.cli import output
 from rlkit2.cli.parsing import as_seeds, command, name_values
+from rlkit2.nn.optim import Schedule
 from rlkit2.reporting.board import LAST
 from rlkit2.studies.benchmark import AGENTS, DATASETS, run_benchmark
 
@@ -19,6 +20,7 @@ def benchmark(
     seeds: str = "5",
     steps: int = 50_000,
     batch_size: int = 256,
+    schedule: Schedule = "constant",
     hidden_sizes: tuple[int, ...] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -46,6 +48,7 @@ def benchmark(
         seeds: number of seeds, or the seeds themselves: 3,7.
         steps: updates per seed.
         batch_size: transitions per update and seed.
+        schedule: learning rates of all networks: constant, or falling to zero along half a cosine or a line.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between two evaluations; default: a tenth of the steps.
         eval_episodes: episodes per evaluation and seed.
@@ -67,6 +70,7 @@ def benchmark(
         seeds=as_seeds(seeds),
         steps=steps,
         batch_size=batch_size,
+        schedule=schedule,
         hidden_sizes=hidden_sizes,
         eval_every=eval_every,
         eval_episodes=eval_episodes,

@@ -31,7 +31,7 @@ from rlkit2.evaluation.evaluation import json_numbers
 from rlkit2.evaluation.scores import ScoreHistory, score_history
 from rlkit2.files import make_folder, write_atomically
 from rlkit2.training.building import agent_config
-from rlkit2.training.options import DataOptions
+from rlkit2.training.options import DataOptions, TrainingOptions
 from rlkit2.training.run import Run
 from rlkit2.training.run_files import read_json
 
@@ -40,7 +40,7 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-TRAINING = ("steps", "batch_size", "eval_every", "eval_episodes")
+TRAINING = ("steps", "batch_size", "schedule", "eval_every", "eval_episodes")
 DIGITS = 3  # decimals of a score that are kept
 
 
@@ -148,11 +148,13 @@ def same_setting(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a stored setting is the one that is wanted: a field it does not know counts as runs from before that field have it."""
     if stored == wanted:
         return True
-    if stored["agent"] != wanted["agent"] or stored["training"] != wanted["training"]:
+    if stored["agent"] != wanted["agent"]:
         return False
     with suppress(ConfigError, TypeError):
         alike = agent_config(stored) == agent_config(wanted)
-        return bool(alike and DataOptions(**stored["data"]) == DataOptions(**wanted["data"]))
+        for name, options in (("data", DataOptions), ("training", TrainingOptions)):
+            alike = alike and options(**stored[name]) == options(**wanted[name])
+        return bool(alike)
     return False  # a field that is no more
 
 

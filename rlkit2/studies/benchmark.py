@@ -25,6 +25,7 @@ from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation import Evaluator
 from rlkit2.fields import field_types
 from rlkit2.files import make_folder, write_atomically
+from rlkit2.nn.optim import Schedule
 from rlkit2.reporting.board import Board, board_markdown, board_page
 from rlkit2.reporting.cells import (
     Cell,
@@ -77,6 +78,7 @@ def run_benchmark(
     seeds: int | Sequence[int] = 5,
     steps: int = 50_000,
     batch_size: int = 256,
+    schedule: Schedule = "constant",
     hidden_sizes: Sequence[int] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -98,7 +100,7 @@ def run_benchmark(
         out: folder of the runs (`out/runs`), the table and the page.
         datasets, agents: what `load_dataset` finds by name, and registered names.
         seeds: n for seeds 0 to n - 1, or the integers; those that the results have are not trained again.
-        steps, batch_size, eval_episodes: as for `rlkit2.train`, the same for all.
+        steps, batch_size, schedule, eval_episodes: as for `rlkit2.train`, the same for all.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between evaluations; default: a tenth of the steps.
         normalize_observations: standardise them over the dataset, as `rlkit2.train` does where it is told to; images are left as they are.
@@ -122,6 +124,7 @@ def run_benchmark(
     training = TrainingOptions(
         steps=steps,
         batch_size=batch_size,
+        schedule=schedule,
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         eval_episodes=eval_episodes,
     )
@@ -319,6 +322,7 @@ def _command(
     words += ["--seeds", len(seeds) if counted else ",".join(map(str, seeds)), "--steps", training.steps]
     words += ["--batch-size", training.batch_size, "--eval-every", training.eval_every]
     words += ["--eval-episodes", training.eval_episodes, "--against", against]
+    words += [] if training.schedule == "constant" else ["--schedule", training.schedule]
     words += [] if hidden_sizes is None else ["--hidden-sizes", *hidden_sizes]
     words += [] if normalize_observations else ["--no-normalize-observations"]
     words += [] if results is None else ["--results", results]

@@ -31,6 +31,7 @@ LEARNERS = [
     if plain_name(name) == name
     and "multidiscrete" in agent_class(name).action_kinds
     and getattr(agent_class(name), "learns_from", "transitions") == "transitions"
+    and name != "sql"  # it clones what is better than V, which is nothing where there are no rewards
 ]
 OTHERS = [name for name in list_agents() if "multidiscrete" not in agent_class(name).action_kinds]
 

@@ -24,13 +24,13 @@ from tests.agents.test_against_naive import rows_of
 
 ROWS, OBS, ACT, SEEDS = 32, 5, 3, (4, 11)
 CHECKED = (1, 10, 50)
+RUN = 40  # updates after which the policy's rate is zero
 SMALL: dict[str, Any] = {"hidden_sizes": (24, 16)}
 STRESS: dict[str, Any] = {
     "hidden_sizes": (16, 16),
     "critic_learning_rate": 3e-3,
     "value_learning_rate": 1e-2,
     "policy_learning_rate": 1e-3,
-    "policy_cosine_steps": 40,
     "target_update_rate": 0.1,
     "num_critics": 3,
     "discount": 0.9,
@@ -88,7 +88,7 @@ class Twin:
         q_loss = torch.stack([self.critic_loss(y - q) for q in self.q(self.qs, s, a)]).sum()
         weight = self.weight((least - v).detach())
         pi_loss = -(weight * self.log_prob(s, a)).mean()
-        done = min(self.steps / self.config.policy_cosine_steps, 1.0)
+        done = min(self.steps / RUN, 1.0)
         self.adams[2].param_groups[0]["lr"] = self.config.policy_learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
         for adam, loss in zip(self.adams, (v_loss, q_loss, pi_loss), strict=True):
             adam.zero_grad()
@@ -140,6 +140,7 @@ class TwinXQL(Twin):
 
 def follow(agent: IQL, twin_class: type[Twin], scale: float) -> list[dict[str, float]]:
     """Train an agent beside its twins, compare them; metrics of the last update by seed."""
+    agent.follow_schedule("constant", RUN)
     twins = [twin_class(agent, index) for index in range(len(SEEDS))]
     found: list[dict[str, float]] = []
     for step in range(1, max(CHECKED) + 1):

@@ -176,12 +176,14 @@ def test_an_agent_that_fails_is_a_cell_with_its_reason_and_the_rest_runs(tmp_pat
 def test_settings_written_before_a_field_existed_are_known_again() -> None:
     def setting(**changes: Any) -> dict[str, Any]:
         config = {**dataclasses.asdict(make_config("odice_released")), **changes}
-        training = {"steps": 1, "batch_size": 2, "eval_every": 1, "eval_episodes": 1}
+        training = {"steps": 1, "batch_size": 2, "schedule": "constant", "eval_every": 1, "eval_episodes": 1}
         return cells_module.make_setting("odice_released", config, {"normalize_observations": True}, training)
 
     wanted = setting()
     older = {**wanted, "config": {name: value for name, value in wanted["config"].items() if name != "value_unit"}}
     assert same_setting(older, wanted)  # `former` says "reward", as the preset has it
+    without = {name: value for name, value in wanted["training"].items() if name != "schedule"}
+    assert same_setting({**wanted, "training": without}, wanted)
     assert not same_setting(setting(lambda_=0.7), wanted)
     assert not same_setting({**wanted, "config": {**wanted["config"], "gone": 1}}, wanted)
     assert not same_setting({**wanted, "data": {"normalize_observations": False}}, wanted)
