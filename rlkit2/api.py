@@ -19,8 +19,9 @@ from rlkit2.agents.interface import with_interface
 from rlkit2.data.actions import check_actions
 from rlkit2.data.audit.glance import glance
 from rlkit2.data.dataset import TransitionDataset
+from rlkit2.data.infer import SpaceLike
 from rlkit2.data.known_environments import check_named_id
-from rlkit2.data.load import Columns, Source, SpaceLike, read_dataset
+from rlkit2.data.load import Columns, Source, read_dataset
 from rlkit2.data.reading import ReadingOptions
 from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec

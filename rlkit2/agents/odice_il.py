@@ -264,6 +264,6 @@ def _features(dataset: TransitionDataset, inputs: str) -> Tensor:
 def _joined(*datasets: TransitionDataset) -> TransitionDataset:
     """All episodes in memory, with the specification of the first."""
     fields: Sequence[str] = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
-    joined = {name: torch.cat([getattr(dataset, name) for dataset in datasets]) for name in fields}
+    joined: dict[str, Any] = {name: torch.cat([getattr(dataset, name) for dataset in datasets]) for name in fields}
     spec = datasets[0].spec
     return dataset_from_arrays(**joined, spec=replace(spec, id=" + ".join(dataset.spec.id for dataset in datasets)))

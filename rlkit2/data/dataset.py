@@ -14,12 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rlkit2.data.batch import Batch, LookaheadBatch, RowBatch
-from rlkit2.data.infer import infer_spaces
+from rlkit2.data.flags import as_flags
+from rlkit2.data.infer import Request, SpaceLike, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import DatasetError
+from rlkit2.errors import ConfigError, DatasetError
 
 
 @dataclass(frozen=True)
@@ -388,11 +389,22 @@ class TransitionDataset:
         return to_minari(self, dataset_id, **metadata)
 
 
-def spec_of_arrays(observations: NDArray[Any], actions: NDArray[Any], dataset_id: str = "arrays") -> DatasetSpec:
-    """The spaces that plain arrays allow, as `rlkit2.data.infer` has them; noted as inferred."""
-    observation_space, action_space = infer_spaces([(observations, actions)])
-    notes = {"action_spaces_inferred": 1}
-    return DatasetSpec(observation_space=observation_space, action_space=action_space, id=dataset_id, notes=notes)
+def spec_of_arrays(
+    observations: NDArray[Any],
+    actions: NDArray[Any],
+    observation_space: SpaceLike | None = None,
+    action_space: SpaceLike | None = None,
+) -> DatasetSpec:
+    """The given spaces, or those that plain arrays allow, as `rlkit2.data.infer` has them; noted as inferred."""
+
+    def request(given: SpaceLike | None) -> Request | None:
+        if given is None or isinstance(given, str):
+            return None if given is None else parse_space(given)
+        return lambda seen: given
+
+    found = infer_spaces([(observations, actions)], request(observation_space), request(action_space))
+    notes = {} if action_space is not None else {"action_spaces_inferred": 1}
+    return DatasetSpec(observation_space=found[0], action_space=found[1], id="arrays", notes=notes)
 
 
 def dataset_from_arrays(
@@ -403,13 +415,18 @@ def dataset_from_arrays(
     terminations: ArrayLike | Tensor,
     truncations: ArrayLike | Tensor,
     spec: DatasetSpec | None = None,
+    *,
+    observation_space: SpaceLike | None = None,
+    action_space: SpaceLike | None = None,
 ) -> TransitionDataset:
     """A dataset in memory from aligned arrays: `observations`, `next_observations` `[N, ...]`, `actions` `[N, act]` or integer `[N]`, the rest `[N]`.
 
-    An episode ends where either flag is true; a last episode without a flag counts as truncated. `spec` gives the spaces; without one they are
-    inferred from the values, with a notice.
-    Raises `DatasetError` for no rows, unequal lengths or shapes that do not fit the spaces.
+    An episode ends where either flag is true; a last episode without a flag counts as truncated. `spec` gives the spaces and the environment, or
+    `observation_space` and `action_space` a space each (`"box(-2,2)"`, `"discrete"`); what nobody gives is inferred from the values, with a notice.
+    Raises `DatasetError` for no rows, unequal lengths, shapes or values that do not fit the spaces, or flags that are not 0 or 1.
     """
+    if spec is not None and not (observation_space is None and action_space is None):
+        raise ConfigError("give spec, which holds the spaces, or observation_space and action_space")
     given = dict(
         zip(FIELDS, (observations, next_observations, actions, rewards, terminations, truncations), strict=True)
     )
@@ -433,7 +450,7 @@ def dataset_from_arrays(
         raise DatasetError(
             f"observations {arrays['observations'].shape} and next_observations {arrays['next_observations'].shape} differ in shape"
         )
-    spec = spec or spec_of_arrays(arrays["observations"], arrays["actions"])
+    spec = spec or spec_of_arrays(arrays["observations"], arrays["actions"], observation_space, action_space)
     dataset = pack_arrays(arrays, spec)
     say_notes(dataset.spec)
     return dataset
@@ -453,8 +470,8 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> Transi
             f"observations of shape {np.asarray(arrays['observations']).shape} do not fit the observation space {spec.observation_space}"
         ) from error
     flattened_actions = actions.flatten(arrays["actions"])
-    truncations = np.array(arrays["truncations"], bool)
-    terminations = np.array(arrays["terminations"], bool)
+    truncations = as_flags(arrays["truncations"], "truncations").copy()
+    terminations = as_flags(arrays["terminations"], "terminations").copy()
     notes = dict(spec.notes)
     if not (terminations[-1] or truncations[-1]):
         truncations[-1] = True

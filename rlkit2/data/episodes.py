@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from rlkit2.data.flags import as_flags
 from rlkit2.data.records import RecordWriter
 from rlkit2.data.spaces import SpaceFlattener, action_bounds, action_layout, observation_bounds, outside
 from rlkit2.errors import CorruptDatasetError, DatasetError, UnsupportedSpaceError
@@ -141,7 +142,8 @@ class EpisodePacker:
         if not len(rewards) == len(terminations) == len(truncations) == steps:
             lengths = f"{steps} actions, {len(rewards)} rewards, {len(terminations)} terminations, {len(truncations)} truncations"
             raise CorruptDatasetError(f"{episode.name} has {lengths}; they must be equal")
-        terminations, truncations = terminations.astype(bool), truncations.astype(bool)
+        terminations = as_flags(terminations, f"{episode.name}: terminations")
+        truncations = as_flags(truncations, f"{episode.name}: truncations")
         if len(observations) == steps:
             if terminations[-1]:
                 self._count("episodes_without_final_observation")

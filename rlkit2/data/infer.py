@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from gymnasium import spaces
@@ -78,6 +78,8 @@ class Columns:
 
 
 Request = Callable[[Columns], spaces.Space[Any]]
+SpaceLike: TypeAlias = spaces.Space[Any] | str
+"""A space, or one in words (`parse_space`) that the columns of the data complete."""
 
 
 def infer_spaces(

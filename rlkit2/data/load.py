@@ -19,7 +19,7 @@ from rlkit2.data.cache import Unpacked, cache_key, find, pack_in_memory, store
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.episodes import Episode, Progress, closing_all
 from rlkit2.data.folders import minari_root
-from rlkit2.data.infer import Request, infer_spaces, parse_space
+from rlkit2.data.infer import Request, SpaceLike, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
 from rlkit2.data.remotes import download, online
 from rlkit2.data.sources import find_reader
@@ -30,7 +30,6 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError, first_line
 
 Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
-SpaceLike: TypeAlias = spaces.Space[Any] | str
 Columns: TypeAlias = Mapping[str, str | Sequence[str]]
 
 

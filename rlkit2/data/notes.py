@@ -25,7 +25,7 @@ NOTES = {
     "steps_without_rewards": "steps have no rewards in the files; they are 0",
     "cameras_left_out": "cameras were left out; the other observations are read",
     "done_taken_as_termination": "episodes end with a done flag without a reason; it counts as a termination (--never-terminates: as a cut)",
-    "action_spaces_inferred": "action space was inferred from the data; give another with action_space= (for arrays spec=) or --action-space",
+    "action_spaces_inferred": "action space was inferred from the data; give another with action_space= or --action-space",
 }
 
 

@@ -421,6 +421,7 @@ def train_on_rewards(
         statistics |= dict(zip(("return_mean", "return_std"), returns, strict=True))
     normalizer = make_normalizer(dataset.spec, seeds=len(seeds), **statistics)
     agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer, cls=agent_class(settings.agent))
+    agent.follow_schedule("constant", settings.steps)
     indices = BatchIndices(dataset, seeds, settings.batch_size)
     rewards = rewards.float()
     for _ in range(settings.steps):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.hdf5 import hdf5_names, open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import cut_rows
@@ -42,8 +43,8 @@ class D3rlpyReader(Reader):
 
 def _version_1(file: Any) -> dict[str, Any]:
     arrays = {name: file[name][()] for name in ("observations", "actions", "rewards", "terminals") if name in file}
-    terminals = np.asarray(arrays.get("terminals", np.zeros(0))).reshape(-1).astype(bool)
-    ends = file["episode_terminals"][()].reshape(-1).astype(bool)
+    terminals = as_flags(arrays.get("terminals", np.zeros(0)), "terminals").reshape(-1)
+    ends = as_flags(file["episode_terminals"][()], "episode_terminals").reshape(-1)
     return arrays | {"timeouts": ends & ~terminals if len(ends) == len(terminals) else ends}
 
 
@@ -52,7 +53,9 @@ def _episode(path: Path, file: Any, number: int, options: ReadOptions) -> Episod
     try:
         observations = _array(file, "observations", number)
         actions, rewards = file[f"actions_{number}"][()], file[f"rewards_{number}"][()].reshape(-1)
-        terminated = bool(file[f"terminated_{number}"][()]) and not options.never_terminates
+        terminated = (
+            bool(as_flags(file[f"terminated_{number}"][()], f"{name}: terminated")) and not options.never_terminates
+        )
     except KeyError as error:
         raise CorruptDatasetError(f"{name} lacks an array: {error.args[0]}") from error
     last = np.arange(len(rewards)) == len(rewards) - 1

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.tables import read_columns
 from rlkit2.errors import CorruptDatasetError, DatasetError, first_line
@@ -124,7 +125,9 @@ def _episode(
     told = dict(notes)
     if "next.reward" not in rows:
         told["steps_without_rewards"] = total
-    flags = {key: rows[key].reshape(-1).astype(bool) for key in ("next.done", "next.success") if key in rows}
+    flags = {
+        key: as_flags(rows[key], f"{name}: {key}").reshape(-1) for key in ("next.done", "next.success") if key in rows
+    }
     over = bool(flags["next.done"][-1]) if "next.done" in flags else "next.success" in flags
     terminated = over and bool(flags.get("next.success", [True])[-1]) and not options.never_terminates
     if terminated and "next.success" not in flags:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.npz import npz_rows, npz_shapes, open_npz
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import split_at_terminations
@@ -44,11 +45,11 @@ class OGBenchReader(Reader):
             raise CorruptDatasetError(
                 f"{path} has {total} terminals; {', '.join(odd) or 'rows'} differ in length or are missing"
             )
-        ends = arrays["terminals"].reshape(-1).astype(bool)
+        ends = as_flags(arrays["terminals"], f"{path}: terminals").reshape(-1).copy()
         ends[-1] = True
         aligned = "next_observations" in arrays
         rewards = arrays["rewards"].reshape(-1) if "rewards" in arrays else np.zeros(total, np.float32)
-        masks = arrays["masks"].reshape(-1) if "masks" in arrays else np.ones(total, np.float32)
+        goes_on = as_flags(arrays.get("masks", np.ones(total, bool)), f"{path}: masks").reshape(-1)
         start = 0
         for stop in (np.flatnonzero(ends) + 1).tolist():
             steps = slice(start, stop if aligned else stop - 1)
@@ -57,7 +58,7 @@ class OGBenchReader(Reader):
                 observations = np.concatenate([observations, arrays["next_observations"][stop - 1 : stop]])
             name = f"{path} rows {start}..{stop - 1}"
             yield from split_at_terminations(
-                name, observations, arrays["actions"][steps], rewards[steps], masks[steps] == 0
+                name, observations, arrays["actions"][steps], rewards[steps], ~goes_on[steps]
             )
             start = stop
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.hdf5 import hdf5_names, open_hdf5
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import split_at_terminations
@@ -51,7 +52,9 @@ def _demo(name: str, group: Any, options: ReadOptions) -> Iterator[Episode]:
         raise CorruptDatasetError(f"{name} lacks {', '.join(missing)}{mend}")
     actions = group["actions"][()]
     rewards = group["rewards"][()].reshape(-1) if "rewards" in group else np.zeros(len(actions))
-    dones = group["dones"][()].reshape(-1).astype(bool) if "dones" in group else np.zeros(len(actions), bool)
+    dones = np.zeros(len(actions), bool)
+    if "dones" in group:
+        dones = as_flags(group["dones"][()], f"{name}: dones").reshape(-1)
     lengths = {"actions": len(actions), "rewards": len(rewards), "dones": len(dones)}
     lengths |= {f"obs/{key}": len(value) for key, value in group["obs"].items()}
     if len(set(lengths.values())) != 1:

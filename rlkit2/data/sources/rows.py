@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.reader import ReadOptions
 from rlkit2.errors import CorruptDatasetError, DatasetError
 
@@ -116,7 +117,7 @@ def _count(notes: dict[str, int], what: str, number: int) -> None:
 def _flags(arrays: Mapping[str, Any], names: tuple[str, ...], total: int) -> Flags:
     for name in names:
         if name in arrays:
-            return np.asarray(arrays[name][:]).reshape(-1).astype(bool)
+            return as_flags(arrays[name][:], name).reshape(-1)
     return np.zeros(total, bool)
 
 

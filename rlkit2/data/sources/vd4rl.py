@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rlkit2.data.episodes import Episode
+from rlkit2.data.flags import as_flags
 from rlkit2.data.sources.npz import npz_rows, npz_shapes, open_npz
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.errors import CorruptDatasetError
@@ -53,13 +54,14 @@ class VD4RLReader(Reader):
             odd = [name for name in READ if name in arrays and arrays[name].shape[:1] != (total,)]
             if odd:
                 raise CorruptDatasetError(f"{file} has {total} rewards, but {odd[0]} has shape {arrays[odd[0]].shape}")
-            terminal = arrays["is_terminal"] if "is_terminal" in arrays else arrays["discount"] == 0
-            firsts = arrays.get("is_first", np.arange(total) == 0).reshape(-1).astype(bool)
+            ended = "is_terminal" in arrays
+            terminal = as_flags(arrays["is_terminal"], f"{file}: is_terminal") if ended else arrays["discount"] == 0
+            firsts = as_flags(arrays.get("is_first", np.arange(total) == 0), f"{file}: is_first").reshape(-1)
             firsts[:1] = True
             starts = [*np.flatnonzero(firsts).tolist(), total]
             for start, stop in itertools.pairwise(starts):
                 steps = slice(start + 1, stop)
-                terminated = terminal[steps].reshape(-1).astype(bool) & (not options.never_terminates)
+                terminated = terminal[steps].reshape(-1) & (not options.never_terminates)
                 last = np.arange(stop - start - 1) == stop - start - 2
                 yield Episode(
                     f"{file} rows {start}..{stop - 1}",
