@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rlkit2.data.batch import Batch, LookaheadBatch, RowBatch
+from rlkit2.data.episodes import check_bounds, check_whole
 from rlkit2.data.flags import as_flags
 from rlkit2.data.infer import Request, SpaceLike, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
-from rlkit2.data.spaces import action_layout
+from rlkit2.data.spaces import action_bounds, action_layout, observation_bounds
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError
 
@@ -451,9 +452,23 @@ def dataset_from_arrays(
             f"observations {arrays['observations'].shape} and next_observations {arrays['next_observations'].shape} differ in shape"
         )
     spec = spec or spec_of_arrays(arrays["observations"], arrays["actions"], observation_space, action_space)
+    _check_spaces(arrays, spec, observation_space is not None, action_space is not None)
     dataset = pack_arrays(arrays, spec)
     say_notes(dataset.spec)
     return dataset
+
+
+def _check_spaces(
+    arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec, observations_given: bool, actions_given: bool
+) -> None:
+    """Raise `DatasetError` for values outside a given space."""
+    if actions_given:
+        check_whole(spec.id, arrays["actions"], spec.action_space)
+        actions = action_layout(spec.action_space).flatten(arrays["actions"])
+        check_bounds(spec.id, "action", actions, spec.action_space, *action_bounds(spec.action_space))
+    if observations_given:
+        bounds = observation_bounds(spec.flattener)
+        check_bounds(spec.id, "observation", arrays["observations"], spec.observation_space, *bounds)
 
 
 def pack_arrays(arrays: Mapping[str, NDArray[Any]], spec: DatasetSpec) -> TransitionDataset:

@@ -126,10 +126,10 @@ class EpisodePacker:
             return
         observations, actions = self._flatten(episode)
         if self.bounds is not None:
-            _check_whole(episode.name, actions, self.bounds[0])
-            _check_bounds(episode.name, "action", actions, *self.bounds)
+            check_whole(episode.name, actions, self.bounds[0])
+            check_bounds(episode.name, "action", actions, *self.bounds)
         if self.observation_bounds is not None:
-            _check_bounds(episode.name, "observation", observations, *self.observation_bounds)
+            check_bounds(episode.name, "observation", observations, *self.observation_bounds)
         if self.fill is not None and observations.dtype.kind == "f":
             observations, count = self.fill(observations)
             if count:
@@ -208,16 +208,18 @@ def _rows(tree: Any) -> int:
     return len(tree)
 
 
-def _check_whole(name: str, actions: NDArray[Any], space: spaces.Space[Any]) -> None:
+def check_whole(name: str, actions: NDArray[Any], space: spaces.Space[Any]) -> None:
+    """Raise `DatasetError` for fractions where the space has choices."""
     if actions.dtype.kind == "f" and action_layout(space).dtype == np.int64 and not (actions == np.rint(actions)).all():
         raise DatasetError(
             f"{name}: actions are not whole numbers, but the given space is {space}; use --action-space continuous"
         )
 
 
-def _check_bounds(
+def check_bounds(
     name: str, what: str, values: NDArray[Any], space: spaces.Space[Any], low: NDArray[Any], high: NDArray[Any]
 ) -> None:
+    """Raise `DatasetError` for values `[N, ...]` beyond the bounds of their columns by more than rounding."""
     columns = values.reshape(len(values), -1)
     bad = outside(columns, low, high)
     if bad.any():
