@@ -240,6 +240,8 @@ def evaluate(
     max_steps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     trust_env: bool = False,
+    video: str | os.PathLike[str] | None = None,
+    video_episodes: int = 3,
 ) -> Evaluation:
     """Play episodes with every seed of a trained policy.
 
@@ -252,6 +254,7 @@ def evaluate(
         seed: which fixed set of episodes; disjoint from anything training used.
         num_envs, max_steps, progress: see `rlkit2.evaluation.evaluate_policy`.
         trust_env: build the environment as the file says, which runs the code it names; otherwise it comes from Gymnasium's registry.
+        video: file (.gif, or .mp4 with the extra `video`) that shows the first `video_episodes` episodes of the first seed with their returns.
 
     Raises:
         EnvironmentUnavailableError: no environment, one that does not fit or that is not registered here; name one with `env`.
@@ -261,6 +264,7 @@ def evaluate(
     """
     from rlkit2.evaluation import evaluate_policy
     from rlkit2.evaluation.environments import run_environment
+    from rlkit2.evaluation.film import Film
 
     if isinstance(run_or_policy, str | os.PathLike):
         path = Path(run_or_policy)
@@ -273,7 +277,8 @@ def evaluate(
         raise ConfigError(
             'the policy carries no dataset specification; save it with metadata {"spec": ...} or evaluate its run'
         )
-    return evaluate_policy(
+    film = None if video is None else Film(video, video_episodes)
+    found = evaluate_policy(
         policy,
         DatasetSpec.from_json(description),
         episodes=episodes,
@@ -284,7 +289,11 @@ def evaluate(
         max_steps=max_steps,
         progress=progress,
         trust_env=trust_env,
+        film=film,
     )
+    if film is not None:
+        film.write()
+    return found
 
 
 def offline_evaluate(

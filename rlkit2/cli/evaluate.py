@@ -36,6 +36,8 @@ def evaluate(
     num_envs: int | None = None,
     max_steps: int | None = None,
     trust_env: bool = False,
+    video: Path | None = None,
+    video_episodes: int = 3,
     offline: bool = False,
     methods: tuple[str, ...] = ("fqe", "dice"),
     dataset: str | None = None,
@@ -64,6 +66,8 @@ def evaluate(
         num_envs: environments per seed stepped together; changes time and memory, never the result.
         max_steps: cut episodes there.
         trust_env: build the environment as the file says, which runs the code it names; otherwise only what Gymnasium's registry knows.
+        video: film the first episodes of the first seed, with their returns: FILE.gif, or FILE.mp4 with the extra video.
+        video_episodes: how many of them.
         offline: estimate the discounted return from data instead of playing.
         methods: with --offline: fqe, dice, is, dr, own.
         dataset: with --offline: to judge on; default: that of the run.
@@ -85,6 +89,7 @@ def evaluate(
             num_envs=num_envs,
             max_steps=max_steps,
             trust_env=trust_env or None,
+            video=video,
         )
         fits = {"seed": seed, "steps": steps, "members": members}
         return _judge(
@@ -115,16 +120,23 @@ def evaluate(
                 max_steps=max_steps,
                 progress=progress,
                 trust_env=trust_env,
+                video=video,
+                video_episodes=video_episodes,
             )
 
+    if video is not None and len(runs) > 1:
+        raise ConfigError(f"--video shows one run, and {len(runs)} are named; name one")
     found: list[dict[str, Any]] = []
     for run in runs:
         result = _tried(play, run, alone=len(runs) == 1)
         if result is None:
             continue
-        found.append({"run": str(run), "checkpoint": checkpoint, **result.to_dict()})
+        filmed = {} if video is None else {"video": str(video)}
+        found.append({"run": str(run), "checkpoint": checkpoint, **filmed, **result.to_dict()})
         if not json:
             _print(output.console(), result, checkpoint, str(run) if len(runs) > 1 else None)
+            if video is not None:
+                output.say(f"{video}: the first {min(video_episodes, episodes)} episodes of seed {result.seeds[0]}")
     if not found:
         raise ConfigError("nothing was evaluated; name at least one folder of a run, such as those below runs/")
     if json:

@@ -28,6 +28,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError, EpisodeError, RLKitError, first_line
 from rlkit2.evaluation.environments import check_spaces, evaluation_source, stacked_environment
 from rlkit2.evaluation.evaluation import Evaluation
+from rlkit2.evaluation.film import DRAWING, Film
 from rlkit2.evaluation.reference_scores import KNOWN, ReferenceScores, reference_scores
 
 ROWS = 10  # rows of every policy call
@@ -73,6 +74,7 @@ def evaluate_policy(
     max_steps: int | None = None,
     progress: Progress | None = None,
     trust_env: bool = False,
+    film: Film | None = None,
 ) -> Evaluation:
     """Run every seed of `policy` for `episodes` episodes and return what it earned.
 
@@ -80,7 +82,7 @@ def evaluate_policy(
     name, an `EnvSpec`, a function that makes one, or an environment, which plays everything itself and stays open). `deterministic`: the policy's
     mode, else sampled actions. `seed`: which fixed set of evaluation episodes. `num_envs`: environments per policy seed stepped together; changes
     memory and time, never the result. `max_steps`: cut episodes there. `progress(done, total)` is called as episodes end. `trust_env`: build the
-    dataset's environment as its file says, running the code it names.
+    dataset's environment as its file says, running the code it names. `film`: takes pictures of the first episodes; the caller writes it.
 
     Raises `EnvironmentUnavailableError` for a missing, unknown, unfitting or (unless `trust_env`) unregistered environment, `MissingExtraError` for
     a missing simulator, `EpisodeError` where the environment fails while it is played.
@@ -94,6 +96,7 @@ def evaluate_policy(
         num_envs=num_envs,
         max_steps=max_steps,
         trust_env=trust_env,
+        film=film,
     ) as evaluator:
         return evaluator.evaluate(policy, progress=progress)
 
@@ -115,6 +118,7 @@ class Evaluator:
         num_envs: int | None = None,
         max_steps: int | None = None,
         trust_env: bool = False,
+        film: Film | None = None,
     ) -> None:
         if num_envs is not None and num_envs < 1:
             raise ConfigError(f"num_envs must be at least 1, not {num_envs}")
@@ -126,17 +130,26 @@ class Evaluator:
         self.own = not isinstance(named_source(self.source), gym.Env)  # made here, as many as are needed
         self.num_envs = min(num_envs or ROWS, episodes)
         self.flattener = spec.flattener
-        self.pool: list[Env] = [stacked_environment(self.source, spec)]
-        check_spaces(self.pool[0], spec, source_name(self.source))
-        self.name = source_name(self.source)
+        self.name, self.film, self.pool = source_name(self.source), film, list[Env]()
+        self._make_one()
+        check_spaces(self.pool[0], spec, self.name)
         self.reference, self.normalization = normalization(spec, self.pool[0], given=env is not None)
+
+    def _make_one(self) -> None:
+        """One more environment; the first ones, in which the first episodes play, draw where they are filmed."""
+        if self.film is None or len(self.pool) >= self.film.episodes:
+            self.pool.append(stacked_environment(self.source, self.spec))
+        else:
+            self.pool.append(
+                self.film.make(lambda mode: stacked_environment(self.source, self.spec, render_mode=mode), self.name)
+            )
 
     def evaluate(self, policy: ActingPolicy, *, progress: Progress | None = None) -> Evaluation:
         """All episodes of every seed of `policy`."""
         seeds, episodes = tuple(policy.seeds), len(self.episode_seeds)
         together = len(seeds) * self.num_envs if self.own else 1
         while len(self.pool) < together:
-            self.pool.append(stacked_environment(self.source, self.spec))
+            self._make_one()
         record = Record(len(seeds), episodes, progress)
         training = getattr(policy, "training", False)
         try:
@@ -169,6 +182,8 @@ class Evaluator:
         count = len(record.returns)
         envs = dict(zip(keys, self.pool, strict=False))
         observations = {key: self._reset(env, key) for key, env in envs.items()}
+        for key, env in envs.items():
+            self._picture(env, policy, key, 0, 0.0)
         blocks = {k // ROWS: np.zeros((count, ROWS, *self.flattener.shape), self.flattener.dtype) for _, k in keys}
         step = 0
         while observations:
@@ -187,7 +202,9 @@ class Evaluator:
                     continue
                 observation, reward, terminated, truncated, info = self._step(envs[key], action, key, step)
                 record.add(key, reward, info)
-                if terminated or truncated or step == self.max_steps:
+                ended = terminated or truncated or step == self.max_steps
+                self._picture(envs[key], policy, key, step, float(record.returns[key]), ended)
+                if ended:
                     record.end(key, step)
                 else:
                     following[key] = observation
@@ -196,6 +213,19 @@ class Evaluator:
                 raise EnvironmentUnavailableError(
                     f"an episode of {self.name} still runs after {ENDLESS} steps; give --max-steps (max_steps=...)"
                 )
+
+    def _picture(
+        self, env: Env, policy: ActingPolicy, key: tuple[int, int], step: int, earned: float, ended: bool = False
+    ) -> None:
+        """One more picture, where the episode is filmed."""
+        if self.film is None or not self.film.shows(*key):
+            return
+        try:
+            self.film.add(
+                env, key[1], f"seed {policy.seeds[key[0]]}, episode {key[1]}, step {step}: return {earned:.1f}", ended
+            )
+        except Exception as error:
+            raise EpisodeError(f"environment {self.name} cannot be drawn: {first_line(error)}; {DRAWING}") from error
 
     def _reset(self, env: Env, key: tuple[int, int]) -> Any:
         try:

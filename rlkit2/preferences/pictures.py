@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -123,10 +123,14 @@ def animation(frames: Sequence[Array], *, frames_per_second: float = 15.0) -> by
     images = [Image.fromarray(np.asarray(frame, np.uint8)) for frame in frames]
     for image in images:
         image.thumbnail((FRAME_SIZE, FRAME_SIZE))
-    out = io.BytesIO()
     step = round(1000 / frames_per_second)
-    durations = [step] * (len(images) - 1) + [600]
-    images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return gif(iter(images), [step] * (len(images) - 1) + [600])
+
+
+def gif(images: Iterator[Image.Image], milliseconds: Sequence[int]) -> bytes:
+    """Pictures of one size, each shown for so long, as an endless GIF."""
+    out = io.BytesIO()
+    next(images).save(out, "GIF", save_all=True, append_images=images, duration=list(milliseconds), loop=0)
     return out.getvalue()
 
 
