@@ -96,6 +96,7 @@ _REGISTRY = {
             "policy_weight_decay": 1e-5,
         },
     ),
+    "rebrac": _Entry("rlkit2.agents.rebrac", "ReBRAC"),
     "sacn": _Entry("rlkit2.agents.sacn", "SACN"),
     "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
     "sql": _Entry("rlkit2.agents.sql", "SQL"),

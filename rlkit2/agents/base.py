@@ -408,7 +408,7 @@ class Agent:
 
 def no_images(name: str) -> str:
     """Why an agent refuses observations that hold images."""
-    able = "bc, td3bc, iql, sql, xql, awac, crr, odice, dqn or cql"
+    able = "bc, td3bc, rebrac, iql, sql, xql, awac, crr, odice, dqn or cql"
     return f"{name} does not learn from images; choose {able}, or leave the images out with observation_keys"
 
 

@@ -17,6 +17,7 @@ from rlkit2.agents import agent_class, list_agents, make_agent, make_config
 from rlkit2.agents.awac import AWAC
 from rlkit2.agents.base import Agent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
+from rlkit2.data.batch import LookaheadBatch
 from rlkit2.errors import ConfigError
 from rlkit2.nn import StackedMLP
 from rlkit2.testing import (
@@ -223,6 +224,7 @@ def test_compiled_update_is_used_and_equals_the_plain_one(name: str, kind: str) 
     agent = build(name, kind, seeds=1, dtype=torch.float64)
     data = random_batch(1, 400, OBS, ACT, discrete=kind == "discrete")
     dataset = dataset_from_arrays(**{field: value[0] for field, value in vars(data).items()}, spec=spec_of(kind))
+    dataset = dataset.looking_ahead(next_actions=agent.needs_next_actions)
     torch.compiler.reset()
     _, reason = choose_update(agent, dataset, ROWS, torch.device("cpu"), compile="on")
     assert reason is None
@@ -334,7 +336,11 @@ def test_every_space(name: str, family: str) -> None:
             "terminations": np.zeros(50, bool),
             "truncations": np.zeros(50, bool),
         }
-        metrics = agent.update(Batch(**{k: torch.from_numpy(v).expand(2, *v.shape) for k, v in both.items()}))
+        batch = Batch(**{k: torch.from_numpy(v).expand(2, *v.shape) for k, v in both.items()})
+        if agent.needs_next_actions:
+            known = torch.ones_like(batch.terminations)
+            batch = LookaheadBatch(**vars(batch), rows=known, next_actions=batch.actions, followed=known)
+        metrics = agent.update(batch)
     assert all(value.isfinite().all() for value in metrics.values())
     observed = torch.from_numpy(rows[:20]).expand(2, -1, -1)
     for deterministic in (True, False):

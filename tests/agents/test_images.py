@@ -45,6 +45,7 @@ CASES = [
     ("odice", "continuous", {"encoder": "none"}),
     ("odice", "discrete", {}),
     ("td3bc", "continuous", {}),
+    ("rebrac", "continuous", {}),
     ("awac", "discrete", {}),
     ("crr", "continuous", {}),
     ("dqn", "discrete", {"critic": "ggd"}),
@@ -61,12 +62,17 @@ class Seen(Problem):
         return self.agent(self.config, SIZE, ACTIONS, seeds=seeds, dtype=dtype, discrete=discrete, images=images)
 
     def batches(self, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0) -> list[Batch]:
-        return [images(seeds, self.kind == "discrete", dtype, start + t) for t in range(count)]
+        ahead = self.agent.needs_next_actions
+        return [images(seeds, self.kind == "discrete", dtype, start + t, ahead) for t in range(count)]
 
 
-def images(seeds: int, discrete: bool, dtype: torch.dtype = torch.float32, generator: int = 0) -> Batch:
+def images(
+    seeds: int, discrete: bool, dtype: torch.dtype = torch.float32, generator: int = 0, next_actions: bool = False
+) -> Batch:
     """Transitions between images without structure."""
-    batch = random_batch(seeds, ROWS, 1, ACTIONS, discrete=discrete, dtype=dtype, generator=generator)
+    batch = random_batch(
+        seeds, ROWS, 1, ACTIONS, discrete=discrete, dtype=dtype, generator=generator, next_actions=next_actions
+    )
     draw = torch.Generator().manual_seed(generator)
     seen = [torch.randint(0, 256, (seeds, ROWS, *SHAPE), generator=draw, dtype=torch.uint8) for _ in range(2)]
     return dataclasses.replace(batch, observations=seen[0], next_observations=seen[1])
@@ -86,7 +92,7 @@ def test_contract_on_images(check: Any, name: str, kind: str, options: dict[str,
 @pytest.mark.parametrize(("name", "kind", "options"), CASES)
 def test_a_saved_policy_acts_as_before(name: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     agent = problem(name, kind, options).build([4, 2], torch.float32)
-    batch = images(2, kind == "discrete")
+    batch = images(2, kind == "discrete", next_actions=agent.needs_next_actions)
     agent.update(batch)
     agent.policy.save(tmp_path)
     seen = batch.observations
@@ -124,7 +130,7 @@ def test_other_agents_refuse_images_in_one_line(name: str) -> None:
         spec = DatasetSpec(observation_space=space, action_space=kind)
         with pytest.raises(
             ConfigError,
-            match=r"does not learn from images; choose bc, td3bc, iql, sql, xql, awac, crr, odice, dqn or cql",
+            match=r"does not learn from images; choose bc, td3bc, rebrac, iql, sql, xql, awac, crr, odice, dqn or cql",
         ) as info:
             make_agent(make_config(name), spec)
         assert "\n" not in str(info.value)

@@ -15,9 +15,11 @@ from rlkit2.agents import agent_class, list_agents, make_config, plain_name
 from rlkit2.agents.base import Agent
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch
+from rlkit2.data.batch import LookaheadBatch
 from tests.agents.problems import small_config
 
 UPDATES, ROWS, SIZE = 300, 128, 3000
+STARTS = SIZE // 15
 DISCRETE_PUSH = torch.tensor([[0.0, 0.0], [0.6, 0.0], [-0.6, 0.0], [0.0, 0.6], [0.0, -0.6]])
 SETTINGS: dict[str, dict[str, Any]] = {
     "edac": {"eta": 0.1},  # its diversity term is meant for returns in the thousands
@@ -48,7 +50,11 @@ def train(name: str, data: dict[str, Tensor], actions: int | None = None) -> Age
     draw = torch.Generator().manual_seed(0)
     for _ in range(UPDATES):
         rows = torch.randint(0, SIZE, (1, ROWS), generator=draw)
-        agent.update(Batch(**{field: tensor[rows] for field, tensor in data.items()}))
+        batch = Batch(**{field: tensor[rows] for field, tensor in data.items()})
+        if agent.needs_next_actions:  # steps of the episodes lie `STARTS` rows apart
+            after, followed = (rows + STARTS).clamp(max=SIZE - 1), rows + STARTS < SIZE
+            batch = LookaheadBatch(**vars(batch), rows=rows, next_actions=data["actions"][after], followed=followed)
+        agent.update(batch)
     return agent
 
 
@@ -143,7 +149,7 @@ def behaviour(kind: str, draw: torch.Generator, x: Tensor) -> Tensor:
 def test_linear_quadratic_regulator(name: str, kind: str) -> None:
     """Less than three quarters of the behaviour's cost; with rewards and continuous actions, less than half (the clone: two thirds)."""
     draw = torch.Generator().manual_seed(3)
-    steps = roll(partial(behaviour, kind, draw), SIZE // 15, 4)
+    steps = roll(partial(behaviour, kind, draw), STARTS, 4)
     data = transitions(*(torch.cat(column) for column in zip(*steps, strict=True)), False)
     agent = train(name, data, 5 if kind == "discrete" else None)
     own = sum(reward for _, _, reward, _ in roll(agent.policy, 200, 5)).mean().item()

@@ -1,4 +1,4 @@
-"""AWAC and CRR equal their references' updates, written out anew in plain torch for one seed: 1, 10 and 50 updates from the same weights, in float64.
+"""AWAC, CRR and ReBRAC equal their references, written out anew in plain torch for one seed: 1, 10 and 50 updates in float64.
 
 The differences that the cards name are written here, too; everything else follows the reference.
 """
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from rlkit2.agents.awac import AWAC, AWACConfig
 from rlkit2.agents.base import Agent
 from rlkit2.agents.crr import CRR, CRRConfig
+from rlkit2.agents.rebrac import ReBRAC, ReBRACConfig
 from rlkit2.data import Batch
+from rlkit2.data.batch import LookaheadBatch
 from rlkit2.nn.random import normal
 from tests.agents.naive import network, polyak
 from tests.agents.problems import random_batch
@@ -162,6 +164,46 @@ class NaiveCRR(Twin):
         return {**super().parts(), "policy_target": self.pi_target}
 
 
+class NaiveReBRAC(Twin):
+    """Tarasov et al. (2023); the authors' losses in TD3's order of steps."""
+
+    def __init__(self, agent: Any, index: int) -> None:
+        super().__init__(agent, index)
+        self.pi_target = copy.deepcopy(self.pi)
+
+    def update(
+        self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, terminated: Tensor, a2: Tensor, followed: Tensor
+    ) -> dict[str, float]:
+        config = self.config
+        with torch.no_grad():
+            limit = config.target_noise_clip
+            noise = (self.noise(len(s), "target_noise") * config.target_noise).clamp(-limit, limit)
+            acted = (self.pi_target(s2).tanh() + noise).clamp(-1.0, 1.0)
+            penalty = torch.zeros_like(r)
+            for row in range(len(r)):
+                if followed[row]:
+                    penalty[row] = config.critic_penalty * ((acted[row] - a2[row]) ** 2).sum()
+            after = self.q(self.q_targets, s2, acted).min(0).values - penalty
+            y = r + config.discount * (1.0 - terminated.double()) * after
+        q_loss = sum((row - y).square().mean() for row in self.q(self.qs, s, a))
+        self.descend(self.q_adam, q_loss)
+        self.steps += 1
+        metrics = {"critic/loss": q_loss.item(), "critic/penalty": penalty.mean().item()}
+        if self.steps % config.policy_delay:
+            return metrics
+        chosen = self.pi(s).tanh()
+        values = self.q(self.qs, s, chosen).min(0).values
+        scale = 1.0 / values.abs().mean().detach()
+        pi_loss = (config.policy_penalty * ((chosen - a) ** 2).sum(1) - scale * values).mean()
+        self.descend(self.pi_adam, pi_loss)
+        for target, online in [*zip(self.q_targets, self.qs, strict=True), (self.pi_target, self.pi)]:
+            polyak(target, online, config.target_update_rate)
+        return {**metrics, "policy/loss": pi_loss.item(), "policy/lambda": scale.item()}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {**super().parts(), "policy_target": self.pi_target}
+
+
 STRESS = {"critic_learning_rate": 3e-3, "policy_learning_rate": 1e-3, "target_update_rate": 0.1, "discount": 0.9}
 SMALL = {"hidden_sizes": (16, 12)}
 CASES: dict[str, tuple[Any, Any, Any, bool]] = {
@@ -182,11 +224,36 @@ CASES: dict[str, tuple[Any, Any, Any, bool]] = {
         NaiveCRR,
         False,
     ),
+    "rebrac": (ReBRAC, ReBRACConfig(**SMALL), NaiveReBRAC, False),
+    "rebrac, strong penalties": (
+        ReBRAC,
+        ReBRACConfig(
+            **SMALL,
+            **STRESS,
+            policy_penalty=0.5,
+            critic_penalty=0.7,
+            policy_layer_norm=True,
+            policy_delay=1,
+            num_critics=3,
+        ),
+        NaiveReBRAC,
+        False,
+    ),
+    "rebrac, no norms": (
+        ReBRAC,
+        ReBRACConfig(
+            **SMALL, **STRESS, critic_layer_norm=False, policy_delay=5, target_noise=0.6, target_noise_clip=0.4
+        ),
+        NaiveReBRAC,
+        False,
+    ),
 }
 
 
 def rows_of(batch: Batch, i: int) -> tuple[Tensor, ...]:
     names = ("observations", "actions", "rewards", "next_observations", "terminations")
+    if isinstance(batch, LookaheadBatch):
+        names = (*names, "next_actions", "followed")
     return tuple(getattr(batch, name)[i] for name in names)
 
 
@@ -196,7 +263,10 @@ def test_the_reference_learns_the_same(case: str) -> None:
     agent = make(config, OBS, ACT, seeds=SEEDS, dtype=torch.float64, discrete=discrete)
     twins = [naive(agent, i) for i in range(len(SEEDS))]
     for t in range(1, CHECKED[-1] + 1):
-        batch = random_batch(len(SEEDS), ROWS, OBS, ACT, discrete=discrete, dtype=torch.float64, generator=t)
+        ahead = agent.needs_next_actions
+        batch = random_batch(
+            len(SEEDS), ROWS, OBS, ACT, discrete=discrete, dtype=torch.float64, generator=t, next_actions=ahead
+        )
         if (
             not discrete
         ):  # off the bounds, where a sample may be the data's action: whose Q is larger is then up to rounding

@@ -42,6 +42,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"weight_residual": "sampled", "divergence": "soft_chi2"},
         {"residual_unit": "value", "value_unit": "reward", "weight": "conjugate_grad"},
     ],
+    "rebrac": [{"critic_layer_norm": False, "policy_layer_norm": True, "policy_penalty": 0.5}, {"critic": "ggd"}],
     "sacn": [{"critic": "ggd"}, {"critic": "gaussian", "sample_weighting": "iv"}],
     "xql": [{"critic": "ggd"}],
     "td3bc": [{"critic": "ggd"}, {"critic": "gaussian", "policy_delay": 3}],
@@ -68,7 +69,7 @@ def trained(name: str, kind: str, options: dict[str, Any]) -> tuple[Agent, dict[
     config = small_config(partial(make_config, name), agent_class(name).config_class, **options)
     agent = agent_class(name)(config, OBS, ACT, seeds=SEEDS, dtype=torch.float64, discrete=kind == "discrete")
     from_preferences = getattr(agent, "learns_from", "transitions") != "transitions"
-    make: Any = random_preferences if from_preferences else random_batch
+    make: Any = random_preferences if from_preferences else partial(random_batch, next_actions=agent.needs_next_actions)
     metrics: Any = {}
     for t in range(UPDATES):
         metrics = agent.update(

@@ -87,7 +87,9 @@ def test_no_update_copies_numbers_to_the_device(case: tuple[str, str, dict[str, 
     name, kind, options = case
     config = small_config(partial(make_config, name), agent_class(name).config_class, **options)
     agent = agent_class(name)(config, 3, 2, discrete=kind == "discrete")
-    make: Any = random_batch if getattr(agent, "learns_from", "transitions") == "transitions" else random_preferences
+    from_transitions = getattr(agent, "learns_from", "transitions") == "transitions"
+    ahead = partial(random_batch, next_actions=agent.needs_next_actions)
+    make: Any = ahead if from_transitions else random_preferences
     with NoHostNumbers():
         for t in range(agent.phases):
             agent.update(make(1, 8, 3, 2, discrete=kind == "discrete", generator=t))

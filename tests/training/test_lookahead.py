@@ -62,6 +62,37 @@ def test_a_dataset_that_looks_ahead_is_not_trained_on(tmp_path):
         rlkit2.train("iql", DATASET.looking_ahead(2, 0.9), steps=2, out=tmp_path, **OPTIONS)
 
 
+def test_the_datas_next_actions_are_trained_on_where_an_agent_asks_for_them(tmp_path):
+    overrides = {**SMALL, "critic_penalty": 5.0}
+    run = rlkit2.train("rebrac", DATASET, steps=8, out=tmp_path, overrides=overrides, num_steps=2, **OPTIONS)
+    agent = make_agent(make_config("rebrac", **overrides), DATASET.spec)
+    ahead, rows = DATASET.looking_ahead(2, 0.9, next_actions=True), BatchIndices(DATASET, [0], 16)
+    for _ in range(8):
+        agent.update(ahead.gather(rows.next()))
+    for name, tensor in agent.state_dict().items():
+        torch.testing.assert_close(run.agent.state_dict()[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_without_next_actions_it_says_where_they_come_from():
+    agent = make_agent(make_config("rebrac", **SMALL), DATASET.spec)
+    with pytest.raises(
+        ConfigError, match=r"ReBRAC needs the data's next actions; take batches from dataset.looking_ahead"
+    ):
+        agent.update(DATASET.gather(torch.zeros(1, 4, dtype=torch.int64)))
+
+
+def test_what_did_not_follow_does_not_count():
+    """At the end of an episode another stand-in for the next action changes nothing; elsewhere it does."""
+    targets = []
+    for shift in (0.0, 0.5):
+        agent = make_agent(make_config("rebrac", **SMALL, critic_penalty=1.0), DATASET.spec)
+        batch = DATASET.looking_ahead(next_actions=True).gather(torch.arange(14).view(1, -1))
+        moved = dataclasses.replace(batch, next_actions=batch.next_actions + shift)
+        targets.append(agent.critic_targets(agent.normalize(moved))[0])
+    same = (targets[0] == targets[1]).tolist()
+    assert same == [row in (6, 13) for row in range(14)]
+
+
 def test_another_discount_is_noticed():
     agent = make_agent(make_config("iql", **SMALL), DATASET.spec)
     with pytest.raises(ConfigError, match=r"the batch's returns are discounted by 0.99, the agent discounts by 0.9"):
