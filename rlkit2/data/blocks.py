@@ -31,9 +31,8 @@ class BlockSums:
         self._sums: list[int] = []
         self._sum = self._used = 0
 
-    def update(self, data: NDArray[np.uint8]) -> None:
+    def update(self, view: memoryview) -> None:
         """Take up the next bytes."""
-        view = data.data
         while view:
             part = view[: self._size - self._used]
             self._sum = zlib.crc32(part, self._sum)
@@ -87,9 +86,9 @@ class BlockChecks:
             self._check(np.flatnonzero(~self._seen).tolist())
 
     def _check(self, blocks: Sequence[int]) -> None:
-        size = self._rows * self.row_bytes
+        size, data = self._rows * self.row_bytes, self.data.data
         for block in blocks:
-            if zlib.crc32(self.data[block * size : (block + 1) * size].data) != self.sums[block]:
+            if zlib.crc32(data[block * size : (block + 1) * size]) != self.sums[block]:
                 last = min((block + 1) * self._rows, len(self.data) // self.row_bytes) - 1
                 self.damaged(block * self._rows, last)
             self._seen[block] = True

@@ -1,7 +1,8 @@
 """The cache of packed datasets: one folder per dataset, read-only, shared between processes, complete or absent.
 
-A folder holds `records.bin` (packed rows), `blocks.npy` (checksums of its blocks), `episode_starts.npy` and `dataset.json` (with checksums of
-the others and of itself). It is written under another name and renamed when complete; whoever renames first wins and the others use that one.
+A folder holds `records.bin` (packed rows), `blocks.npy` (checksums of its blocks), the same for images (`frames.bin`, `frame_blocks.npy`),
+`episode_starts.npy` and `dataset.json` (with checksums of the others and of itself). It is written under another name and renamed when complete;
+whoever renames first wins and the others use that one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from rlkit2.errors import CorruptDatasetError
 FORMAT = 2
 BLOCK = 4096  # bytes of a sampled block
 SAMPLES = 256  # blocks sampled from the files of a dataset
-STARTS, BLOCKS = "episode_starts.npy", "blocks.npy"
+STARTS = "episode_starts.npy"
+BLOCKS = {"records.bin": "blocks.npy", "frames.bin": "frame_blocks.npy"}  # where the checksums of their blocks are
 
 
 def cache_folder() -> Path:
@@ -265,19 +267,19 @@ def _in_memory(unpacked: Unpacked, error: Exception) -> TransitionDataset:
 
 def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
     dtype, layout = unpacked.dtype, unpacked.spec.layout
-    sums = BlockSums(dtype.itemsize)
+    sums: dict[str, BlockSums] = {}
     with contextlib.ExitStack() as open_files:
 
-        def sink(name: str) -> Callable[[NDArray[np.uint8]], None]:
+        def sink(name: str, row_bytes: int) -> Callable[[NDArray[np.uint8]], None]:
             try:
                 file = open_files.enter_context(open(folder / name, "wb", buffering=0))
             except OSError as error:
                 raise _CacheWriteError(error) from error
+            sums[name] = BlockSums(row_bytes)
 
             def write(block: NDArray[np.uint8]) -> None:
-                if name == "records.bin":
-                    sums.update(block.view(np.uint8))
                 view = block.data.cast("B")
+                sums[name].update(view)
                 try:
                     while view:
                         view = view[file.write(view) or 0 :]
@@ -286,19 +288,25 @@ def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
 
             return write
 
-        sinks = (sink("records.bin"), layout, sink("frames.bin")) if layout else (sink("records.bin"),)
-        spec, packed = unpacked.write(RecordWriter(dtype, *sinks))
+        records = sink("records.bin", dtype.itemsize)
+        frames = (layout, sink("frames.bin", layout.nbytes)) if layout else ()
+        spec, packed = unpacked.write(RecordWriter(dtype, records, *frames))
     try:
-        for name, array in ((STARTS, packed.episode_starts), (BLOCKS, sums.finish())):
+        arrays: dict[str, NDArray[Any]] = {
+            STARTS: packed.episode_starts,
+            **{BLOCKS[name]: found.finish() for name, found in sums.items()},
+        }
+        for name, array in arrays.items():
             np.save(folder / name, array)
         described = {
             "format": FORMAT,
             "files": key.files,
             "length": packed.length,
+            "frames": packed.frames,
             "records": dtype_to_json(dtype),
             "spec": spec.to_json(),
         }
-        digests = {name: digest((folder / name).read_bytes()) for name in (STARTS, BLOCKS)}
+        digests = {name: digest((folder / name).read_bytes()) for name in arrays}
         (folder / "dataset.json").write_text(json.dumps(sealed(described, digests)))
     except OSError as error:
         raise _CacheWriteError(error) from error
@@ -306,30 +314,41 @@ def _write(folder: Path, key: Key, unpacked: Unpacked) -> None:
 
 def _read(folder: Path) -> TransitionDataset:
     described, digests = opened(json.loads((folder / "dataset.json").read_text()))
-    if digests is None:
-        raise CorruptDatasetError("it was written without checksums, by an older rlkit2")
-    starts, sums = (_read_array(folder / name, digests[name]) for name in (STARTS, BLOCKS))
-    dtype = dtype_from_json(described["records"])
-    length = described["length"]
-    size = (folder / "records.bin").stat().st_size
-    if size != length * dtype.itemsize:
-        raise CorruptDatasetError(f"records.bin has {size} bytes, {length * dtype.itemsize} expected")
     spec = DatasetSpec.from_json(described["spec"])
-    records = Records.map_file(folder / "records.bin", dtype, length)
+    names = list(BLOCKS)[: 1 if spec.layout is None else 2]
+    if digests is None or {BLOCKS[name] for name in names} - set(digests):
+        raise CorruptDatasetError("it was written without checksums, by an older rlkit2")
+    starts, *sums = (_read_array(folder / name, digests[name]) for name in (STARTS, *(BLOCKS[name] for name in names)))
+    dtype = dtype_from_json(described["records"])
+    rows, checks = _map(folder / "records.bin", described["length"], dtype.itemsize, sums[0], "rows")
+    records = replace(Records.from_numpy(rows.view(dtype)[:, 0]), checks=checks)
     if spec.layout is not None:
-        records = records.with_frames(_map_frames(folder, spec.layout.nbytes, records), spec.layout)
-    return TransitionDataset(_checked(records, sums, folder), torch.from_numpy(starts), spec)
+        frames, checks = _map(folder / "frames.bin", described["frames"], spec.layout.nbytes, sums[1], "images")
+        records = replace(records.with_frames(frames, spec.layout), frame_checks=checks)
+    return TransitionDataset(records, torch.from_numpy(starts), spec)
 
 
-def _map_frames(folder: Path, nbytes: int, records: Records) -> NDArray[np.uint8]:
-    """The frames of records, which must all be there."""
-    if records.dtype["observations"] != np.int64:
-        raise CorruptDatasetError("an older version kept every image twice")
-    path = folder / "frames.bin"
-    last = int(records.view("next_observations").max()) + 1
-    if path.stat().st_size != last * nbytes:
-        raise CorruptDatasetError(f"frames.bin has {path.stat().st_size} bytes, {last * nbytes} expected")
-    return np.memmap(path, dtype=np.uint8, mode="c", shape=(last, nbytes))
+def _map(
+    path: Path, length: int, row_bytes: int, sums: NDArray[np.uint32], what: str
+) -> tuple[NDArray[np.uint8], BlockChecks]:
+    """The bytes of a file of rows, `[length, row_bytes]`, and its checksums, which are compared where a row is first read.
+
+    Pages are shared between processes and never written back.
+    """
+    size, folder = path.stat().st_size, path.parent
+    if size != length * row_bytes:
+        raise CorruptDatasetError(f"{path.name} has {size} bytes, {length * row_bytes} expected")
+
+    def damaged(first: int, last: int) -> NoReturn:
+        _remove(folder)
+        mend = f"remove {folder}" if folder.exists() else "it is removed"
+        raise CorruptDatasetError(
+            f"{what} {first} to {last} of the cached copy {folder} are damaged; {mend}, then the same command (for a run, its --resume) reads the "
+            "dataset anew"
+        )
+
+    data = np.memmap(path, dtype=np.uint8, mode="c", shape=(length, row_bytes))
+    return data, BlockChecks(data.reshape(-1), sums, row_bytes, damaged)
 
 
 def _read_array(path: Path, checksum: str) -> NDArray[Any]:
@@ -338,21 +357,6 @@ def _read_array(path: Path, checksum: str) -> NDArray[Any]:
         raise CorruptDatasetError(f"{path.name} does not have the checksum it was written with")
     array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     return array
-
-
-def _checked(records: Records, sums: NDArray[np.uint32], folder: Path) -> Records:
-    """The records, with checksums that are compared where a row is first read."""
-
-    def damaged(first: int, last: int) -> NoReturn:
-        _remove(folder)
-        mend = f"remove {folder}" if folder.exists() else "it is removed"
-        raise CorruptDatasetError(
-            f"rows {first} to {last} of the cached copy {folder} are damaged; {mend}, then the same command (for a run, its --resume) reads the "
-            "dataset anew"
-        )
-
-    words = records.words.numpy()
-    return replace(records, checks=BlockChecks(words.reshape(-1).view(np.uint8), sums, records.dtype.itemsize, damaged))
 
 
 def _remove(folder: Path) -> None:

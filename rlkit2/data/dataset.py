@@ -127,10 +127,7 @@ class TransitionDataset:
             raise IndexError(f"episode {index} of a dataset with {self.num_episodes} episodes")
         index %= self.num_episodes
         rows = slice(int(self.episode_starts[index]), int(self.episode_starts[index + 1]))
-        if self.stack > 1:
-            return self._fields(torch.arange(rows.start, rows.stop, device=self.device))
-        words = self.records.words[rows] if self.rows is None else self.records.gather(self.rows[rows])
-        return {**self.records.views(words), "rewards": self.rewards[rows]}
+        return self._fields(torch.arange(rows.start, rows.stop, device=self.device))
 
     def sample_indices(self, batch_size: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows `[S, batch_size]` int64 drawn uniformly with replacement, row k from `generators[k]` alone.

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +145,7 @@ class Records:
     """Rows of packed transitions as one `[N, words]` int64 tensor with typed views of its columns.
 
     `frames`: the observations, `[F, words]`, where `dtype` has numbers of frames in their place; `layout` says how to read them.
-    `checks`: checksums of the file that the rows are mapped from, compared where a row is first read.
+    `checks`, `frame_checks`: checksums of the files that rows and frames are mapped from, compared where one is first read.
     """
 
     words: Tensor
@@ -154,17 +153,13 @@ class Records:
     frames: Tensor | None = None
     layout: FrameLayout | None = None
     checks: BlockChecks | None = None
+    frame_checks: BlockChecks | None = None
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> Records:
         """Wrap a structured array without copying it."""
         words = array.view(np.int64).reshape(len(array), array.dtype.itemsize // WORD)
         return cls(torch.from_numpy(words), array.dtype)
-
-    @classmethod
-    def map_file(cls, path: Path, dtype: np.dtype[Any], length: int) -> Records:
-        """Map the file of `length` records; pages are shared between processes and never written back."""
-        return cls.from_numpy(np.memmap(path, dtype=dtype, mode="c", shape=(length,)))
 
     def with_frames(self, frames: NDArray[np.uint8], layout: FrameLayout) -> Records:
         """The same records with the bytes of their frames."""
@@ -206,9 +201,16 @@ class Records:
 
     def _seen(self, index: Tensor) -> Tensor:
         """The observations of frames `index [...]`."""
-        assert self.frames is not None and self.layout is not None  # noqa: PT018
-        words = torch.index_select(self.frames, 0, index.flatten()).view(*index.shape, -1)
-        return self.layout.decode(words)
+        assert self.layout is not None
+        return self.layout.decode(self._frame_words(index))
+
+    def _frame_words(self, index: Tensor) -> Tensor:
+        """The words of frames `index [...]`: `[..., W]`."""
+        assert self.frames is not None
+        found = torch.index_select(self.frames, 0, index.flatten()).view(*index.shape, -1)
+        if self.frame_checks is not None:
+            self.frame_checks.see(index)
+        return found
 
     def contents(self, words: Tensor) -> Tensor:
         """What the rows `words [n, W]` say as words, frames in place of their numbers."""
@@ -218,7 +220,7 @@ class Records:
         plain = words.clone()
         for name in OBSERVATIONS:
             self._stored(plain)[name].zero_()
-        return torch.cat([plain, *(self.frames[stored[name]] for name in OBSERVATIONS)], -1)
+        return torch.cat([plain, *(self._frame_words(stored[name]) for name in OBSERVATIONS)], -1)
 
     def _stored(self, words: Tensor) -> dict[str, Tensor]:
         out = {}
@@ -231,7 +233,8 @@ class Records:
 
     def view(self, name: str) -> Tensor:
         """Field `name` of all rows as a strided view `[N, *field shape]`; a copy for observations that are frames."""
-        self.check()
+        if self.checks is not None:
+            self.checks.see_all()
         return self.views(self.words, (name,))[name]
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -242,15 +245,16 @@ class Records:
         return found
 
     def check(self) -> None:
-        """Compare the checksums of all rows that were not read before."""
-        if self.checks is not None:
-            self.checks.see_all()
+        """Compare the checksums of all rows and frames that were not read before."""
+        for checks in (self.checks, self.frame_checks):
+            if checks is not None:
+                checks.see_all()
 
     def to(self, device: torch.device | str) -> Records:
         """The records on `device`."""
         self.check()
         frames = None if self.frames is None else self.frames.to(device)
-        return replace(self, words=self.words.to(device), frames=frames, checks=None)
+        return replace(self, words=self.words.to(device), frames=frames, checks=None, frame_checks=None)
 
 
 _TORCH = {
@@ -269,6 +273,7 @@ class Packed:
     episode_starts: NDArray[np.int64]
     content_hash: str
     non_finite: int
+    frames: int
 
 
 class RecordWriter:
@@ -362,7 +367,7 @@ class RecordWriter:
         self.digest.update(starts.tobytes())
         if self.layout is not None:
             self.digest.update(self.frame_digest.digest())
-        return Packed(self.length, starts, self.digest.hexdigest(), self.non_finite)
+        return Packed(self.length, starts, self.digest.hexdigest(), self.non_finite, self.frames)
 
 
 class MemoryWriter(RecordWriter):

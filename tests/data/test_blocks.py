@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rlkit2
 from rlkit2.cli.main import main
 from rlkit2.data import DatasetWarning, TransitionDataset, read_dataset
 from rlkit2.data.blocks import BLOCK_BYTES, BlockChecks, BlockSums, rows_per_block
 from rlkit2.data.cache import cache_folder, verify
+from rlkit2.data.records import FIELDS
 from rlkit2.errors import CorruptDatasetError
 from tests.data.make import FAMILIES, Ending, make_minari
+from tests.data.test_frames import arrays_of, dataset_of
 
 
 @pytest.fixture
@@ -119,7 +124,7 @@ def test_any_change_of_any_byte_is_seen(data: st.DataObject) -> None:
     sums, start = BlockSums(row), 0
     while start < rows:
         count = data.draw(st.integers(1, rows))
-        sums.update(content[start * row : (start + count) * row])
+        sums.update(content[start * row : (start + count) * row].data)
         start += count
     found: list[tuple[int, int]] = []
 
@@ -134,6 +139,93 @@ def test_any_change_of_any_byte_is_seen(data: st.DataObject) -> None:
     with pytest.raises(CorruptDatasetError):
         BlockChecks(changed, sums.finish(), row, damaged).see(torch.tensor([[place // row]]))
     assert found[0][0] <= place // row <= found[0][1] < rows
+
+
+IMAGES = spaces.Dict(image=spaces.Box(0, 255, (32, 32, 3), np.uint8), speed=spaces.Box(-9, 9, (2,), np.float32))
+
+
+@pytest.fixture
+def images() -> tuple[str, TransitionDataset]:
+    """A dataset of images and numbers in several blocks, and what it holds."""
+    whole = dataset_of(IMAGES, arrays_of(IMAGES, [9, 1, 7] * 6, set()))
+    whole.to_minari("test/damaged-v0")
+    return "test/damaged-v0", whole
+
+
+FILES = ("records.bin", "frames.bin", "blocks.npy", "frame_blocks.npy", "episode_starts.npy", "dataset.json")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), seed=st.integers(0, 99)
+)
+def test_a_flipped_bit_anywhere_is_never_trained_on(
+    name: str, place: float, bit: int, seed: int, images: tuple[str, TransitionDataset]
+) -> None:
+    """Batches hold what was written, up to the batch at which the command ends in one line or the copy is built again."""
+    dataset_id, whole = images
+    cached = read_dataset(dataset_id)
+    assert sorted(FILES) == sorted(path.name for path in entry().iterdir())
+    path = entry() / name
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    generator, damaged = torch.Generator().manual_seed(seed), False
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            cached = read_dataset(dataset_id)
+            for _ in range(40):
+                rows = torch.randint(len(whole), (2, 16), generator=generator)
+                batch, wanted = cached.gather(rows), whole.gather(rows)
+                assert all(torch.equal(getattr(batch, field), getattr(wanted, field)) for field in FIELDS)
+        except CorruptDatasetError as error:
+            damaged = True
+            assert "are damaged; it is removed" in str(error)  # noqa: PT017
+    assert damaged != any("built again" in str(warning.message) for warning in said)
+    again = read_dataset(dataset_id)
+    assert verify(again, whole)
+
+
+@pytest.mark.parametrize("encoder", ["none", "nature"])
+def test_training_on_damaged_images_ends_in_one_line(
+    encoder: str, images: tuple[str, TransitionDataset], tmp_path: Path
+) -> None:
+    dataset_id, _ = images
+    read_dataset(dataset_id)
+    frames = entry() / "frames.bin"
+    content = bytearray(frames.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    frames.write_bytes(content)
+    options = {"steps": 1, "out": tmp_path, "eval_every": 0, "progress": False, "overrides": {"hidden_sizes": (4,)}}
+    with pytest.raises(
+        CorruptDatasetError, match=r"images \d+ to \d+ of the cached copy .* are damaged; it is removed"
+    ):
+        rlkit2.train("bc", dataset_id, **options)
+
+
+def test_every_reader_of_images_sees_damage(images: tuple[str, TransitionDataset]) -> None:
+    """One after the other, each on a copy with all frames of episode 3 damaged."""
+    dataset_id, whole = images
+    first = int(whole.episode_starts[3])
+    readers = {
+        "an episode": lambda dataset: dataset.episode(3),
+        "an episode with other rewards": lambda dataset: dataset.with_rewards(torch.zeros(len(whole))).episode(3),
+        "a stack": lambda dataset: dataset.stacked(2).gather(torch.tensor([first + 2])),
+        "a field": lambda dataset: dataset.observations,
+        "a selection elsewhere": lambda dataset: dataset.select([3]).to("meta"),
+        "an audit": rlkit2.data.audit,
+        "steps ahead": lambda dataset: dataset.looking_ahead(3, 0.9).gather(torch.tensor([first])),
+    }
+    for name, reader in readers.items():
+        read_dataset(dataset_id)
+        frames = entry() / "frames.bin"
+        content = bytearray(frames.read_bytes())
+        content[first * whole.records.layout.nbytes :] = bytes(len(content) - first * whole.records.layout.nbytes)  # type: ignore[union-attr]
+        frames.write_bytes(content)
+        damaged = read_dataset(dataset_id)
+        with pytest.raises(CorruptDatasetError, match="images"):
+            pytest.fail(f"{name} gave {reader(damaged)}")
 
 
 @pytest.mark.parametrize("name", ["blocks.npy", "episode_starts.npy", "dataset.json"])
