@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shlex
+import re
 import subprocess
 import sys
 import warnings
@@ -18,28 +18,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sybil import Example, Sybil
+from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from rlkit2.cli.main import main
+from tests.built import give_built, named_in, pytest_configure
+
+__all__ = ["pytest_configure"]
 
 
 def run_console(example: Example) -> None:
     """Do what the lines that begin with `$ ` say; each must succeed.
 
-    A command of rlkit2 that needs nothing of a shell runs in this process, which has imported everything already; others are typed into one.
+    A command of rlkit2 by itself runs in this process, which has imported everything already; others are typed into a shell.
     """
     for line in (line[2:] for line in example.parsed.splitlines() if line.startswith("$ ")):
-        run = in_this_process if line.startswith("rlkit2 ") and not set(line) & set("|&;<>()$`*?\\") else in_a_shell
+        alone = line.startswith("rlkit2 ") and not set(re.sub(r"'[^']*'", "", line)) & set("|&;<>()`")
+        run = in_this_process if alone else in_a_shell
         code, output = run(line)
         assert code == 0, f"{line}\n{output[-4000:]}"
 
 
 def in_this_process(line: str) -> tuple[int, str]:
-    """Exit code and output of a command of rlkit2."""
+    """Exit code and output of a command of rlkit2, whose words are what a shell makes of the line."""
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
     written = io.StringIO()
     with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written), warnings.catch_warnings():
-        code = main(shlex.split(line)[1:])
+        code = main(words.split("\0")[1:-1])
     return code, written.getvalue()
 
 
@@ -51,14 +56,21 @@ def in_a_shell(line: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
+def note_datasets(document: Document) -> list[Region]:
+    """A parser that finds no examples: it tells `enter` which built-in datasets the page uses."""
+    document.namespace["_datasets"] = named_in(document.text)
+    return []
+
+
 def enter(namespace: dict[str, Any]) -> None:
-    """A fresh folder, cache and dataset roots for one page."""
+    """A fresh folder, cache and dataset roots for one page, and in them the built-in datasets that it uses, which it would build itself."""
     folder = TemporaryDirectory(prefix="page-")
     namespace["_page"] = (folder, Path.cwd(), dict(os.environ))
     os.chdir(folder.name)
     for name, place in (("RLKIT2_CACHE", "cache"), ("RLKIT2_DATA", "builtin"), ("MINARI_DATASETS_PATH", "minari")):
         os.environ[name] = str(Path(folder.name, place))
     os.environ.setdefault("MPLBACKEND", "Agg")
+    give_built(*namespace["_datasets"])
 
 
 def leave(namespace: dict[str, Any]) -> None:
@@ -71,7 +83,7 @@ def leave(namespace: dict[str, Any]) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), CodeBlockParser("console", run_console), SkipParser()],
+    parsers=[note_datasets, PythonCodeBlockParser(), CodeBlockParser("console", run_console), SkipParser()],
     patterns=["*.md"],
     excludes=["generated/*"],
     setup=enter,

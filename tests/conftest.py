@@ -15,6 +15,10 @@ import torch
 from gymnasium.envs.registration import registry
 from hypothesis import HealthCheck, settings
 
+from tests.built import pytest_configure
+
+__all__ = ["pytest_configure"]
+
 settings.register_profile(
     "rlkit2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

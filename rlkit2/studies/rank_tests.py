@@ -25,19 +25,32 @@ def spearman(x: Array, y: Array, given: Sequence[Array] = ()) -> float:
 
     NaN where there are fewer than 3 + len(given) values or nothing is left of one of the two.
     """
+    return _correlation(*_centred_ranks(np.stack([x, y, *given])))
+
+
+def _centred_ranks(measures: Array) -> Array:
+    """Ranks of every row of `[K, L]`, less their mean."""
+    if measures.shape[1] == 0:
+        return measures
+    ranks = stats.rankdata(measures, axis=1)
+    centred: Array = ranks - ranks.mean(1, keepdims=True)
+    return centred
+
+
+def _correlation(x: Array, y: Array, *given: Array) -> float:
+    """`spearman` of what `_centred_ranks` made."""
     if len(x) < 3 + len(given):
         return float("nan")
-    ranks = np.stack([stats.rankdata(part) for part in (x, y, *given)])
-    ranks -= ranks.mean(1, keepdims=True)
-    size = np.sqrt((ranks**2).sum(1))
+    pair = np.stack([x, y])
+    size = np.sqrt((pair**2).sum(1))
     if given:
-        basis = np.linalg.svd(ranks[2:].T, full_matrices=False)
+        basis = np.linalg.svd(np.stack(given).T, full_matrices=False)
         held = basis[0][:, basis[1] > 1e-9 * max(basis[1][0], 1e-300)]
-        ranks = ranks[:2] - (ranks[:2] @ held) @ held.T
-    left = np.sqrt((ranks[:2] ** 2).sum(1))
-    if (left <= 1e-9 * np.maximum(size[:2], 1e-300)).any():
+        pair = pair - (pair @ held) @ held.T
+    left = np.sqrt((pair**2).sum(1))
+    if (left <= 1e-9 * np.maximum(size, 1e-300)).any():
         return float("nan")
-    return float(ranks[0] @ ranks[1] / (left[0] * left[1]))
+    return float(pair[0] @ pair[1] / (left[0] * left[1]))
 
 
 @dataclass(frozen=True)
@@ -54,45 +67,46 @@ class Measured:
     def __len__(self) -> int:
         return len(self.cells)
 
-    def select(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Measured:
-        """Some of the rewards, possibly again and again."""
-        index = np.arange(len(self))[rows]
-        return Measured(
-            tuple(self.cells[i] for i in index),
-            tuple(self.seeds[i] for i in index),
-            *(part[index] for part in (self.distance, self.error, self.regret, self.budget)),
-        )
 
-
-def _plain(x: Measured) -> tuple[float, float]:
-    return spearman(x.distance, x.regret), spearman(x.error, x.regret)
-
-
-# What is asked of a set of rewards. The difference is the test: above 0 where the distance foretells the regret better than the pair error does.
-QUESTIONS: dict[str, Callable[[Measured], float]] = {
-    "starc": lambda x: _plain(x)[0],
-    "error": lambda x: _plain(x)[1],
-    "difference": lambda x: abs(_plain(x)[0]) - abs(_plain(x)[1]),
-    "starc given error and budget": lambda x: spearman(x.distance, x.regret, (x.error, x.budget)),
-    "error given starc and budget": lambda x: spearman(x.error, x.regret, (x.distance, x.budget)),
+# What is asked of a set of rewards, as a function of the ranks of its distances, errors, regrets and budgets.
+# The difference is the test: above 0 where the distance foretells the regret better than the pair error does.
+QUESTIONS: dict[str, Callable[[Array, Array, Array, Array], float]] = {
+    "starc": lambda distance, error, regret, budget: _correlation(distance, regret),
+    "error": lambda distance, error, regret, budget: _correlation(error, regret),
+    "difference": lambda distance, error, regret, budget: (
+        abs(_correlation(distance, regret)) - abs(_correlation(error, regret))
+    ),
+    "starc given error and budget": lambda distance, error, regret, budget: _correlation(
+        distance, regret, error, budget
+    ),
+    "error given starc and budget": lambda distance, error, regret, budget: _correlation(
+        error, regret, distance, budget
+    ),
 }
+
+
+def _ask(measures: Array) -> dict[str, float]:
+    """Every question's answer; `measures [4, L]` are ranked once for all of them."""
+    ranks = _centred_ranks(measures)
+    return {name: question(*ranks) for name, question in QUESTIONS.items()}
 
 
 def answers(found: Measured, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Estimate]:
     """Every question's answer with a 95 % interval (percentiles of the crossed bootstrap); NaN below three rewards or two cells."""
     cells, cell_of = np.unique(np.array([str(cell) for cell in found.cells]), return_inverse=True)
     seeds, seed_of = np.unique(np.array([str(seed) for seed in found.seeds]), return_inverse=True)
-    values = {name: ask(found) for name, ask in QUESTIONS.items()}
+    measures = np.stack([found.distance, found.error, found.regret, found.budget])
     if len(found) < 3 or len(cells) < 2:
         return dict.fromkeys(QUESTIONS, Estimate(np.nan, np.nan, np.nan))
+    values = _ask(measures)
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in QUESTIONS}
     for _ in range(resamples):
         of_cells = generator.multinomial(len(cells), np.full(len(cells), 1 / len(cells)))
         of_seeds = generator.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)))
-        again = found.select(np.repeat(np.arange(len(found)), of_cells[cell_of] * of_seeds[seed_of]))
-        for name, ask in QUESTIONS.items():
-            drawn[name].append(ask(again))
+        again = _ask(np.repeat(measures, of_cells[cell_of] * of_seeds[seed_of], axis=1))
+        for name, value in again.items():
+            drawn[name].append(value)
     intervals = {}
     for name, value in values.items():
         known = np.array(drawn[name])[~np.isnan(drawn[name])]

@@ -126,9 +126,9 @@ def test_build_makes_built_in_datasets_and_those_of_recipes(capsys: pytest.Captu
     assert "made from another recipe" in err
     assert run(capsys, "build", "--recipe", str(recipe), "--rebuild")[0] == 0
     assert len(load_dataset("mine/rooms/tiny-v0")) == 32
-    status, out, _ = run(capsys, "build", "builtin/gridworld")
+    status, out, _ = run(capsys, "build", "builtin/rooms/random-dense-v0")
     assert status == 0
-    assert "builtin/gridworld/mixed-v0" in out
+    assert "builtin/rooms/random-dense-v0" in out
 
 
 def test_import_makes_a_minari_dataset_of_a_d4rl_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import torch
 
 import rlkit2
 from rlkit2.cli.main import main
-from rlkit2.envs.builtin import ensure_builtin
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import OfflineOptions
+from tests.built import give_built
 
 COMMON = {"steps": 150, "eval_every": 0, "batch_size": 32, "progress": False}
 SMALL = {"hidden_sizes": (16,)}
@@ -24,9 +23,11 @@ QUICK = OfflineOptions(hidden_sizes=(16,), steps=200, members=3, batch_size=32, 
 def data(tmp_path_factory):
     """A built-in dataset, built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLKIT2_DATA", str(tmp_path_factory.mktemp("data")))
         patch.setenv("RLKIT2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return str(Path(ensure_builtin("builtin/cartpole/random-v0").storage.data_path).parent)
+        return str(
+            give_built("builtin/cartpole/random-v0", root=tmp_path_factory.mktemp("data"))
+            / "builtin/cartpole/random-v0"
+        )
 
 
 @pytest.fixture(scope="module")

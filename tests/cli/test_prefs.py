@@ -14,7 +14,7 @@ from rlkit2.fields import Count, field_types, show_fields
 from rlkit2.preferences import RewardEnsemble, fit_reward_model, relabel
 from rlkit2.preferences.options import FitOptions, RelabelOptions
 from rlkit2.preferences.relabelling import relabelled_rewards
-from tests.preferences.make import share_builtin
+from tests.built import give_built
 
 DATASET = "builtin/rooms/stitch-dense-v0"
 FIT = ("--hidden-sizes", "8", "--steps", "20", "--no-starc")
@@ -22,12 +22,12 @@ FIT = ("--hidden-sizes", "8", "--steps", "20", "--no-starc")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return tmp_path_factory.mktemp("builtin")
+    return give_built(DATASET, root=tmp_path_factory.mktemp("builtin"))
 
 
 @pytest.fixture(autouse=True)
 def shared(roots, built, monkeypatch):
-    share_builtin(DATASET, built, monkeypatch)
+    monkeypatch.setenv("RLKIT2_DATA", str(built))
 
 
 def typed(capsys, *words, status=0):

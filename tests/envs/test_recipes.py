@@ -25,6 +25,7 @@ from rlkit2.envs.builtin import DEFAULTS, build_recipe, builtin_id, builtin_reci
 from rlkit2.envs.recipe import read_recipe
 from rlkit2.envs.rollouts import rollout
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError, MissingExtraError
+from tests.built import give_built
 
 FAST = {name: file for name, file in builtin_recipes().items() if "pointmaze" not in name}
 SIMULATED = {name: file for name, file in builtin_recipes().items() if "pointmaze" in name}
@@ -92,6 +93,7 @@ def test_recipes_are_whole_and_have_a_card(name: str) -> None:
 
 def check_built(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A built-in dataset is sound, has reference returns with errors, and is what its card says."""
+    give_built(name)
     dataset = rlkit2.load_dataset(name)
     report = audit(dataset)
     assert report.ok, report.findings
@@ -140,6 +142,7 @@ def test_the_mazes_are_sound_and_as_their_cards_say(name: str, capsys: pytest.Ca
 
 def test_no_episode_of_the_stitching_mixture_shows_the_way() -> None:
     recipe = read_recipe(builtin_recipes()["builtin/rooms/stitch-sparse-v0"])
+    give_built("builtin/rooms")
     dataset = rlkit2.load_dataset("builtin/rooms")
     assert dataset.spec.id == recipe.id
     low, high = torch.tensor(recipe.evaluation["start"]).reshape(2, 2)

@@ -29,6 +29,7 @@ from rlkit2.evaluation.return_coverage import return_coverage, returns_to_go
 from rlkit2.nn.distributions import GeneralizedNormal
 from rlkit2.training.building import split_dataset
 from rlkit2.training.options import DataOptions
+from tests.built import give_built
 
 
 def dataset(count: int = 6000) -> TransitionDataset:
@@ -219,6 +220,7 @@ def test_held_out_episodes_are_those_not_trained_on() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    give_built("builtin/noisy-rooms")
     overrides = {"critic": "ggd", "hidden_sizes": (8,), "num_critics": 2}
     run = rlkit2.train(
         "iql",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 
 from rlkit2.data import TransitionDataset, dataset_from_arrays
-from rlkit2.envs.builtin import ensure_builtin
 
 WEIGHTS = np.array([1.0, -0.5, 0.8, -1.2, 0.3, 0.7])  # on 4 observation and 2 action features
 
@@ -57,9 +53,3 @@ def changed(dataset: TransitionDataset) -> TransitionDataset:
 def generators(count: int) -> list[torch.Generator]:
     """One generator a seed."""
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-def share_builtin(dataset_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tests share one built dataset in `folder` instead of building it anew for each."""
-    monkeypatch.setenv("RLKIT2_DATA", str(folder))
-    ensure_builtin(dataset_id)

@@ -27,7 +27,8 @@ from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, Enviro
 from rlkit2.preferences.labelling import ANSWERS, LabellingSession, labelling_app, serve_labelling
 from rlkit2.preferences.pictures import FrameRenderer, animation, state_plot
 from tests import browsers
-from tests.preferences.make import changed, linear_dataset, share_builtin
+from tests.built import give_built
+from tests.preferences.make import changed, linear_dataset
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra label is not installed")
 pytest.importorskip("starlette", reason="the extra label is not installed")
@@ -42,12 +43,12 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return tmp_path_factory.mktemp("builtin")
+    return give_built("builtin/rooms", root=tmp_path_factory.mktemp("builtin"))
 
 
 @pytest.fixture(autouse=True)
 def shared(roots, built, monkeypatch):
-    share_builtin("builtin/rooms/stitch-sparse-v0", built, monkeypatch)
+    monkeypatch.setenv("RLKIT2_DATA", str(built))
 
 
 # --- what is remembered

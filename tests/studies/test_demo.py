@@ -10,6 +10,12 @@ import rlkit2
 from rlkit2.cli.main import main
 from rlkit2.reporting.comparison import compare
 from rlkit2.studies.demo import DATASET, run_demo
+from tests.built import give_built
+
+
+@pytest.fixture(autouse=True)
+def built(roots: Path) -> None:
+    give_built(DATASET)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.reporting.preference_figures import study_figure
 from rlkit2.studies import preferences_to_regret as study
 from rlkit2.studies.preferences_to_regret import BASELINES, StudyResult, StudySettings, load_study, run_study
-from tests.preferences.make import share_builtin
+from tests.built import give_built
 
 DATASET = "builtin/rooms/stitch-dense-v0"
 TINY = StudySettings(  # what the command line below says
@@ -44,12 +44,12 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return tmp_path_factory.mktemp("builtin")
+    return give_built(DATASET, root=tmp_path_factory.mktemp("builtin"))
 
 
 @pytest.fixture(autouse=True)
 def shared(roots, built, monkeypatch):
-    share_builtin(DATASET, built, monkeypatch)
+    monkeypatch.setenv("RLKIT2_DATA", str(built))
 
 
 def compute_here(work, folders, *, report, **_):
@@ -63,7 +63,7 @@ def finished(tmp_path_factory, built):
     """Folder of a study whose cells were computed in this process; the local engine computes some of them below."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        share_builtin(DATASET, built, patch)
+        patch.setenv("RLKIT2_DATA", str(built))
         done = []
         patch.setattr(study, "run_folders", compute_here)
         run_study(TINY, folder, jobs=2, progress=lambda *numbers: done.append(numbers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -66,5 +68,9 @@ def test_what_rewards_share_is_no_evidence() -> None:
 
 
 def test_too_few() -> None:
-    some = rows("reward", np.random.default_rng(0)).select(np.arange(6))
-    assert all(np.isnan(value.value) for value in answers(some, resamples=5).values())
+    one_cell = rows("reward", np.random.default_rng(0), cells=1)
+    assert all(np.isnan(value.value) for value in answers(one_cell, resamples=5).values())
+    scattered = replace(rows("reward", np.random.default_rng(0), cells=4, seeds=1), seeds=(0, 1, 2, 3))
+    found = answers(scattered, resamples=200)["starc"]  # many of the draws hold no reward at all
+    assert -1 - 1e-9 < found.low < 1
+    assert found.high == pytest.approx(1)
