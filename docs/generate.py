@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rlkit2.agents import agent_class, list_agents, make_config, plain_name
+from rlkit2.agents import agent_class, agent_classes, list_agents, make_config, plain_name
 from rlkit2.cli.main import COMMANDS, main
 from rlkit2.cli.train import examples
 from rlkit2.errors import ConfigError
@@ -145,9 +145,8 @@ def agents_index() -> str:
 def agent_page(name: str) -> str:
     """The card, then presets, options and metrics from the code."""
     text = _linked(_card(name).read_text().strip())
-    cls = agent_class(name)
-    module = importlib.import_module(cls.__module__)
-    equations = (module.__doc__ or "").strip()
+    classes = agent_classes(name)
+    equations = "\n\n\n".join((importlib.import_module(cls.__module__).__doc__ or "").strip() for cls in classes)
     typed = examples(name).partition("\n")[2].replace("\n  ", "\n").strip()
     parts = [
         text,
@@ -164,15 +163,18 @@ def agent_page(name: str) -> str:
             if getattr(own, f.name) != getattr(plain, f.name)
         )
         parts.append(f"\n`{preset}` is `{name}` with {changed}.")
-    rows = [
-        f"| `{field}` | {kind} | `{default}` | {_cell(meaning)} |"
-        for field, kind, default, meaning in describe_fields(cls.config_class)
-    ]
-    parts += ["\n## Options\n", "| option | type | default | meaning |", "|---|---|---|---|", *rows]
-    parts += ["\n## Metrics\n", *_metric_table(name)]
-    members = f"{cls.__name__}, {cls.config_class.__name__}"
-    directive = f".. automodule:: {cls.__module__}\n   :members: {members}\n   :no-index:"
-    parts += ["\n## Code\n", f"```{{eval-rst}}\n{directive}\n```"]
+    for cls in classes:
+        rows = [
+            f"| `{field}` | {kind} | `{default}` | {_cell(meaning)} |"
+            for field, kind, default, meaning in describe_fields(cls.config_class)
+        ]
+        whose = f", {' or '.join(cls.action_kinds)} actions" if len(classes) > 1 else ""
+        parts += [f"\n## Options{whose}\n", "| option | type | default | meaning |", "|---|---|---|---|", *rows]
+    parts += ["\n## Metrics\n", *_metric_table(name), "\n## Code\n"]
+    for cls in classes:
+        members = f"{cls.__name__}, {cls.config_class.__name__}"
+        directive = f".. automodule:: {cls.__module__}\n   :members: {members}\n   :no-index:"
+        parts.append(f"```{{eval-rst}}\n{directive}\n```")
     return "\n".join(parts) + "\n"
 
 
@@ -197,14 +199,17 @@ def _metric_table(name: str) -> Iterator[str]:
 
 def metrics_of(name: str) -> list[str]:
     """Names of the metrics that two updates with the default options report."""
+    found: dict[type, set[str]] = {}
     for kind in ("continuous", "discrete"):
+        cls = agent_class(name, kind)
         try:
-            problem = Problem(agent_class(name), kind)
+            problem = Problem(cls, kind)
             agent = problem.build(1)
         except ConfigError:
             continue
-        return sorted({key for batch in problem.batches(2) for key in agent.update(batch)})
-    return []
+        if cls not in found:
+            found[cls] = {key for batch in problem.batches(2) for key in agent.update(batch)}
+    return sorted(set().union(*found.values()))
 
 
 def explained(metric: str) -> tuple[str, str] | None:
@@ -228,7 +233,7 @@ def _cell(text: str) -> str:
 
 def agent_modules() -> tuple[str, ...]:
     """The package, the base class, and the file of every agent of rlkit2."""
-    files = {agent_class(name).__module__ for name in list_agents() if ":" not in name}
+    files = {cls.__module__ for name in list_agents() if ":" not in name for cls in agent_classes(name)}
     return ("rlkit2.agents", "rlkit2.agents.base", *sorted(file for file in files if file.startswith("rlkit2.")))
 
 

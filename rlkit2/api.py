@@ -420,7 +420,7 @@ def _plan(
     recipes: bool,
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a new run and its dataset: what was given, then the recipe, then the defaults."""
-    from rlkit2.agents import agent_class, list_agents, make_config
+    from rlkit2.agents import agent_class, agent_classes, list_agents, make_config, read_config
     from rlkit2.agents.base import as_seeds
     from rlkit2.envs.builtin import builtin_id
     from rlkit2.training.building import agent_name, check_config, run_config
@@ -449,13 +449,19 @@ def _plan(
     if recipe is not None:
         shown.message(f"recipe {recipe.path}")
         given = {name: {**getattr(recipe, name), **values} for name, values in given.items()}
-    if isinstance(agent, str | os.PathLike):
-        fields = read_fields(agent_class(name).config_class, {**(recipe.config if recipe else {}), **overrides})
-        config = make_config(name, **fields)
+    by_name = isinstance(agent, str | os.PathLike)
+    fields = {**(recipe.config if recipe else {}), **overrides} if by_name else read_fields(type(agent), overrides)
+    if not by_name:
+        config = check_config(dataclasses.replace(agent, **fields))
+    elif len(agent_classes(name)) == 1:  # else the kind of actions decides, see below
+        config = make_config(name, **read_config(name, fields))
     else:
-        config = check_config(dataclasses.replace(agent, **read_fields(type(agent), overrides)))
+        read_config(name, fields)  # what suits no kind is said before a dataset is fetched
     chosen = {name: cls(**given[name]) for name, cls in SECTIONS.items()}
     transitions = load_dataset(source, **chosen["reading"].arguments(), trust_env=trust_env)
+    if by_name and len(agent_classes(name)) > 1:
+        kind = transitions.spec.action_kind
+        config = make_config(name, kind, **read_config(name, fields, kind))
     origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
     plan = run_config(
         agent=name,

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from rlkit2.agents import agent_class, list_agents, plain_name
+from rlkit2.agents import agent_classes, list_agents, plain_name
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -77,8 +77,9 @@ def test_every_page_is_in_the_contents() -> None:
 def test_an_agents_page_has_its_card_its_options_and_its_metrics_explained(generate: ModuleType, name: str) -> None:
     assert name in generate.carded_agents()
     page = generate.agent_page(name)
-    for field in fields(agent_class(name).config_class):
-        assert f"| `{field.name}` |" in page
+    for cls in agent_classes(name):
+        for field in fields(cls.config_class):
+            assert f"| `{field.name}` |" in page
     found = generate.metrics_of(name)
     assert found
     assert not [metric for metric in found if generate.explained(metric) is None], "explain them in docs/metrics.toml"

@@ -7,7 +7,8 @@ import importlib
 import inspect
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,18 +18,20 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from rlkit2.agents.base import Agent, as_seeds
+from rlkit2.agents.base import ACTION_KINDS, Agent, as_seeds
 from rlkit2.agents.interface import make_interface
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line
-from rlkit2.fields import closest
+from rlkit2.fields import closest, field_types, read_fields, read_texts
 from rlkit2.nn import Image, Normalizer
 from rlkit2.user_code import import_place
 
 __all__ = [
     "Agent",
     "agent_class",
+    "agent_classes",
+    "agent_kinds",
     "agent_source",
     "class_name",
     "code_hash",
@@ -38,6 +41,7 @@ __all__ = [
     "make_config",
     "make_normalizer",
     "plain_name",
+    "read_config",
 ]
 
 
@@ -46,6 +50,9 @@ class _Entry:
     module: str
     name: str
     preset: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # kind of actions -> module and class in its place
     distribution: str | None = None  # the installed package that offers it
 
 
@@ -71,7 +78,9 @@ _REGISTRY = {
     "bc": _Entry("rlkit2.agents.bc", "BC"),
     "bc10": _Entry("rlkit2.agents.bc", "BC", {"fraction": 0.1}),
     "cpl": _Entry("rlkit2.agents.cpl", "CPL"),
-    "cql": _Entry("rlkit2.agents.cql", "CQL"),
+    "cql": _Entry(
+        "rlkit2.agents.cql", "CQL", variants={"continuous": ("rlkit2.agents.cql_continuous", "ContinuousCQL")}
+    ),
     "crr": _Entry("rlkit2.agents.crr", "CRR"),
     "dqn": _Entry("rlkit2.agents.dqn", "DQN"),
     "edac": _Entry("rlkit2.agents.edac", "EDAC"),
@@ -136,9 +145,11 @@ def import_agent(name: str) -> type[Agent]:
     return found
 
 
-def agent_class(name_or_config: str | object) -> type[Agent]:
+def agent_class(name_or_config: str | object, kind: str | None = None) -> type[Agent]:
     """The class of a registered name, of `module:Class` where that module is loaded (nothing is imported because a run, recipe or
     sweep names it: see `import_agent`), or of a config object (any `Agent` in the config's own module that names its class).
+
+    `kind`: of the actions (`ACTION_KINDS`), for a name that stands for different algorithms; None: its first one.
 
     Raises:
         ConfigError: unknown name, or no agent has this config.
@@ -146,7 +157,7 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
     if isinstance(name_or_config, str):
         if ":" in name_or_config:
             return _loaded(name_or_config)
-        return _registered(name_or_config)
+        return _registered(name_or_config, kind)
     module = sys.modules[type(name_or_config).__module__]
     for candidate in vars(module).values():
         if (
@@ -160,12 +171,33 @@ def agent_class(name_or_config: str | object) -> type[Agent]:
     )
 
 
+def agent_classes(name: str) -> tuple[type[Agent], ...]:
+    """The classes of a name: one, or, where a name stands for different algorithms, one for each of them.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    others = () if ":" in name else tuple(_entry(name).variants)
+    return tuple(dict.fromkeys((agent_class(name), *(agent_class(name, kind) for kind in others))))
+
+
+def agent_kinds(name: str) -> tuple[str, ...]:
+    """The kinds of actions, of `ACTION_KINDS`, that an agent of this name learns.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    learnt = {kind for cls in agent_classes(name) for kind in cls.action_kinds}
+    return tuple(kind for kind in ACTION_KINDS if kind in learnt)
+
+
 def class_name(cls: type[Agent]) -> str:
     """The registered name of an agent's class, the shortest where there are several, or `module:Class`."""
     names = []
     for name in list_agents():
         entry = _entry(name)
-        if getattr(sys.modules.get(entry.module), entry.name, None) is cls:
+        places = [(entry.module, entry.name), *entry.variants.values()]
+        if any(getattr(sys.modules.get(module), called, None) is cls for module, called in places):
             names.append(name)
     return min(names, key=len) if names else f"{cls.__module__}:{cls.__qualname__}"
 
@@ -191,10 +223,11 @@ def code_hash(cls: type[Agent]) -> str | None:
         return None
 
 
-def _registered(name: str) -> type[Agent]:
+def _registered(name: str, kind: str | None = None) -> type[Agent]:
     entry = _entry(name)
+    module, called = entry.variants.get(kind or "", (entry.module, entry.name))
     try:
-        found = getattr(importlib.import_module(entry.module), entry.name)
+        found = getattr(importlib.import_module(module), called)
     except Exception as error:
         if entry.distribution is None:
             raise
@@ -236,13 +269,13 @@ def plain_name(name: str) -> str:
     return next(plain, name)
 
 
-def make_config(name: str, **overrides: Any) -> Any:
-    """The config of a registered name with its preset, then `overrides`.
+def make_config(name: str, kind: str | None = None, /, **overrides: Any) -> Any:
+    """The config of a registered name with its preset, then `overrides`; `kind`: see `agent_class`.
 
     Raises:
         ConfigError: unknown name, unknown field, or a value out of range.
     """
-    config_class: Any = agent_class(name).config_class
+    config_class: Any = agent_class(name, kind).config_class
     try:
         preset = {} if ":" in name else _entry(name).preset
         if "hidden_sizes" in overrides:  # it sets all networks
@@ -252,6 +285,45 @@ def make_config(name: str, **overrides: Any) -> Any:
         raise ConfigError(
             f"{name}: {error}; its fields are: {', '.join(f.name for f in fields(config_class))}"
         ) from error
+
+
+def read_config(
+    name: str, values: Mapping[str, Any], kind: str | None = None, *, typed: bool = False
+) -> dict[str, Any]:
+    """Fields of the config of a name, from TOML, JSON, Python or (`typed`) a command line, checked and in their types.
+
+    `kind`: of the actions; None where that is not known yet: the fields must then be those of one of the name's classes.
+
+    Raises:
+        ConfigError: unknown name, an unknown field, or one that is for other actions; a value of another type or out of range.
+    """
+    classes = agent_classes(name) if kind is None else (agent_class(name, kind),)
+    fitting = [cls for cls in classes if values.keys() <= field_types(cls.config_class).keys()]
+    if not fitting and (misplaced := _misplaced(name, values, kind)):
+        raise ConfigError(misplaced)
+    read = read_texts if typed else read_fields
+    for cls in fitting[:-1]:
+        with suppress(ConfigError):  # the next one may have another range for it
+            return read(cls.config_class, values)
+    return read((fitting or list(classes))[-1].config_class, values)
+
+
+def _misplaced(name: str, values: Mapping[str, Any], kind: str | None) -> str | None:
+    """One line where fields belong to algorithms of the name that are for other actions; None where one is unknown to all."""
+    able = {
+        field: [
+            kind for cls in agent_classes(name) if field in field_types(cls.config_class) for kind in cls.action_kinds
+        ]
+        for field in values
+    }
+    if not all(able.values()):
+        return None
+    if kind is not None:
+        field = next(field for field, kinds in able.items() if kind not in kinds)
+        return f"{name} has {field!r} for {' or '.join(able[field])} actions alone; these are {kind}: leave it out"
+    (one, its), *others = (item for item in able.items() if len(item[1]) < len(agent_kinds(name)))
+    other, theirs = next(item for item in others if not set(item[1]) & set(its))
+    return f"{name} has {one!r} for {' or '.join(its)} actions alone and {other!r} for {' or '.join(theirs)} ones: leave one out"
 
 
 def make_agent(
@@ -277,9 +349,10 @@ def make_agent(
     Raises:
         ConfigError: unknown name, or a configuration that does not fit the data.
     """
-    config = make_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    kind = spec.action_kind
+    config = make_config(name_or_config, kind) if isinstance(name_or_config, str) else name_or_config
     normalizer = make_normalizer(spec, seeds=len(as_seeds(seeds))) if normalizer is None else normalizer
-    agent = (agent_class(name_or_config) if cls is None else cls)(
+    agent = (agent_class(name_or_config, kind) if cls is None else cls)(
         config,
         spec.observation_size,
         sum(normalizer.choices) if normalizer.choices else spec.action_size,

@@ -1,4 +1,4 @@
-"""Conservative Q-learning for discrete actions: Q-learning that pushes down the values of actions outside the data.
+"""Conservative Q-learning, which pushes down the values of actions outside the data; here for discrete actions.
 
     L(Q) = L_DQN(Q) + alpha E[ sum_i (log sum_a' exp Q_i(s, a') - Q_i(s, a)) ]
 
@@ -6,7 +6,8 @@ The second term is the negative log-likelihood of the data's action under softma
 concerns the values alone: the likelihood of the errors is taken at the data's actions, around a location that this term does not move.
 
 Source: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning" (NeurIPS 2020), the CQL(H) of its equation 4 on the
-double DQN of `rlkit2.agents.dqn`. Differences from the authors' discrete agent: an ordinary regression on scalar values instead of quantiles.
+double DQN of `rlkit2.agents.dqn`; continuous actions have `rlkit2.agents.cql_continuous`. Differences from the authors' discrete agent: an ordinary
+regression on scalar values instead of quantiles.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,15 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes
 
-from rlkit2.agents import agent_class, class_name, import_agent, list_agents, make_config
+from rlkit2.agents import (
+    agent_class,
+    agent_classes,
+    class_name,
+    import_agent,
+    list_agents,
+    make_config,
+    read_config,
+)
 from rlkit2.api import train
 from rlkit2.cli import output
 from rlkit2.cli.parsing import as_seeds, parse
@@ -28,6 +36,9 @@ from rlkit2.fields import field_types, read_texts
 from rlkit2.training import Run, describe_fields, load_recipe
 from rlkit2.training.options import SECTIONS
 from rlkit2.training.recipe import agent_recipes
+
+Classes = list[tuple[str, type[Any], dict[str, Any]]]
+"""Whose options (kinds of actions, where that matters), the dataclass that has them, and defaults that go before its own."""
 
 COMMAND = {
     "dataset": ("ID", "Minari id, builtin/... id, or a file or folder in a known format (default: that of the recipe)"),
@@ -65,7 +76,7 @@ def run(arguments: Sequence[str]) -> int | None:
         agent if recipe is None else Path(recipe),
         given.pop("dataset", None),
         seeds=as_seeds(given.pop("seeds", "1")),
-        overrides=_section(agent_class(agent).config_class, given) if agent else None,
+        overrides=_overrides(agent, given) if agent else None,
         loggers=given.pop("logger", ()),
         recipes=shipped,
         **{name: value for cls in SECTIONS.values() for name, value in _section(cls, given).items()},
@@ -94,7 +105,7 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: _option(*texts) for name, texts in COMMAND.items()}
     fields["trust_env"] = _option("", "build the environment as files say, which runs the code they name", bool)
     fields["logger"] = _option("NAME", "tensorboard, wandb, trackio; several may be named", tuple[str, ...])
-    groups: dict[str, Any] = {title: _group(title, cls, defaults) for title, cls, defaults in _sections(agent)}
+    groups: dict[str, Any] = {title: _group(title, classes) for title, classes in _sections(agent)}
     titled: dict[str, Any] = {title: OmitArgPrefixes[group] for title, group in groups.items()}  # type: ignore[misc, valid-type]
     parser = TypedDict("parser", {**fields, **titled}, total=False)  # type: ignore[misc]
     prog = f"rlkit2 train {agent or 'AGENT'}"
@@ -113,15 +124,28 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     return {**given, **{name: value for group in of_groups for name, value in group.items()}}
 
 
-def _group(title: str, cls: type[Any], defaults: Mapping[str, Any]) -> Any:
+def _group(title: str, classes: Classes) -> Any:
     """The fields of a config as options, under a title of their own in the help."""
+    rows: dict[str, list[tuple[str, str, str, str]]] = {}  # field -> whose, type, default, meaning
+    for whose, cls, defaults in classes:
+        for name, kind, default, meaning in describe_fields(cls):
+            rows.setdefault(name, []).append((whose, kind, _show(defaults.get(name, default)), meaning))
     fields = {}
-    for name, kind, default, meaning in describe_fields(cls):
-        value = defaults.get(name, default)
-        shown = "" if "default:" in meaning else f" (default: {_show(value)})"
+    for name, found in rows.items():
+        _, kind, _, meaning = found[0]
+        if len({row[1] for row in found}) > 1:
+            kind = "; ".join(f"{whose}: {own}" for whose, own, _, _ in found)
         typed = bool if kind == "true or false" else tuple[str, ...] if kind.startswith("[") else str
-        fields[name] = _option(kind, f"{meaning}{shown}", typed, name.rstrip("_"))
+        fields[name] = _option(kind, f"{meaning}{_default(found, len(classes))}", typed, name.rstrip("_"))
     return TypedDict(title, fields, total=False)  # type: ignore[operator]
+
+
+def _default(rows: Sequence[tuple[str, str, str, str]], classes: int) -> str:
+    """The default behind an option's meaning, and for whom it is where the agent's name stands for several algorithms."""
+    shown = list(dict.fromkeys(row[2] for row in rows))
+    text = shown[0] if len(shown) == 1 else ", ".join(f"{whose} actions {default}" for whose, _, default, _ in rows)
+    alone = f"{rows[0][0]} actions alone; " if len(rows) < classes else ""
+    return f" ({alone.removesuffix('; ')})" * bool(alone) if "default:" in rows[0][3] else f" ({alone}default: {text})"
 
 
 def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) -> Any:
@@ -132,10 +156,22 @@ def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) 
     return Annotated[typed, tyro.conf.arg(name=name, metavar=metavar, help=meaning, help_behavior_hint="")]
 
 
-def _sections(agent: str | None) -> list[tuple[str, type[Any], dict[str, Any]]]:
-    """Where options come from: how to train, how to see the data, and the agent's own config with its preset."""
-    sections: list[tuple[str, type[Any], dict[str, Any]]] = [(title, cls, {}) for title, cls in SECTIONS.items()]
-    return [*sections, ("agent", agent_class(agent).config_class, asdict(make_config(agent)))] if agent else sections
+def _sections(agent: str | None) -> list[tuple[str, Classes]]:
+    """Where options come from: how to train, how to see the data, and the agent's own configs with their preset."""
+    sections: list[tuple[str, Classes]] = [(title, [("", cls, {})]) for title, cls in SECTIONS.items()]
+    if agent is None:
+        return sections
+    own: Classes = [
+        (" or ".join(cls.action_kinds), cls.config_class, asdict(make_config(agent, cls.action_kinds[0])))
+        for cls in agent_classes(agent)
+    ]
+    return [*sections, ("agent", own)]
+
+
+def _overrides(agent: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of the agent out of `given`, read as the types of their fields."""
+    names = {name for cls in agent_classes(agent) for name in field_types(cls.config_class)}
+    return read_config(agent, {name: given.pop(name) for name in list(given) if name in names}, typed=True)
 
 
 def _section(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +207,9 @@ def _unknown(argument: str, agent: str | None, fields: Sequence[str]) -> str:
 
 def _description(agent: str | None) -> str:
     if agent is not None:
-        return f"{_about(agent)}\n\nEvery field of {agent_class(agent).config_class.__name__} is an option.\n\n{examples(agent)}"
+        classes = [(cls.config_class.__name__, " or ".join(cls.action_kinds)) for cls in agent_classes(agent)]
+        names = " and ".join(f"{name} ({kinds} actions)" if classes[1:] else name for name, kinds in classes)
+        return f"{_about(agent)}\n\nEvery field of {names} is an option.\n\n{examples(agent)}"
     width = max(map(len, list_agents()))
     lines = "\n".join(f"  {name:<{width}}  {_about(name)}" for name in list_agents())
     return "\n\n".join(

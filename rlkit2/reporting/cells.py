@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from rlkit2.agents import agent_class
 from rlkit2.agents.base import Agent
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation.evaluation import json_numbers
 from rlkit2.evaluation.scores import ScoreHistory, score_history
 from rlkit2.files import make_folder, write_atomically
-from rlkit2.training.building import agent_config
+from rlkit2.training.building import stored_config
 from rlkit2.training.options import DataOptions, TrainingOptions
 from rlkit2.training.run import Run
 from rlkit2.training.run_files import read_json
@@ -144,14 +145,20 @@ def make_setting(agent: str, config: Mapping[str, Any], data: Mapping[str, Any],
     return json.loads(json.dumps({"agent": agent, "config": config, "data": data, "training": named}))
 
 
-def same_setting(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a stored setting is the one that is wanted: a field it does not know counts as runs from before that field have it."""
+def same_setting(stored: Mapping[str, Any], wanted: Mapping[str, Any], kind: str | None = None) -> bool:
+    """Whether a stored setting is the one that is wanted: a field it does not know counts as runs from before that field have it.
+
+    `kind`: of the actions, see `agent_class`.
+    """
     if stored == wanted:
         return True
     if stored["agent"] != wanted["agent"]:
         return False
     with suppress(ConfigError, TypeError):
-        alike = agent_config(stored) == agent_config(wanted)
+        one, other = (
+            stored_config(agent_class(setting["agent"], kind), setting["config"]) for setting in (stored, wanted)
+        )
+        alike = one == other
         for name, options in (("data", DataOptions), ("training", TrainingOptions)):
             alike = alike and options(**stored[name]) == options(**wanted[name])
         return bool(alike)

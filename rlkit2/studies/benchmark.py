@@ -132,16 +132,18 @@ def run_benchmark(
         raise ConfigError("a benchmark needs evaluations; eval_every must be at least 1")
     data = DataOptions(normalize_observations=normalize_observations)
     named = tuple(dict.fromkeys(builtin_id(name) if name.startswith("builtin/") else name for name in datasets))
-    configs = {agent: _config(agent, hidden_sizes) for agent in dict.fromkeys(agents)}  # a wrong name is said first
+    names = tuple(dict.fromkeys(agents))
+    for name in names:  # a wrong one is said first
+        agent_class(name)
     specs = {name: _spec(name, trust_env) for name in named}
     make_folder(Path(out))
     file = Path(out) / "results.json" if results is None else Path(results)
     cells = read_cells(file)
     wanted = as_seeds(seeds)
     places = [
-        _place(name, spec, agent, config, data, training, wanted, cells, anew)
+        _place(name, spec, agent, hidden_sizes, data, training, wanted, cells, anew)
         for name, spec in specs.items()
-        for agent, config in configs.items()
+        for agent in names
     ]
     for line in _plan(places, file, wanted):
         say(line)
@@ -149,13 +151,13 @@ def run_benchmark(
     if not dry_run:
         engine_options = {"engine": engine, "jobs": jobs, "device": device, "options": options}
         cells, failed = _train(Path(out), file, places, training, data, anew, trust_env, say, engine_options)
-    shown = [_place(p.dataset, specs[p.dataset], p.agent, configs[p.agent], data, training, wanted, cells, False) for p in places]  # fmt: skip
+    shown = [_place(p.dataset, specs[p.dataset], p.agent, hidden_sizes, data, training, wanted, cells, False) for p in places]  # fmt: skip
     board = Board(
         {name: spec.action_kind for name, spec in specs.items()},
-        tuple(configs),
+        names,
         {(p.dataset, p.agent): p.cell or p.refused or failed.get((p.dataset, p.agent), "not trained") for p in shown},
         against,
-        _command(named, tuple(configs), wanted, training, hidden_sizes, normalize_observations, against, results),
+        _command(named, names, wanted, training, hidden_sizes, normalize_observations, against, results),
         tuple(_notes(shown, wanted)),
     )
     table, sheet = Path(out) / "benchmark.md", Path(out) / "benchmark.html"
@@ -164,11 +166,11 @@ def run_benchmark(
     return Benchmark(board, table, sheet, file, failed)
 
 
-def _config(agent: str, hidden_sizes: Sequence[int] | None) -> dict[str, Any]:
-    """The agent's default config with the wanted sizes, as the fields that make it."""
-    names = field_types(agent_class(agent).config_class)
+def _config(agent: str, kind: str, hidden_sizes: Sequence[int] | None) -> dict[str, Any]:
+    """The agent's default config for a kind of actions with the wanted sizes, as the fields that make it."""
+    names = field_types(agent_class(agent, kind).config_class)
     sized = [name for name in names if name == "hidden_sizes"] or [n for n in names if n.endswith("hidden_sizes")]
-    config = make_config(agent, **({} if hidden_sizes is None else dict.fromkeys(sized, tuple(hidden_sizes))))
+    config = make_config(agent, kind, **({} if hidden_sizes is None else dict.fromkeys(sized, tuple(hidden_sizes))))
     return {name: getattr(config, name) for name in names}
 
 
@@ -183,7 +185,7 @@ def _place(
     dataset: str,
     spec: DatasetSpec,
     agent: str,
-    config: Mapping[str, Any],
+    hidden_sizes: Sequence[int] | None,
     data: DataOptions,
     training: TrainingOptions,
     seeds: Sequence[int],
@@ -191,19 +193,22 @@ def _place(
     anew: bool,
 ) -> Place:
     """What is known of an agent on a dataset, and what is missing; `anew`: seeds of other code are missing, too."""
-    cls = agent_class(agent)
-    setting = make_setting(agent, config, dataclasses.asdict(data), dataclasses.asdict(training))
+    kind = spec.action_kind
+    cls = agent_class(agent, kind)
+    setting = make_setting(
+        agent, _config(agent, kind, hidden_sizes), dataclasses.asdict(data), dataclasses.asdict(training)
+    )
     code = code_digest(cls)
-    if spec.action_kind not in cls.action_kinds:
+    if kind not in cls.action_kinds:
         return Place(dataset, agent, setting, code, "not for these actions", None, ())
-    if cls.refusal(spec.action_kind, images=bool(spec.images)) is not None:
+    if cls.refusal(kind, images=bool(spec.images)) is not None:
         return Place(dataset, agent, setting, code, "not for images", None, ())
     found = [
         cell
         for cell in cells
         if (cell.dataset, cell.content_hash, cell.agent, cell.version)
         == (spec.id, spec.content_hash, agent, __version__)
-        and same_setting(cell.setting, setting)
+        and same_setting(cell.setting, setting, kind)
     ]
     cell = found[0] if found else None
     for other in found[1:]:  # written before a field of the config existed, and since

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rlkit2.agents import Agent, agent_class, make_agent, make_config, make_normalizer
+from rlkit2.agents import Agent, agent_class, make_agent, make_config, make_normalizer, read_config
 from rlkit2.api import load_dataset
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.normalizers import observation_statistics
@@ -95,7 +95,7 @@ class StudySettings:
             ScriptedTeacher(teacher)
         for name in self.constructed:
             _construction(name)
-        read_fields(agent_class(self.agent).config_class, self.agent_settings)
+        read_config(self.agent, self.agent_settings)
         read_fields(FitOptions, self.reward)
         read_fields(RelabelOptions, {"offset": self.offset})
 
@@ -411,16 +411,17 @@ def train_on_rewards(
 
     Returns the agent; raises `ConfigError` where it does not fit the dataset.
     """
-    kind = agent_class(settings.agent).config_class
-    given = {"discount": settings.discount} if any(part.name == "discount" for part in fields(kind)) else {}
-    config = make_config(settings.agent, **read_fields(kind, given | settings.agent_settings))
+    kind = dataset.spec.action_kind
+    cls = agent_class(settings.agent, kind)
+    given = {"discount": settings.discount} if any(part.name == "discount" for part in fields(cls.config_class)) else {}
+    config = make_config(settings.agent, kind, **read_config(settings.agent, given | settings.agent_settings, kind))
     mean, std = observation_statistics(dataset)
     statistics: dict[str, Tensor] = {"observation_mean": mean, "observation_std": std}
-    if (discount := agent_class(settings.agent).return_discount(config)) is not None:
+    if (discount := cls.return_discount(config)) is not None:
         returns = return_statistics(dataset, discount, rewards)
         statistics |= dict(zip(("return_mean", "return_std"), returns, strict=True))
     normalizer = make_normalizer(dataset.spec, seeds=len(seeds), **statistics)
-    agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer, cls=agent_class(settings.agent))
+    agent = make_agent(config, dataset.spec, seeds=list(seeds), normalizer=normalizer, cls=cls)
     agent.follow_schedule("constant", settings.steps)
     indices = BatchIndices(dataset, seeds, settings.batch_size)
     rewards = rewards.float()

@@ -44,11 +44,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rlkit2.agents import agent_class, make_config
+from rlkit2.agents import agent_classes, make_config, read_config
 from rlkit2.agents.base import as_seeds
 from rlkit2.data.known_environments import check_named_id
 from rlkit2.errors import ConfigError, RunError
-from rlkit2.fields import read_fields
+from rlkit2.fields import field_types, read_fields
 from rlkit2.sweeps.space import SAMPLERS, Space, read_space
 from rlkit2.toml import read_toml
 from rlkit2.training import Run
@@ -259,8 +259,9 @@ def _experiment(settings: Mapping[str, Any], label: str) -> Experiment:
         raise ConfigError(f"{what}: env must be the id of an environment, not {settings['env']!r}")
     try:
         agent = settings["agent"]
-        config = read_fields(agent_class(agent).config_class, settings.get("config", {}))
-        make_config(agent, **config)
+        config = read_config(agent, settings.get("config", {}))
+        fitting = [cls for cls in agent_classes(agent) if config.keys() <= field_types(cls.config_class).keys()]
+        make_config(agent, fitting[-1].action_kinds[0], **config)
         options = {name: read_fields(cls, settings.get(name, {})) for name, cls in OPTIONS.items()}
         for name, cls in OPTIONS.items():
             cls(**options[name])

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from rlkit2.agents import Agent, agent_class, agent_source, class_name, code_hash, make_agent, make_normalizer
+from rlkit2.agents import (
+    Agent,
+    agent_class,
+    agent_classes,
+    agent_source,
+    class_name,
+    code_hash,
+    make_agent,
+    make_normalizer,
+)
 from rlkit2.agents.base import single_steps
 from rlkit2.data.dataset import Lookahead, TransitionDataset
 from rlkit2.data.normalizers import observation_statistics, reward_transform
@@ -91,8 +100,10 @@ def run_class(run_config: Mapping[str, Any]) -> type[Agent]:
     Raises:
         ConfigError: an agent of the user's own that is not loaded; nothing is imported because a file says so.
     """
+    name = run_config["agent"]
     try:
-        return agent_class(run_config["agent"])
+        several = len(agent_classes(name)) > 1
+        return agent_class(name, stored_spec(run_config).action_kind if several else None)
     except ConfigError as error:
         if "agent_source" not in run_config:
             raise
@@ -105,8 +116,13 @@ def run_class(run_config: Mapping[str, Any]) -> type[Agent]:
 
 def agent_config(run_config: Mapping[str, Any]) -> Any:
     """The agent's config object of a run."""
-    config_class = run_class(run_config).config_class
-    stored = read_fields(config_class, run_config["config"])
+    return stored_config(run_class(run_config), run_config["config"])
+
+
+def stored_config(cls: type[Agent], values: Mapping[str, Any]) -> Any:
+    """The config object of an agent's class from fields that a file has, those from before a field existed included."""
+    config_class = cls.config_class
+    stored = read_fields(config_class, values)
     former = getattr(config_class, "former", None)  # what a config says that was stored before a field existed
     return config_class(**(stored if former is None else former(stored)))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit2.agents import agent_class, class_name, plain_name
+from rlkit2.agents import agent_class, class_name, plain_name, read_config
 from rlkit2.errors import ConfigError
 from rlkit2.fields import closest, read_fields
 from rlkit2.recipes import recipe_folder
@@ -53,7 +53,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
             raise ConfigError(f"recipe {path}: {name} must be a section, [{name}]")
     try:
         cls = agent_class(content["agent"])
-        config = read_fields(cls.config_class, content.get("config", {}))
+        config = read_config(content["agent"], content.get("config", {}))
         sections = {name: read_fields(options, content.get(name, {})) for name, options in SECTIONS.items()}
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {error}") from error

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit2.agents import agent_class, list_agents, make_config
+from rlkit2.agents import agent_class, agent_classes, list_agents, make_config
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Checked, field_types, read_value
 
 AGENTS = list_agents()
+CASES = [(name, cls.action_kinds[0]) for name in AGENTS for cls in agent_classes(name)]
+every_class = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
 WILD = st.one_of(
     st.integers(-(10**12), 10**12),
     st.floats(),
@@ -37,18 +39,19 @@ def bounded(hint: Any) -> bool:
     return all(bounded(argument) for argument in arguments if argument is not Ellipsis)
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_every_number_has_a_range_and_every_choice_its_list(name: str) -> None:
-    config_class = agent_class(name).config_class
+@every_class
+def test_every_number_has_a_range_and_every_choice_its_list(name: str, kind: str) -> None:
+    config_class = agent_class(name, kind).config_class
     assert issubclass(config_class, Checked)
     assert [field for field, hint in field_types(config_class).items() if not bounded(hint)] == []
     texts = {field for field, hint in field_types(config_class).items() if hint in (str, str | None)}
     assert texts <= {"preferences", "rewards", "expert_dataset"}  # names of files and datasets
 
 
-@given(st.sampled_from(AGENTS), WILD, st.data())
-def test_what_is_outside_is_refused_by_name(name: str, value: Any, data: st.DataObject) -> None:
-    hints = field_types(agent_class(name).config_class)
+@given(st.sampled_from(CASES), WILD, st.data())
+def test_what_is_outside_is_refused_by_name(case: tuple[str, str], value: Any, data: st.DataObject) -> None:
+    name, kind = case
+    hints = field_types(agent_class(name, kind).config_class)
     field = data.draw(st.sampled_from(sorted(hints)))
     try:
         read_value(value, hints[field])
@@ -57,11 +60,11 @@ def test_what_is_outside_is_refused_by_name(name: str, value: Any, data: st.Data
         inside = False
     if not inside:
         with pytest.raises(ConfigError, match=f"^{field} must be ") as refused:
-            make_config(name, **{field: value})
+            make_config(name, kind, **{field: value})
         assert "\n" not in str(refused.value)
         return
     try:
-        config = make_config(name, **{field: value})
+        config = make_config(name, kind, **{field: value})
     except ConfigError as error:
         rule = str(error)
     else:
@@ -71,21 +74,21 @@ def test_what_is_outside_is_refused_by_name(name: str, value: Any, data: st.Data
     assert not rule or any(other in rule for other in hints), rule
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@every_class
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
-def test_step_sizes_are_finite_and_not_negative(name: str, value: float) -> None:
-    rates = [field for field in field_types(agent_class(name).config_class) if field.endswith("learning_rate")]
+def test_step_sizes_are_finite_and_not_negative(name: str, kind: str, value: float) -> None:
+    rates = [field for field in field_types(agent_class(name, kind).config_class) if field.endswith("learning_rate")]
     assert rates
     for field in rates:
         with pytest.raises(ConfigError, match=f"^{field} must be a number of at least 0"):
-            make_config(name, **{field: value})
+            make_config(name, kind, **{field: value})
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@every_class
 @pytest.mark.parametrize("sizes", [(5, 7), (6,), ()], ids=str)
-def test_hidden_sizes_set_every_network(name: str, sizes: tuple[int, ...]) -> None:
+def test_hidden_sizes_set_every_network(name: str, kind: str, sizes: tuple[int, ...]) -> None:
     """No hidden layer is a choice, too: linear networks."""
-    agent = agent_class(name)(make_config(name, hidden_sizes=sizes), 3, 2)
+    agent = agent_class(name, kind)(make_config(name, kind, hidden_sizes=sizes), 3, 2)
     shapes = {part: tensor.shape for part, tensor in agent.state_dict().items() if not part.startswith("optimizer")}
     widths: dict[str, list[int]] = {}
     for part, shape in shapes.items():

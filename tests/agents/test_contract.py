@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from rlkit2.agents import agent_class, list_agents, make_agent, make_config
+from rlkit2.agents import agent_class, agent_classes, agent_kinds, list_agents, make_agent, make_config
 from rlkit2.agents.awac import AWAC
 from rlkit2.agents.base import Agent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
@@ -38,34 +38,36 @@ OBS, ACT, ROWS = 4, 2, 24
 KINDS = ("continuous", "discrete")
 # Those that learn from preferences take other batches: tests/preferences/test_agents.py.
 AGENTS = [name for name in list_agents() if getattr(agent_class(name), "learns_from", "transitions") == "transitions"]
-CASES = [(name, kind) for name in AGENTS for kind in KINDS if kind in agent_class(name).action_kinds]
+CASES = [(name, kind) for name in AGENTS for kind in KINDS if kind in agent_kinds(name)]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kind}" for name, kind in CASES])
 every_agent = pytest.mark.parametrize("name", AGENTS)
 
 
+def small(name: str, kind: str) -> Any:
+    """The config of a registered name with small networks."""
+    return small_config(partial(make_config, name, kind), agent_class(name, kind).config_class)
+
+
 def build(name: str, kind: str = "continuous", *, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
     """A small agent of a registered name."""
-    config = small_config(partial(make_config, name), agent_class(name).config_class)
-    return agent_class(name)(config, OBS, ACT, seeds=seeds, dtype=dtype, discrete=kind == "discrete")
+    return agent_class(name, kind)(small(name, kind), OBS, ACT, seeds=seeds, dtype=dtype, discrete=kind == "discrete")
 
 
 def batches(name: str, kind: str, count: int, *, seeds: int = 1) -> list[Any]:
     """What the agent learns from."""
-    return Problem(agent_class(name), kind).batches(count, seeds=seeds)
+    return Problem(agent_class(name, kind), kind).batches(count, seeds=seeds)
 
 
 def problem(name: str, kind: str = "continuous") -> Problem:
     """A registered agent, small, as the checks of the contract take it."""
-    config = small_config(partial(make_config, name), agent_class(name).config_class)
-    return Problem(agent_class(name), kind, config)
+    return Problem(agent_class(name, kind), kind, small(name, kind))
 
 
 CONTRACT = [
     pytest.param(check, id=f"{name}-{what}")
     for name in list_agents()
-    for what, check in agent_checks(
-        agent_class(name), small_config(partial(make_config, name), agent_class(name).config_class)
-    )
+    for cls in agent_classes(name)
+    for what, check in agent_checks(cls, small(name, cls.action_kinds[0]))
     if "multidiscrete" not in what or name in ("bc", "iql", "odice", "cpl", "ipl")  # the others share their heads
 ]
 
@@ -312,9 +314,9 @@ def test_every_space(name: str, family: str) -> None:
     """From raw spaces to actions the environment accepts, for two seeds."""
     observation_space, action_space = SPACES[family]
     spec = DatasetSpec(observation_space=observation_space, action_space=action_space)
-    config = small_config(partial(make_config, name), agent_class(name).config_class)
     kind = "discrete" if spec.discrete else "continuous"
-    if kind not in agent_class(name).action_kinds:
+    config = small(name, kind)
+    if kind not in agent_kinds(name):
         with pytest.raises(ConfigError, match="choose another agent"):
             make_agent(config, spec)
         return

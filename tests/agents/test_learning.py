@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkit2.agents import agent_class, list_agents, make_config, plain_name
+from rlkit2.agents import agent_class, agent_kinds, list_agents, make_config, plain_name
 from rlkit2.agents.base import Agent
 from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch
@@ -32,7 +32,7 @@ CASES = [
     for kind in ("continuous", "discrete")
     if plain_name(name) == name
     and name not in ON_OTHER_DATA
-    and kind in agent_class(name).action_kinds
+    and kind in agent_kinds(name)
     and not issubclass(agent_class(name), PreferenceAgent)
 ]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
@@ -40,11 +40,12 @@ every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case
 
 def train(name: str, data: dict[str, Tensor], actions: int | None = None) -> Agent:
     """A small agent after `UPDATES` updates at ten times the usual step sizes; `actions` is the number of discrete ones."""
-    cls = agent_class(name)
+    kind = "continuous" if actions is None else "discrete"
+    cls = agent_class(name, kind)
     fields = [f.name for f in dataclasses.fields(cls.config_class)]
     quick = {name: 3e-3 for name in fields if name.endswith("learning_rate")}
     quick |= {name: value for name, value in (("target_update_rate", 0.05), ("discount", 0.9)) if name in fields}
-    config = small_config(partial(make_config, name), cls.config_class, **quick, **SETTINGS.get(name, {}))
+    config = small_config(partial(make_config, name, kind), cls.config_class, **quick, **SETTINGS.get(name, {}))
     size = data["observations"].shape[1]
     agent = cls(config, size, actions or data["actions"].shape[1], discrete=actions is not None)
     draw = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlkit2.agents import agent_class, list_agents, make_config
+from rlkit2.agents import agent_class, agent_kinds, list_agents, make_config
 from rlkit2.agents.base import Agent
 from tests.agents.problems import random_batch, random_preferences, small_config
 
@@ -55,7 +55,7 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
         (name, kind, options)
         for name in list_agents()
         for options in [{}, *VARIANTS.get(name, [])]
-        for kind in agent_class(name).action_kinds
+        for kind in agent_kinds(name)
         if kind != "multidiscrete" and not (kind == "discrete" and "policy_head" in options)
     ]
 
@@ -66,8 +66,9 @@ def case_id(name: str, kind: str, options: dict[str, Any]) -> str:
 
 def trained(name: str, kind: str, options: dict[str, Any]) -> tuple[Agent, dict[str, list[float]]]:
     """The agent and the metrics of its last update."""
-    config = small_config(partial(make_config, name), agent_class(name).config_class, **options)
-    agent = agent_class(name)(config, OBS, ACT, seeds=SEEDS, dtype=torch.float64, discrete=kind == "discrete")
+    cls = agent_class(name, kind)
+    config = small_config(partial(make_config, name, kind), cls.config_class, **options)
+    agent = cls(config, OBS, ACT, seeds=SEEDS, dtype=torch.float64, discrete=kind == "discrete")
     from_preferences = getattr(agent, "learns_from", "transitions") != "transitions"
     make: Any = random_preferences if from_preferences else partial(random_batch, next_actions=agent.needs_next_actions)
     metrics: Any = {}

@@ -85,8 +85,9 @@ class NoHostNumbers(TorchFunctionMode):
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case_id(*case))
 def test_no_update_copies_numbers_to_the_device(case: tuple[str, str, dict[str, Any]]) -> None:
     name, kind, options = case
-    config = small_config(partial(make_config, name), agent_class(name).config_class, **options)
-    agent = agent_class(name)(config, 3, 2, discrete=kind == "discrete")
+    cls = agent_class(name, kind)
+    config = small_config(partial(make_config, name, kind), cls.config_class, **options)
+    agent = cls(config, 3, 2, discrete=kind == "discrete")
     from_transitions = getattr(agent, "learns_from", "transitions") == "transitions"
     ahead = partial(random_batch, next_actions=agent.needs_next_actions)
     make: Any = ahead if from_transitions else random_preferences

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from rlkit2.agents import agent_class, list_agents
+from rlkit2.agents import agent_class, agent_classes, list_agents
 from rlkit2.cli.main import main
 from rlkit2.cli.train import COMMAND, _parse, examples
 from rlkit2.envs.builtin import builtin_recipes
@@ -180,9 +180,8 @@ def test_help_explains_every_field_of_every_agent(capsys, agent):
         main(["train", agent, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    names = [
-        field.name for cls in (TrainingOptions, DataOptions, agent_class(agent).config_class) for field in fields(cls)
-    ]
+    own = dict.fromkeys(field.name for cls in agent_classes(agent) for field in fields(cls.config_class))
+    names = [*(field.name for cls in (TrainingOptions, DataOptions) for field in fields(cls)), *own]
     assert len({*names, *COMMAND, "logger"}) == len(names) + len(COMMAND) + 1  # no option hides another
     for name in (*names, *COMMAND, "logger"):
         assert f"--{name.rstrip('_').replace('_', '-')}" in text

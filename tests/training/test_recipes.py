@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 import rlkit2
-from rlkit2.agents import agent_class, list_agents, make_config
+from rlkit2.agents import agent_class, agent_classes, list_agents, make_config
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, field_types, read_fields, read_texts
 from rlkit2.recipes import recipe_folder
@@ -115,12 +115,13 @@ def test_without_a_recipe_the_defaults_hold(tmp_path):
 
 @pytest.mark.parametrize("agent", list_agents())
 def test_every_field_of_every_agent_has_a_type_a_default_and_a_meaning(agent):
-    rows = describe_fields(agent_class(agent).config_class)
-    assert [row[0] for row in rows] == [field.name for field in dataclasses.fields(agent_class(agent).config_class)]
-    for name, kind, default, meaning in rows:
-        assert len(meaning) > 3, f"{agent}.{name} has no comment"
-        assert not kind.startswith("<class"), f"{agent}.{name}: {kind}"
-        assert default is not dataclasses.MISSING, f"{agent}.{name} has no default"
+    for cls in agent_classes(agent):
+        rows = describe_fields(cls.config_class)
+        assert [row[0] for row in rows] == [field.name for field in dataclasses.fields(cls.config_class)]
+        for name, kind, default, meaning in rows:
+            assert len(meaning) > 3, f"{agent}.{name} has no comment"
+            assert not kind.startswith("<class"), f"{agent}.{name}: {kind}"
+            assert default is not dataclasses.MISSING, f"{agent}.{name} has no default"
 
 
 @pytest.mark.parametrize("cls", [TrainingOptions, DataOptions])
