@@ -275,7 +275,8 @@ class Agent:
     def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
         """Known signs of trouble in one seed's logged metrics: name of the warning -> one line with the mend.
 
-        A pure function of numbers that have left the device; the trainer shows each name once per run.
+        A pure function of numbers that have left the device; the trainer shows each name once per run. It adds `data/reward_min` and
+        `data/reward_max`, the smallest and largest reward that the agent is trained on.
         """
         return {}
 

@@ -68,6 +68,24 @@ class Uncertainty:
         return self.q_mean - half, self.q_mean + half
 
 
+def value_warnings(discount: float, metrics: Mapping[str, float]) -> dict[str, str]:
+    """A mean of Q beyond what the rewards of the data could ever be worth, by a tenth of that range: Q diverges.
+
+    Nothing where the metrics lack Q or the rewards, or rewards are not discounted. An entropy bonus counts as a reward.
+    """
+    if discount >= 1.0 or not {"critic/q_mean", "data/reward_min", "data/reward_max"} <= metrics.keys():
+        return {}
+    bonus = metrics.get("policy/temperature", 0.0) * abs(metrics.get("policy/entropy", 0.0))
+    low = (min(metrics["data/reward_min"], 0.0) - bonus) / (1.0 - discount)
+    high = (max(metrics["data/reward_max"], 0.0) + bonus) / (1.0 - discount)
+    value, slack = metrics["critic/q_mean"], 0.1 * (high - low)
+    if low - slack <= value <= high + slack:
+        return {}
+    doubt = f"critic/q_mean is {value:.3g}, but by the data's rewards no policy is worth less than {low:.3g} or more than {high:.3g}"
+    mend = "keep the policy nearer to the data, lower critic_learning_rate or target_update_rate, or take more critics"
+    return {"values_out_of_reach": f"{doubt}: Q diverges; {mend}"}
+
+
 @dataclass(frozen=True)
 class PredictedTargets:
     """Targets of a batch and the distribution each member gives them, all `[S, M, B]`."""
@@ -164,8 +182,8 @@ class UncertainAgent(Agent):
 
     @classmethod
     def warnings(cls, config: Any, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Signs of trouble in the noise model."""
-        return error_warnings(metrics)
+        """Values that no policy could have; signs of trouble in the noise model."""
+        return {**value_warnings(config.discount, metrics), **error_warnings(metrics)}
 
     def row_weights(self, batch: Batch) -> Tensor | None:
         """How often every row counts for every member, `[S, M, B]` with mean 1: Poisson numbers that seed, member and row alone decide; None: alike.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -214,13 +215,22 @@ class Trainer:
         if bad:
             self._stop_seeds(bad)
 
+    @cached_property
+    def _reward_bounds(self) -> dict[str, float]:
+        """The smallest and largest reward of what is trained on, as `Agent.warnings` takes them; nothing for data without rewards."""
+        rewards = getattr(self.dataset, "rewards", None)
+        if not isinstance(rewards, Tensor):
+            return {}
+        low, high = rewards.aminmax()
+        return {"data/reward_min": low.item(), "data/reward_max": high.item()}
+
     def _warn(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Say once per run what the agent finds alarming about its metrics."""
         if self.step < min(SETTLED, self.options.steps // 10):
             return
         agent = self.groups[0].agent
         for line in lines:
-            for name, message in agent.warnings(agent.config, line).items():
+            for name, message in agent.warnings(agent.config, {**line, **self._reward_bounds}).items():
                 if name not in self._warned:
                     self._warned.add(name)
                     self.progress.message(f"warning: seed {line['seed']} at step {self.step}: {message}")

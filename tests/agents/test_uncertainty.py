@@ -381,3 +381,22 @@ def test_conservatism_lowers_actions_outside_the_data() -> None:
         q = agent.critic.every_action(random_batch(1, 64, OBS, ACT, generator=500).observations).mean((0, 1, 2))
         gaps[alpha] = float((q[0] - q[1:].max()).detach())
     assert gaps[2.0] > gaps[0.0] + 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "said"),
+    [
+        ("td3bc", {"critic/q_mean": 99.0}, False),
+        ("td3bc", {"critic/q_mean": 121.0}, True),
+        ("td3bc", {"critic/q_mean": -9.0}, False),  # a start below 0 that the rewards do not reach
+        ("td3bc", {"critic/q_mean": -12.0}, True),
+        ("sacn", {"critic/q_mean": 121.0, "policy/temperature": 1.0, "policy/entropy": -3.0}, False),
+        ("sacn", {"critic/q_mean": 121.0, "policy/temperature": 0.01, "policy/entropy": -3.0}, True),
+    ],
+)
+def test_values_beyond_what_the_rewards_allow_are_told(name: str, numbers: dict[str, float], said: bool) -> None:
+    config, rewards = make_config(name, discount=0.99), {"data/reward_min": 0.2, "data/reward_max": 1.0}
+    found = agent_class(name).warnings(config, {**numbers, **rewards})
+    assert ("values_out_of_reach" in found) == said
+    assert agent_class(name).warnings(config, numbers) == {}
+    assert agent_class(name).warnings(make_config(name, discount=1.0), {**numbers, **rewards}) == {}

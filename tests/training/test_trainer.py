@@ -327,6 +327,32 @@ def test_a_warning_is_shown_once_per_run_and_not_at_the_bumpy_start(tmp_path):
     assert text.getvalue().count("suspicious") == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class DivergingConfig(TD3BCConfig):
+    """TD3+BC whose values may run away."""
+
+    growth: float = 1.0
+
+
+class Diverging(TD3BC):
+    """Every target is a multiple of what it should be."""
+
+    config_class = DivergingConfig
+
+    def critic_targets(self, batch):
+        return super().critic_targets(batch) * self.config.growth ** self.step.view(-1, 1)
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.5], ids=["sound", "diverging"])
+def test_an_agent_that_diverges_says_so(tmp_path, growth):
+    text = io.StringIO()
+    config = DivergingConfig(hidden_sizes=(16,), growth=growth, critic_learning_rate=0.03, discount=0.5)
+    run = tiny_run(tmp_path, config, DATASET, [0], **SCHEDULE)
+    fit(run, DATASET, progress=Progress(Console(file=text, width=400)))
+    said = [line for line in text.getvalue().splitlines() if "by the data's rewards no policy is worth" in line]
+    assert len(said) == int(growth > 1.0)
+
+
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     import threading
 
