@@ -84,6 +84,7 @@ _REGISTRY = {
     "crr": _Entry("rlkit2.agents.crr", "CRR"),
     "dqn": _Entry("rlkit2.agents.dqn", "DQN"),
     "edac": _Entry("rlkit2.agents.edac", "EDAC"),
+    "fql": _Entry("rlkit2.agents.fql", "FQL"),
     "ipl": _Entry("rlkit2.agents.ipl", "IPL"),
     "iql": _Entry("rlkit2.agents.iql", "IQL"),
     "odice": _Entry("rlkit2.agents.odice", "ODICE"),

@@ -173,6 +173,37 @@ class DeterministicActor(Actor):
         return action.tanh()
 
 
+class OneStepActor(Actor):
+    """A network that turns an observation and a standard normal number for each action dimension into an action, cut off at -1 and 1.
+
+    It has no density. Its mode is what it makes of the noise 0, the most likely one: the samples' own mode is not known.
+    """
+
+    head = "one_step"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("a one-step policy is a function of noise and has no density of actions")
+
+    def raw(self, observations: Tensor, noise: Tensor) -> Tensor:
+        """The network's output, `[S, B, act]`, before it is cut off."""
+        found: Tensor = self.network(torch.cat([observations, noise], -1))
+        return found
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        if noise is None:
+            noise = observations.new_zeros((*observations.shape[:-1], self.action_size))
+        return self.raw(observations, noise).clamp(-1.0, 1.0)
+
+
 class CategoricalActor(Actor):
     """Softmax over the network's outputs `[S, B, n]`; actions are int64 `[S, B]` counted from 0."""
 
@@ -296,7 +327,7 @@ class GreedyActor(Actor):
 
 
 PolicyHead = Literal["gaussian", "squashed_gaussian", "deterministic", "categorical"]
-HEADS: tuple[str, ...] = (*get_args(PolicyHead), MultiCategoricalActor.head)
+HEADS: tuple[str, ...] = (*get_args(PolicyHead), MultiCategoricalActor.head, OneStepActor.head)
 
 
 def make_actor(
@@ -333,7 +364,7 @@ def make_actor(
         raise ConfigError(f"unknown policy head {head!r}; choose one of: {', '.join(HEADS)}")
     outputs = 2 * action_size if head == "squashed_gaussian" else action_size
     network = make_network(
-        observation_size,
+        observation_size + (action_size if head == OneStepActor.head else 0),
         hidden_sizes,
         outputs,
         seeds=seeds,
@@ -359,6 +390,8 @@ def make_actor(
         actor = SquashedGaussianActor(network, log_std_bounds=log_std_bounds)
     elif head == "deterministic":
         actor = DeterministicActor(network)
+    elif head == OneStepActor.head:
+        actor = OneStepActor(network)
     elif choices is not None:
         actor = MultiCategoricalActor(network, choices, device)
     else:

@@ -192,7 +192,9 @@ def own_agent(cls: type[Agent]) -> dict[str, str]:
 def unreachable_actions(agent: Agent, dataset: TransitionDataset) -> str | None:
     """One line where the data's actions lie beyond what the policy's head can put out: a tanh in a space without bounds, which nothing rescales."""
     limit, actor = agent.normalizer.action_limit, agent.policy.actor
-    bounded_head = actor.head in ("squashed_gaussian", "deterministic") or getattr(actor, "tanh_mean", False)
+    bounded_head = actor.head in ("squashed_gaussian", "deterministic", "one_step") or getattr(
+        actor, "tanh_mean", False
+    )
     if limit is None or not bounded_head:
         return None
     largest = dataset.actions[:, limit[0, 0].isinf().cpu()].abs().max().item()

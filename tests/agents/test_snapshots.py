@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "crr": [{"weight": "binary", "advantage": "max", "num_critics": 2}, {"critic": "gaussian"}],
     "dqn": [{"target": "min"}, {"target": "shared_lcb", "critic": "ggd", "vote": "shape"}, {"critic": "gaussian"}],
     "edac": [{"critic": "ggd"}],
+    "fql": [{"normalize_q": True, "target": "min", "critic": "ggd"}],
     "iql": [{"critic": "ggd", "sample_weighting": "iv"}, {"critic": "gaussian"}],
     "odice_released": [
         {"divergence": "rkl", "weight": "conjugate_grad", "weight_normalization": "mean"},

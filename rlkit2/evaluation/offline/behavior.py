@@ -20,7 +20,11 @@ def no_density(problem: Problem) -> list[str | None]:
     for policy in problem.policies:
         sampled = policy.actor.head in ("gaussian", "squashed_gaussian") and not problem.deterministic
         reason = None
-        if not problem.discrete and not sampled:
+        if policy.actor.head == "one_step":
+            reason = (
+                "importance weights need action probabilities, which a policy that is a function of noise does not have"
+            )
+        elif not problem.discrete and not sampled:
             reason = (
                 "importance weights need action probabilities, which a deterministic policy with continuous actions does not have; "
                 "judge its sampled actions (deterministic=False, --stochastic)"

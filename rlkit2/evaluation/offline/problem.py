@@ -230,7 +230,7 @@ def chosen_actions(
         parameter = next(policy.actor.parameters())
         logits: Tensor = policy.actor.network(policy.normalizer.observations(inputs.to(parameter.dtype)))
         return logits.softmax(-1).float()
-    sampled = not deterministic and policy.actor.head in ("gaussian", "squashed_gaussian")
+    sampled = not deterministic and policy.actor.head in ("gaussian", "squashed_gaussian", "one_step")
     drawn = [policy(inputs, deterministic=not sampled, generator=generator) for _ in range(draws if sampled else 1)]
     if not drawn[0].is_floating_point():
         return F.one_hot(normalizer.actions(drawn[0]), choices).float()
