@@ -53,7 +53,8 @@ def uncertainty(
 ) -> int:
     """Hold a run's noise model against episodes it was not trained on: calibration, tails, AUROC and size of its ignorance.
 
-    Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, rebrac, iql, sql, xql, fql, awac, crr, cql, dqn), best with --held-out 0.1.
+    Needs an agent trained with --critic ggd or gaussian (sacn, edac, td3bc, rebrac, iql, sql, xql, fql, awac, crr, cql, dqn), best with
+    --held-out 0.1.
 
     `rlkit2 uncertainty study --help`: the losses on problems whose noise is known.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlkit2.nn.encoders import make_network
+from rlkit2.nn.encoders import EncodedMLP, make_network
 from rlkit2.nn.ensembles import member_minimum
 from rlkit2.nn.mlp import Pullback, StackedMLP, named_tensors, vjp, vjp_by_autograd
 from rlkit2.nn.prior import RandomFunctions
@@ -118,7 +118,8 @@ class Critic(nn.Module):
         if self.discrete:
             return taken(self.every_output(observations), actions)
         inputs = torch.cat([observations, actions], -1)
-        found = self.network(inputs, frozen=frozen) if frozen else self.network(inputs)
+        own = isinstance(self.network, StackedMLP | EncodedMLP)  # another module may not know what frozen is
+        found = self.network(inputs, frozen=True) if frozen and own else self.network(inputs)
         found = self._with_prior(found, inputs)
         return found if self.noise_outputs else found.unsqueeze(-1)
 

@@ -23,6 +23,7 @@ STARTS = SIZE // 15
 DISCRETE_PUSH = torch.tensor([[0.0, 0.0], [0.6, 0.0], [-0.6, 0.0], [0.0, 0.6], [0.0, -0.6]])
 SETTINGS: dict[str, dict[str, Any]] = {
     "edac": {"eta": 0.1},  # its diversity term is meant for returns in the thousands
+    "fql": {"alpha": 1.0},  # meant to be tuned; rewards are of size one
 }
 ON_OTHER_DATA = ("odice_il", "p_iql")  # they change the rewards and learn as the class they build on
 CLONES = ("bc",)
