@@ -138,6 +138,8 @@ class EpisodePacker:
         rewards, terminations, truncations = (
             np.asarray(a).reshape(-1) for a in (episode.rewards, episode.terminations, episode.truncations)
         )
+        if rewards.dtype.kind not in "fiub":
+            raise CorruptDatasetError(f"{episode.name}: rewards of dtype {rewards.dtype} are not numbers")
         steps = len(actions)
         if not len(rewards) == len(terminations) == len(truncations) == steps:
             lengths = f"{steps} actions, {len(rewards)} rewards, {len(terminations)} terminations, {len(truncations)} truncations"
@@ -205,7 +207,7 @@ def _rows(tree: Any) -> int:
     """Rows of an array or of the first array of a tree."""
     while isinstance(tree, Mapping | tuple):
         tree = next(iter(tree.values() if isinstance(tree, Mapping) else tree))
-    return len(tree)
+    return len(np.atleast_1d(tree))
 
 
 def check_whole(name: str, actions: NDArray[Any], space: spaces.Space[Any]) -> None:

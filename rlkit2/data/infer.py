@@ -34,9 +34,7 @@ class Columns:
 
     @classmethod
     def of(cls, array: Array, name: str = "values") -> Columns:
-        """The columns of a first block `[n, *shape]`; `DatasetError` where its values are not numbers."""
-        if array.dtype.kind not in "fiub":
-            raise DatasetError(f"{name} of dtype {array.dtype} are not numbers; map them to numbers or leave them out")
+        """The columns of a first block `[n, *shape]`; `DatasetError` where there are none."""
         width = int(np.prod(array.shape[1:]))
         if not width:
             raise DatasetError(f"{name} of shape {array.shape} have no columns")
@@ -46,7 +44,11 @@ class Columns:
         return found
 
     def add(self, array: Array) -> None:
-        """Take in one block `[n, *shape]`."""
+        """Take in one block `[n, *shape]`; `DatasetError` where its values are not numbers, or of another shape."""
+        if array.dtype.kind not in "fiub":
+            raise DatasetError(
+                f"{self.name} of dtype {array.dtype} are not numbers; map them to numbers or leave them out"
+            )
         if array.shape[1:] != self.shape:
             raise DatasetError(f"{self.name} have shape {self.shape} in one episode and {array.shape[1:]} in another")
         self.dtype = np.promote_types(self.dtype, array.dtype)
@@ -93,10 +95,13 @@ def infer_spaces(
     for pair in episodes:
         for name, tree in zip(seen, pair, strict=True):
             for path, array in _leaves(tree, ()):
+                named = f"{name}{'/' if path else ''}{'/'.join(map(str, path))}"
+                if not array.ndim:
+                    raise DatasetError(f"{named} are a single value in one episode, not one per step")
                 if not len(array):
                     continue
                 if path not in seen[name]:
-                    seen[name][path] = Columns.of(array, f"{name}{'/' if path else ''}{'/'.join(map(str, path))}")
+                    seen[name][path] = Columns.of(array, named)
                 else:
                     seen[name][path].add(array)
     if not seen["actions"] or not seen["observations"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,7 +28,7 @@ from rlkit2.data.sources.minari import HDF5_FILE, MinariReader, minari_data
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import cut_rows
 from rlkit2.data.spec import DatasetSpec
-from rlkit2.errors import ConfigError, DatasetError, DatasetNotFoundError, first_line
+from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError, RLKitError, first_line
 
 Source: TypeAlias = str | os.PathLike[str] | MinariDataset | Mapping[str, Any] | TransitionDataset
 Columns: TypeAlias = Mapping[str, str | Sequence[str]]
@@ -147,11 +148,27 @@ def _unpacked(
 def _read(
     path: Path, reader: Reader, options: ReadOptions, own: DatasetSpec | None, given: _Given, progress: Progress | None
 ) -> Unpacked:
-    def episodes() -> Iterable[Episode]:
-        return reader.episodes(path, options)
+    def episodes() -> Iterator[Episode]:
+        with _as_damage(path, reader):
+            yield from reader.episodes(path, options)
 
-    found = _unpacked(str(path), episodes, own, given, reader.steps(path, options), progress)
+    with _as_damage(path, reader):
+        steps = reader.steps(path, options)
+    found = _unpacked(str(path), episodes, own, given, steps, progress)
     return found if own is not None else replace(found, spec=replace(found.spec, id=path.stem))
+
+
+@contextmanager
+def _as_damage(path: Path, reader: Reader) -> Iterator[None]:
+    """Whatever a reader runs into in a file becomes one line that names it."""
+    try:
+        yield
+    except RLKitError:
+        raise
+    except Exception as error:  # of numpy, pyarrow, h5py, PIL: every kind
+        raise CorruptDatasetError(
+            f"{path} cannot be read as {reader.name} ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _said(dataset: TransitionDataset) -> TransitionDataset:

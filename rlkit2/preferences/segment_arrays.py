@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 
 from rlkit2.data.dataset import TransitionDataset, dataset_from_arrays
 from rlkit2.data.preferences import PreferenceDataset
-from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetNotFoundError, first_line
+from rlkit2.data.sources.npz import open_npz
+from rlkit2.errors import ConfigError, DatasetNotFoundError
 
 Array = NDArray[Any]
 _PAIRS = ({"obs": "obs_1", "action": "action_1", "reward": "reward_1"}, {"obs": "obs_2", "action": "action_2", "reward": "reward_2"})  # fmt: skip
@@ -63,13 +63,20 @@ class SegmentArrays:
             ConfigError: none of the layouts, arrays whose shapes do not fit, or a label that has no one meaning.
         """
         path = Path(path)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError as error:
-            raise DatasetNotFoundError(f"{path} does not exist; give an .npz file of labelled segments") from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise CorruptDatasetError(f"{path} cannot be read as an .npz file ({first_line(error)})") from error
+        if not path.exists():
+            raise DatasetNotFoundError(f"{path} does not exist; give an .npz file of labelled segments")
+        with open_npz(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        read = {name for names in (*_PAIRS, *_BATCH, _STACKED) for name in names.values()} | {
+            "label",
+            "labels",
+            label_key,
+        }
+        odd = [
+            name for name in arrays if name in read and not (arrays[name].ndim and arrays[name].dtype.kind in "fiub")
+        ]
+        if odd:
+            raise ConfigError(f"{path}: {odd[0]} is not an array of numbers")
         sides = next((names for names in (_PAIRS, _BATCH) if names[1]["obs"] in arrays), None)
         if sides is not None:
             found = [{part: arrays[name] for part, name in names.items() if name in arrays} for names in sides]
@@ -201,10 +208,9 @@ def _labels(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
         if not np.allclose(label.sum(1), 1):
             raise ConfigError(f"{path}: the two columns of {key} do not add up to 1 in every row")
         label = label[:, 1]
-    label = label.reshape(len(label), -1)
-    if label.shape[1:] != (1,):
+    if label.size != len(label):
         raise ConfigError(f"{path}: {key} has shape {arrays[key].shape}; expected one label a pair, or two columns")
-    label = label[:, 0]
+    label = label.reshape(-1)
     odd = np.flatnonzero(~((label >= 0) & (label <= 1)))
     if len(odd):
         hint = " (some files mean equal by it, others unanswered: leave such pairs out or write 0.5)" if label[odd[0]] == -1 else ""  # fmt: skip
@@ -215,7 +221,9 @@ def _labels(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
 def _compared(path: Path, arrays: Mapping[str, Array], key: str | None, segments: int) -> Array:
     """Labels from a score per segment: the higher one is preferred, equal ones are a tie."""
     scores = sorted(
-        name for name, array in arrays.items() if array.shape == (segments,) and name not in _STACKED.values()
+        name
+        for name, array in arrays.items()
+        if array.shape == (segments,) and array.dtype.kind in "fiub" and name not in _STACKED.values()
     )
     if key is None and "label" in scores:
         key = "label"

@@ -229,6 +229,8 @@ def _read(line: Mapping[str, Any], settings: Mapping[str, Any]) -> Cell:
             f"{line['agent']} on {line['dataset']} has {means.shape[1]} scores at {len(history.steps)} steps"
         )
     setting = settings[line["setting"]]
+    if not all(isinstance(setting[part], dict) for part in ("config", "data", "training")):
+        raise ValueError(f"setting {line['setting']} is not one of agent, config, data and training")
     named = (line["dataset"], line["content_hash"], line["agent"], setting, line["version"])
     return Cell(*named, history, tuple(line["runs"]))
 

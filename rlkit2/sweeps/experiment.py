@@ -58,6 +58,8 @@ from rlkit2.training.options import TrainingOptions
 from rlkit2.training.run_files import read_json
 from rlkit2.training.selection import Goal, read_goal
 
+MOST_TRIALS = 100_000
+
 SECTIONS = ("config", *OPTIONS)
 NAMES = ("agent", "dataset", "seeds", "env", "loggers", "recipes")
 ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
@@ -176,10 +178,13 @@ def _search(content: Mapping[str, Any]) -> Search:
         raise ConfigError('search names no metric; add metric = "min:policy/loss" or another column of metrics.csv')
     numbers = {"trials": given.get("trials", 20), "seed": given.get("seed", 0), "batch": given.get("batch", 4)}
     for name, value in numbers.items():
-        if type(value) is not int or value < (name != "seed"):
-            raise ConfigError(f"search: {name} must be a whole number of at least {int(name != 'seed')}, not {value!r}")
+        low, high = (0, 2**32 - 1) if name == "seed" else (1, MOST_TRIALS)
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(
+                f"search: {name} must be a whole number of at least {low} and at most {high}, not {value!r}"
+            )
     method, prune, base = given.get("method", "random"), given.get("prune", []), content.get("base", {})
-    if method not in SAMPLERS:
+    if method not in list(SAMPLERS):  # it may be of any type
         raise ConfigError(f"search: method must be one of {', '.join(SAMPLERS)}, not {method!r}")
     steps = TrainingOptions(**read_fields(TrainingOptions, base.get("training", {}))).steps
     if (

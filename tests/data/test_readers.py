@@ -26,6 +26,16 @@ from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError
 from tests.data.make import FAMILIES, Ending, make_minari
 
 LENGTHS = [4, 1, 6, 3]
+STEPS = sum(LENGTHS)
+# the columns of a table of one's own
+MAPPING = {
+    "observations": "s_*",
+    "next_observations": "n_*",
+    "actions": ["left", "right"],
+    "rewards": "earned",
+    "terminations": "over",
+    "truncations": "cut",
+}
 TERMINATED = [True, False, False, True]
 
 
@@ -135,15 +145,7 @@ def write_table(path: Path) -> dict[str, Any]:
     }
     table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, path) if path.suffix == ".parquet" else pyarrow.csv.write_csv(table, path)
-    mapping = {
-        "observations": "s_*",
-        "next_observations": "n_*",
-        "actions": ["left", "right"],
-        "rewards": "earned",
-        "terminations": "over",
-        "truncations": "cut",
-    }
-    return {"columns": mapping}
+    return {"columns": MAPPING}
 
 
 LAYOUTS = {
@@ -176,10 +178,8 @@ def test_ogbench_files_without_rewards_end_nowhere_for_good(tmp_path: Path) -> N
     whole(read(tmp_path / "file.npz"), [False] * 4)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_d3rlpy_replay_buffers_of_both_versions(tmp_path: Path, version: int) -> None:
-    """Neither stores the observation after the last action."""
-    with h5py.File(tmp_path / "buffer.h5", "w") as file:
+def write_d3rlpy(path: Path, version: int) -> None:
+    with h5py.File(path, "w") as file:
         if version == 1:
             file["observations"], file["actions"], file["rewards"] = (
                 rows("observations"),
@@ -198,6 +198,12 @@ def test_d3rlpy_replay_buffers_of_both_versions(tmp_path: Path, version: int) ->
                 file[f"actions_{number}"] = made["actions"]
                 file[f"rewards_{number}"] = made["rewards"][:, None]
                 file[f"terminated_{number}"] = ended
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_d3rlpy_replay_buffers_of_both_versions(tmp_path: Path, version: int) -> None:
+    """Neither stores the observation after the last action."""
+    write_d3rlpy(tmp_path / "buffer.h5", version)
     dataset = read(tmp_path / "buffer.h5")
     assert dataset.episode_lengths.tolist() == [4, 5, 3]  # the episode of one step has nothing left
     assert dataset.terminations.nonzero().flatten().tolist() == [3, 11]
@@ -231,12 +237,15 @@ def write_lerobot(path: Path, version: int, more: dict[str, Any] | None = None, 
         pyarrow.parquet.write_table(table.slice(start, stop - start), folder / f"{name}.parquet")
 
 
+def rewarded() -> dict[str, Any]:
+    """Rewards and ends of LeRobot's frames."""
+    return {"next.reward": rows("rewards"), "next.done": ends(True) | ends(False), "next.success": ends(True)}
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_lerobot_folders_of_both_versions(tmp_path: Path, version: int) -> None:
     """The observation after the last action is not stored; success is an end, another end is a cut; cameras are left out, and said."""
-    over = ends(True) | ends(False)
-    more = {"next.reward": rows("rewards"), "next.done": over, "next.success": ends(True)}
-    write_lerobot(tmp_path / "set", version, more)
+    write_lerobot(tmp_path / "set", version, rewarded())
     dataset = read(tmp_path / "set")
     assert dataset.episode_lengths.tolist() == [4, 5, 3]  # the episode of one step has nothing left
     assert dataset.terminations.nonzero().flatten().tolist() == [3, 11]
@@ -275,10 +284,7 @@ def test_lerobot_folders_with_something_missing(tmp_path: Path, version: int) ->
         read(tmp_path / "set")
 
 
-@pytest.mark.parametrize("layout", ["a file an episode", "one file", "older"])
-def test_vd4rl_episodes(tmp_path: Path, layout: str) -> None:
-    """Row t holds the action that led to image t; the first row's belongs to no step."""
-    folder = tmp_path / "64px"
+def write_vd4rl(folder: Path, layout: str) -> None:
     folder.mkdir()
     parts = []
     for made, ended in zip(EPISODES, TERMINATED, strict=True):
@@ -300,6 +306,13 @@ def test_vd4rl_episodes(tmp_path: Path, layout: str) -> None:
     else:
         for number, part in enumerate(parts):
             np.savez_compressed(folder / f"2022-{number}.npz", **part)
+
+
+@pytest.mark.parametrize("layout", ["a file an episode", "one file", "older"])
+def test_vd4rl_episodes(tmp_path: Path, layout: str) -> None:
+    """Row t holds the action that led to image t; the first row's belongs to no step."""
+    folder = tmp_path / "64px"
+    write_vd4rl(folder, layout)
     dataset = read(folder)
     assert dataset.observations.shape == (14, 1, 1, 3)
     assert dataset.episode_lengths.tolist() == LENGTHS
@@ -344,6 +357,23 @@ def test_a_single_value_where_an_array_belongs(tmp_path: Path, layout: Any, name
     np.savez(tmp_path / "file.npz", **(arrays | {name: np.float32(1)}))
     with pytest.raises(CorruptDatasetError, match=r"is a single value|differ in length"):
         read(tmp_path / "file.npz")
+
+
+NO_NUMBERS = [np.zeros(4, [("a", "i4")]), np.array([b"x"] * 4), np.zeros(4, complex), np.float32(1)]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: str(value.dtype))
+@pytest.mark.parametrize("name", ["actions_0", "actions_2", "rewards_0", "rewards_2", "observations_2", "terminated_0"])
+def test_what_is_no_array_of_numbers_is_refused_wherever_it_comes(tmp_path: Path, name: str, value: Any) -> None:
+    """In the first episode or a later one, of the right length or not."""
+    if name == "terminated_0" and not value.shape:
+        return  # a single flag is what belongs there
+    write_d3rlpy(tmp_path / "buffer.h5", 2)
+    with h5py.File(tmp_path / "buffer.h5", "r+") as file:
+        del file[name]
+        file[name] = value
+    with pytest.raises(DatasetError):
+        read(tmp_path / "buffer.h5")
 
 
 def test_steps_that_do_not_add_up_are_named() -> None:

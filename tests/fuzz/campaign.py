@@ -50,7 +50,7 @@ def originals(root: Path) -> dict[str, Path]:
 def try_one(number: int, whole: dict[str, Path], scratch: Path, kind: Kind | None = None) -> tuple[str, str | None]:
     """Damage one file and use it; what was done, and the traceback where there was one."""
     generator = random.Random(number)
-    kind = kind or generator.choices(KINDS, [8, 2, 2, 2, 3, 1])[0]
+    kind = kind or generator.choices(KINDS, [kind.weight for kind in KINDS])[0]
     folder = scratch / "input"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole[kind.name], folder)

@@ -177,7 +177,9 @@ def test_a_batch_does_not_change_what_random_search_chooses():
     [
         (('metric = "policy/loss"', ""), "search names no metric"),
         (('"policy/loss"', '"critic/q"'), "write min:critic/q or max:critic/q"),
-        (("trials = 6", "trials = 0"), "trials must be a whole number of at least 1, not 0"),
+        (("trials = 6", "trials = 0"), "trials must be a whole number of at least 1 and at most 100000, not 0"),
+        (("batch = 3", "batch = 1000000000000"), "batch must be a whole number of at least 1 and at most 100000"),
+        (("trials = 6", "method = {}"), "method must be one of random, optuna, not {}"),
         (("trials = 6", 'method = "grid"'), "method must be one of random, optuna"),
         (("prune = [7, 20]", "prune = [20, 7]"), "prune must be rising steps below 30"),
         (("prune = [7, 20]", "prune = [30]"), "prune must be rising steps below 30"),

@@ -13,7 +13,7 @@ import numpy as np
 from rlkit2.data.episodes import Episode
 from rlkit2.data.sources.reader import Reader, ReadOptions
 from rlkit2.data.sources.rows import cut_rows
-from rlkit2.errors import CorruptDatasetError
+from rlkit2.errors import CorruptDatasetError, RLKitError, first_line
 
 
 class NpzReader(Reader):
@@ -45,12 +45,16 @@ def open_npz(path: Path) -> Iterator[Any]:
             yield file
     except KeyError as error:
         raise CorruptDatasetError(f"{path} lacks an array: {error.args[0]}") from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptDatasetError(f"{path} is not a readable npz file, truncated or damaged ({error})") from error
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        raise CorruptDatasetError(f"{path} holds Python objects, which are not unpickled; save plain arrays") from error
+    except RLKitError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise every kind
+        if "allow_pickle" in str(error):
+            raise CorruptDatasetError(
+                f"{path} holds Python objects, which are not unpickled; save plain arrays"
+            ) from error
+        raise CorruptDatasetError(
+            f"{path} is not a readable npz file, truncated or damaged ({first_line(error)})"
+        ) from error
 
 
 def npz_rows(path: Path, name: str) -> int:
@@ -72,6 +76,6 @@ def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                         else np.lib.format.read_array_header_2_0
                     )
                     shapes[name.removesuffix(".npy")] = read(part)[0]
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except Exception:  # noqa: BLE001 - zipfile, zlib and numpy raise every kind; whoever reads the arrays says which
         return {}
     return shapes
