@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rlkit2.api import evaluate as evaluate
+    from rlkit2.api import export as export
     from rlkit2.api import load_dataset as load_dataset
     from rlkit2.api import load_policy as load_policy
     from rlkit2.api import load_run as load_run
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from rlkit2.api import train as train
 
 _LAZY = dict.fromkeys(
-    ("load_dataset", "train", "evaluate", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
+    ("load_dataset", "train", "evaluate", "export", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
 )
 _MODULES = (
     "agents",
     "data",
+    "deploy",
     "envs",
     "evaluation",
     "losses",
@@ -36,7 +38,7 @@ _MODULES = (
     "training",
 )
 
-__all__ = ["__version__", "evaluate", "load_dataset", "load_policy", "load_run", "offline_evaluate", "train"]
+__all__ = ["__version__", "evaluate", "export", "load_dataset", "load_policy", "load_run", "offline_evaluate", "train"]
 
 
 def __getattr__(name: str) -> Any:

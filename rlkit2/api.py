@@ -27,7 +27,7 @@ from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError, MissingExtraError, RunError
 from rlkit2.fields import read_fields
-from rlkit2.nn.policy import Policy
+from rlkit2.nn.policy import Policy, holds_policy
 from rlkit2.nn.policy import load_policy as read_policy
 from rlkit2.progress import progress_bar
 from rlkit2.training.options import SECTIONS, DataOptions, read_options, show_options
@@ -36,6 +36,7 @@ from rlkit2.training.run import Run, RunWarning
 from rlkit2.user_code import typed_again
 
 if TYPE_CHECKING:
+    from rlkit2.deploy import Export
     from rlkit2.evaluation import EnvSource, Evaluation
     from rlkit2.evaluation import Evaluator as EpisodeEvaluator
     from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions
@@ -268,7 +269,7 @@ def evaluate(
 
     if isinstance(run_or_policy, str | os.PathLike):
         path = Path(run_or_policy)
-        run_or_policy = read_policy(path) if (path / "policy.json").is_file() else load_run(path)
+        run_or_policy = read_policy(path) if holds_policy(path) else load_run(path)
     policy = run_or_policy.policy if isinstance(run_or_policy, Run) else run_or_policy
     if env is None and isinstance(run_or_policy, Run):
         env = run_environment(run_or_policy, trust_env=trust_env)
@@ -365,6 +366,50 @@ def offline_evaluate(
         progress=progress,
         notes=notes,
     )
+
+
+def export(
+    run_or_policy: Run | Policy | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    seed: int | None = None,
+    sampling: bool = False,
+) -> Export:
+    """Write one file that acts as a trained policy does, in another program; it is held against the policy on 1,000 observations before it appears.
+
+    Args:
+        run_or_policy: a run, a policy, or the folder of either.
+        path: the file; nothing is overwritten.
+        format: `onnx` (.onnx), `torch.export` (.pt2), `torchscript` (.ts) or `safetensors`; default: as the suffix of `path` says.
+        seed: the integer that names the seed; default: the first.
+        sampling: actions are samples, driven by an input `noise`; else the mode.
+
+    Raises:
+        ConfigError: unknown format or seed, nothing to sample, the file is there already, or it would differ from the policy.
+        MissingExtraError: the extra `export`, for ONNX, is not installed.
+        RunError: the folder holds neither a run nor a policy.
+    """
+    from rlkit2.deploy import export_policy
+
+    if isinstance(run_or_policy, str | os.PathLike):
+        folder = Path(run_or_policy)
+        run_or_policy = load_policy(folder) if holds_policy(folder) else load_run(folder)
+    facts: dict[str, Any] = {}
+    if isinstance(run_or_policy, Run):
+        known, policy = run_or_policy.config, run_or_policy.policy
+        policy.metadata = {"spec": known["spec"], **policy.metadata}
+        facts = {
+            "agent": known["agent"],
+            "dataset": known["dataset"]["id"],
+            "content_hash": known["dataset"]["content_hash"],
+        }
+    else:
+        policy = run_or_policy
+    if seed is not None and seed not in policy.seeds:
+        raise ConfigError(f"there is no seed {seed}; seeds: {', '.join(map(str, policy.seeds))}")
+    one = policy.select_seed(0 if seed is None else policy.seeds.index(seed))
+    return export_policy(one, Path(path), format=format, sampling=sampling, facts=facts)
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:

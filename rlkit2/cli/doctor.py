@@ -51,6 +51,7 @@ EXTRAS = {
     "ray": ("ray", "ray", "sweeps on a Ray cluster"),
     "slurm": ("submitit", "submitit", "sweeps on a Slurm cluster"),
     "trackio": ("trackio", "trackio", "logging"),
+    "export": ("onnxruntime", "onnxruntime", "policies as ONNX files"),
     "video": ("imageio-ffmpeg", "imageio_ffmpeg", "films of episodes as MP4 (GIF needs nothing)"),
     "label": ("starlette", "starlette", "the labelling page in the browser"),
 }

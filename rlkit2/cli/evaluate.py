@@ -18,7 +18,7 @@ from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, RLKitError
 from rlkit2.evaluation.environments import run_environment
 from rlkit2.evaluation.evaluation import Evaluation, mean_text
-from rlkit2.nn.policy import Policy
+from rlkit2.nn.policy import Policy, holds_policy
 from rlkit2.progress import progress_bar
 from rlkit2.training.run import Run
 
@@ -165,10 +165,10 @@ def _at(path: Path, checkpoint: str | None) -> Path | Run:
     """What --offline judges: the folder, or the run at a checkpoint."""
     if checkpoint is None:
         return path
-    if (path / "policy.json").is_file():
+    if holds_policy(path):
         raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
     run = load_run(path)
-    return run.at(_step(run, checkpoint) or max(run.checkpoints, default=0))
+    return run.at(checkpoint_step(run, checkpoint) or max(run.checkpoints, default=0))
 
 
 def _judge(
@@ -208,17 +208,22 @@ def _judge(
 
 def _open(path: Path, checkpoint: str | None, env: str | None, trust_env: bool) -> tuple[Policy, str | None]:
     """The policy to play, and the environment: the one given, else the one the run was told to use."""
-    if (path / "policy.json").is_file():
+    if holds_policy(path):
         if checkpoint is not None:
             raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoint out")
         return load_policy(path), env
     run = load_run(path)
-    policy = run.policy if checkpoint is None else run.load_agent(_step(run, checkpoint)).policy
+    policy = run.policy if checkpoint is None else run.load_agent(checkpoint_step(run, checkpoint)).policy
     policy.metadata.setdefault("spec", run.config.get("spec"))
     return policy, env or run_environment(run, trust_env=trust_env)
 
 
-def _step(run: Run, checkpoint: str) -> int | None:
+def checkpoint_step(run: Run, checkpoint: str) -> int | None:
+    """The step that --checkpoint names; None for the newest.
+
+    Raises:
+        ConfigError: it names none.
+    """
     if checkpoint == "last":
         return None
     if checkpoint == "best":

@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("rlkit2.cli.sweep", "train many runs from one file; resumable"),
     "benchmark": ("rlkit2.cli.benchmark", "agents by datasets with one setting each: table, page, results that grow"),
     "evaluate": ("rlkit2.cli.evaluate", "play episodes with a trained policy and score it; --offline: from data alone"),
+    "export": (
+        "rlkit2.cli.export",
+        "one file that acts as a policy does, in another program: ONNX, torch, safetensors",
+    ),
     "select": ("rlkit2.cli.select", "rank runs by what they would earn, judged from data alone"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),

@@ -16,6 +16,7 @@ from rlkit2.cli.output import print_json, say
 from rlkit2.cli.parsing import AS_IS, HowToRead, command
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline import OfflineOptions, agreement, order
+from rlkit2.nn.policy import holds_policy
 from rlkit2.progress import progress_bar
 from rlkit2.training.run import Run
 
@@ -107,7 +108,7 @@ def select(
 
 def _checkpoints(path: Path) -> list[Run]:
     """A run at every checkpoint that is there, oldest first."""
-    if (path / "policy.json").is_file():
+    if holds_policy(path):
         raise ConfigError(f"{path} is a saved policy and has no checkpoints; leave --checkpoints out, or name its run")
     run = load_run(path)
     if not run.checkpoints:

@@ -6,7 +6,7 @@ import itertools
 import json
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from rlkit2.nn.mlp import named_tensors
 from rlkit2.nn.normalizer import Normalizer
 
 _FORMAT = 2  # 1 had no checksums
+FILE = ".safetensors"
+"""Suffix of a policy that is one file."""
+_ALONE = "rlkit2"  # where its header describes it
 
 
 class PolicyMissingError(RunError):
@@ -119,7 +122,7 @@ class Policy(nn.Module):
             raise ConfigError(
                 f"predict is for one policy, and this holds seeds {names}; choose one: policy.select_seed(0)"
             )
-        outside = self._outside
+        outside = self.known_interface
         values = outside.read(observation)
         arrays = not any(isinstance(part, Tensor) for part in _leaves(observation))
         frame = outside.frame(values)
@@ -141,7 +144,7 @@ class Policy(nn.Module):
         Raises:
             ConfigError: they do not match, or it cannot be known what came before.
         """
-        frames, lead = self._outside.frames, frame.shape[:-1]
+        frames, lead = self.known_interface.frames, frame.shape[:-1]
         if state is None and (start is None or not np.all(start)):
             raise ConfigError(
                 f"this policy sees the last {frames} observations: give the state that predict returned for the step before, or episode_start=True "
@@ -178,7 +181,7 @@ class Policy(nn.Module):
         """What `forward` is given as rows `[*lead, obs]`, and whether it was arrays."""
         if isinstance(observations, Tensor) and observations.is_floating_point() and self._fits(observations):
             return observations, False
-        outside, arrays = self._outside, not any(isinstance(part, Tensor) for part in _leaves(observations))
+        outside, arrays = self.known_interface, not any(isinstance(part, Tensor) for part in _leaves(observations))
         stacks = outside.frames > 1
         if not isinstance(observations, Mapping | tuple):
             plain, entry = as_tensor(observations), outside.observation[0]
@@ -206,11 +209,11 @@ class Policy(nn.Module):
         if encoder is not None:
             shapes = " and ".join(str(shape) for _, shape in encoder["images"])
             wanted += f", with images {shapes} in bytes"
-        keys = [entry.name for entry in self._outside.observation if entry.path]
+        keys = [entry.name for entry in self.known_interface.observation if entry.path]
         return wanted + (f", or entries {', '.join(keys)}" if keys else "")
 
     @property
-    def _outside(self) -> Interface:
+    def known_interface(self) -> Interface:
         """The interface, or what can be said without one."""
         return self.interface or plain_interface(self.actor.settings)
 
@@ -221,7 +224,8 @@ class Policy(nn.Module):
             ConfigError: there is no such seed, or the actor's network is one of your own, so nothing here could rebuild it.
         """
         self._require_known("split into seeds")
-        return _one_seed(self._description(self.metadata), _tensors(self), index, "the policy")
+        _check_index(index, self.seeds, "the policy")
+        return _one_seed(self._description(self.metadata), _tensors(self), index)
 
     def _require_known(self, verb: str) -> None:
         if not can_be_rebuilt(self.actor.network):
@@ -241,10 +245,10 @@ class Policy(nn.Module):
         }
 
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Write the folder `path` with `policy.json` and `policy.safetensors`; each file appears by atomic rename.
+        """Write the folder `path` with `policy.json` and `policy.safetensors`, or the one file `path` if it ends in .safetensors, by atomic rename.
 
         Args:
-            path: folder, made if missing; files of an earlier policy in it are replaced.
+            path: folder, made if missing, or file; those of an earlier policy are replaced.
             metadata: facts to keep beside the weights; None keeps the policy's own.
 
         Raises:
@@ -253,11 +257,16 @@ class Policy(nn.Module):
         """
         self._require_known("saved")
         folder = Path(path)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
+        own = self._description(self.metadata if metadata is None else metadata)
+        if folder.suffix == FILE:
+            make_folder(folder.parent)
+            alone = sealed({"format": _FORMAT, **own}, {"tensors": digest(save(tensors))})
+            write_atomically(folder, save(tensors, metadata={_ALONE: json.dumps(alone)}))
+            return
         make_folder(folder)
         pair = uuid.uuid4().hex  # both files carry it, so half a replacement is noticed
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self).items()}
         content = save(tensors, metadata={"pair": pair})
-        own = self._description(self.metadata if metadata is None else metadata)
         description = {"format": _FORMAT, "pair": pair, **own}
         text = json.dumps(sealed(description, {"policy.safetensors": digest(content)}), indent=2) + "\n"
         write_atomically(folder / "policy.safetensors", content)
@@ -268,7 +277,7 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
     """Read a policy written by `Policy.save`, on the CPU.
 
     Args:
-        path: the folder.
+        path: the folder, or the one file.
         seed_index: keep only this seed (0 to S-1); None keeps all.
 
     Raises:
@@ -276,8 +285,9 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
         ConfigError: no such seed index.
     """
     folder = Path(path)
+    damaged = f"{folder}: the policy's files are damaged"
     try:
-        description, tensors = _read(folder)
+        description, tensors = _read_file(folder) if folder.suffix == FILE else _read(folder)
         seeds = list(description["seeds"])
     except RunError:
         raise
@@ -285,22 +295,46 @@ def load_policy(path: str | Path, seed_index: int | None = None) -> Policy:
         name = Path(error.filename).name if error.filename else error
         raise PolicyMissingError(f"{folder}: no policy here ({name} is missing)") from error
     except Exception as error:
-        raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
+        raise RunError(f"{damaged} ({first_line(error)}); save it again") from error
     if seed_index is not None:
-        return _one_seed(description, tensors, seed_index, str(folder))
+        _check_index(seed_index, seeds, str(folder))
     try:
-        return _built(description, tensors, seeds)
+        return (
+            _built(description, tensors, seeds) if seed_index is None else _one_seed(description, tensors, seed_index)
+        )
     except Exception as error:
-        raise RunError(f"{folder}: the policy's files are damaged ({first_line(error)}); save it again") from error
+        raise RunError(f"{damaged} ({first_line(error)}); save it again") from error
 
 
-def _one_seed(description: dict[str, Any], tensors: dict[str, Tensor], index: int, owner: str) -> Policy:
-    """The policy of one of the seeds that `owner` holds."""
-    seeds = description["seeds"]
+def holds_policy(path: Path) -> bool:
+    """Whether `path` is the folder or the file of a saved policy, and not a run."""
+    return path.is_file() if path.suffix == FILE else (path / "policy.json").is_file()
+
+
+def _check_index(index: int, seeds: Sequence[int], owner: str) -> None:
     if not 0 <= index < len(seeds):
         raise ConfigError(f"seed index {index} is out of range: {owner} holds {len(seeds)} seeds")
+
+
+def _one_seed(description: dict[str, Any], tensors: dict[str, Tensor], index: int) -> Policy:
+    """The policy of one of the seeds."""
     own = {name: tensor[index : index + 1] for name, tensor in tensors.items()}
-    return _built(description, own, seeds[index : index + 1])
+    return _built(description, own, description["seeds"][index : index + 1])
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a policy that is one file, with their checksums seen to."""
+    tensors = load(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_ALONE)
+    if text is None:
+        raise Damaged("it holds tensors, but not what rlkit2 says about a policy")
+    description, digests = opened(json.loads(text))
+    if digests is None or digests["tensors"] != digest(save(tensors)):
+        raise Damaged("the tensors do not have the checksum they were written with")
+    if description["format"] != _FORMAT:
+        raise RunError(f"{path}: policy format {description['format']} is not known to this version; upgrade rlkit2")
+    return description, tensors
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

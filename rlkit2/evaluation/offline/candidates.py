@@ -14,7 +14,7 @@ from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.evaluate import Candidate
 from rlkit2.nn import Policy
-from rlkit2.nn.policy import load_policy
+from rlkit2.nn.policy import holds_policy, load_policy
 from rlkit2.training.building import reading_arguments
 from rlkit2.training.run import Run
 
@@ -25,7 +25,7 @@ def as_run(source: Run | Policy | str | os.PathLike[str]) -> Run | Policy:
     """A run or a policy, opened where it is a folder; `RunError` where the folder is neither."""
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return load_policy(path) if (path / "policy.json").is_file() else Run(path)
+        return load_policy(path) if holds_policy(path) else Run(path)
     return source
 
 
