@@ -243,6 +243,7 @@ def evaluate(
     trust_env: bool = False,
     video: str | os.PathLike[str] | None = None,
     video_episodes: int = 3,
+    target_return: float | None = None,
 ) -> Evaluation:
     """Play episodes with every seed of a trained policy.
 
@@ -256,6 +257,7 @@ def evaluate(
         num_envs, max_steps, progress: see `rlkit2.evaluation.evaluate_policy`.
         trust_env: build the environment as the file says, which runs the code it names; otherwise it comes from Gymnasium's registry.
         video: file (.gif, or .mp4 with the extra `video`) that shows the first `video_episodes` episodes of the first seed with their returns.
+        target_return: what a policy that is asked for a return (`dt`) is asked for; default: what it was trained with.
 
     Raises:
         EnvironmentUnavailableError: no environment, one that does not fit or that is not registered here; name one with `env`.
@@ -271,6 +273,7 @@ def evaluate(
         path = Path(run_or_policy)
         run_or_policy = read_policy(path) if holds_policy(path) else load_run(path)
     policy = run_or_policy.policy if isinstance(run_or_policy, Run) else run_or_policy
+    policy = policy if target_return is None else policy.asked_for(target_return)
     if env is None and isinstance(run_or_policy, Run):
         env = run_environment(run_or_policy, trust_env=trust_env)
     description = (run_or_policy.config if isinstance(run_or_policy, Run) else policy.metadata).get("spec")

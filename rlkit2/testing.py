@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlkit2.agents.base import Agent, as_seeds
 from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.data.preferences import PreferenceBatch
+from rlkit2.data.sequences import SequenceBatch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Checked, describe_fields
 from rlkit2.nn import Normalizer
@@ -47,7 +48,7 @@ class Problem:
 
     @property
     def from_transitions(self) -> bool:
-        """Whether its batches are transitions (else preferences)."""
+        """Whether its batches are transitions (else preferences or sequences)."""
         return getattr(self.agent, "learns_from", "transitions") == "transitions"
 
     def build(self, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
@@ -62,13 +63,11 @@ class Problem:
 
     def batches(self, count: int, *, seeds: int = 1, dtype: torch.dtype = torch.float64, start: int = 0) -> list[Any]:
         """What it learns from; the same numbers at every call."""
-        make: Any = random_batch if self.from_transitions else random_preferences
+        make = batch_maker(self.agent)
         sizes = (seeds, ROWS, OBSERVATIONS, ACTIONS)
         options: dict[str, Any] = {"discrete": self.kind == "discrete", "dtype": dtype}
         if self.kind == "multidiscrete":
             options = {"choices": (CHOICES, STARTS), "dtype": dtype}
-        if self.from_transitions:
-            options["next_actions"] = self.agent.needs_next_actions
         return [make(*sizes, **options, generator=start + t) for t in range(count)]
 
 
@@ -449,6 +448,35 @@ def random_preferences(
         label_mass=torch.randint(0, 3, (seeds, rows), generator=draw) / 2.0,
         transitions=random_batch(seeds, rows * 2, observation_size, action_size, generator=generator, **options),
     )
+
+
+def random_sequences(
+    seeds: int, rows: int, observation_size: int, action_size: int, *, generator: int = 0, **options: Any
+) -> SequenceBatch:
+    """Windows of 4 steps without structure, most of which reach beyond the end of an episode."""
+    length = 4
+    steps = random_batch(seeds, rows * length, observation_size, action_size, generator=generator, **options)
+    draw = torch.Generator().manual_seed(2000 + generator)
+    windows = map_batch(lambda t: t.view(seeds, rows, length, *t.shape[2:]), steps)
+    many = torch.randint(1, length + 1, (seeds, rows, 1), generator=draw)
+    place = torch.arange(length)
+    first = torch.randint(0, 900, (seeds, rows, 1), generator=draw)
+    return SequenceBatch(
+        observations=windows.observations,
+        actions=windows.actions,
+        returns_to_go=windows.rewards.flip(-1).cumsum(-1).flip(-1),
+        timesteps=first + torch.minimum(place, many - 1),
+        known=place < many,
+        best_return=windows.rewards.new_full((seeds,), 3.0),
+    )
+
+
+def batch_maker(agent: type[Agent]) -> Callable[..., Any]:
+    """What makes random batches for an agent's class; arguments as for `random_batch`."""
+    kind = getattr(agent, "learns_from", "transitions")
+    if kind == "transitions":
+        return partial(random_batch, next_actions=agent.needs_next_actions)
+    return {"preferences": random_preferences, "sequences": random_sequences}[kind]
 
 
 def map_batch(change: Callable[[Tensor], Tensor], batch: Any) -> Any:

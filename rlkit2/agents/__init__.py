@@ -83,6 +83,7 @@ _REGISTRY = {
     ),
     "crr": _Entry("rlkit2.agents.crr", "CRR"),
     "dqn": _Entry("rlkit2.agents.dqn", "DQN"),
+    "dt": _Entry("rlkit2.agents.dt", "DT"),
     "edac": _Entry("rlkit2.agents.edac", "EDAC"),
     "fql": _Entry("rlkit2.agents.fql", "FQL"),
     "ipl": _Entry("rlkit2.agents.ipl", "IPL"),

@@ -97,6 +97,7 @@ class Agent:
     sees_images: ClassVar[bool] = False
     several_steps: ClassVar[bool] = False  # its targets may span several steps: it bootstraps by `discounts`
     needs_next_actions: ClassVar[bool] = False  # of the data, in a `LookaheadBatch`
+    counts_rewards: ClassVar[bool] = False  # while it acts: its data must have the environment's own
     seeds: tuple[int, ...]
     policy: Policy
     policy_optimizer: Adam

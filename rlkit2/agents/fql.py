@@ -37,7 +37,7 @@ from rlkit2.nn.random import normal, uniform
 class FQLConfig(ErrorOptions):
     """Flow Q-learning, for continuous actions."""
 
-    # weight of the distance to the flow's action; to be tuned for the data (published: 0.03 to 30,000)
+    # weight of the distance to the flow's action; its authors tune it for every task
     alpha: NonNegative = 10.0
     # divide Q in the policy's loss by the mean of its size over the batch, so that alpha does not depend on the rewards
     normalize_q: bool = False

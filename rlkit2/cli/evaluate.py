@@ -38,6 +38,7 @@ def evaluate(
     trust_env: bool = False,
     video: Path | None = None,
     video_episodes: int = 3,
+    target_return: float | None = None,
     offline: bool = False,
     methods: tuple[str, ...] = ("fqe", "dice"),
     dataset: str | None = None,
@@ -68,6 +69,7 @@ def evaluate(
         trust_env: build the environment as the file says, which runs the code it names; otherwise only what Gymnasium's registry knows.
         video: film the first episodes of the first seed, with their returns: FILE.gif, or FILE.mp4 with the extra video.
         video_episodes: how many of them.
+        target_return: what a policy that is asked for a return (dt) is asked for; default: what it was trained with.
         offline: estimate the discounted return from data instead of playing.
         methods: with --offline: fqe, dice, is, dr, own.
         dataset: with --offline: to judge on; default: that of the run.
@@ -90,6 +92,7 @@ def evaluate(
             max_steps=max_steps,
             trust_env=trust_env or None,
             video=video,
+            target_return=target_return,
         )
         fits = {"seed": seed, "steps": steps, "members": members}
         return _judge(
@@ -122,6 +125,7 @@ def evaluate(
                 trust_env=trust_env,
                 video=video,
                 video_episodes=video_episodes,
+                target_return=target_return,
             )
 
     if video is not None and len(runs) > 1:

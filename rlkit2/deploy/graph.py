@@ -52,6 +52,10 @@ class PolicyGraph(nn.Module):
                 f"a graph holds one policy, and this holds seeds {policy.seeds}; choose one with select_seed"
             )
         head = policy.actor.head
+        if policy.remembers:
+            raise ConfigError(
+                "this policy acts on the history of its episode and on what it has earned, which a graph of one step does not hold; load it with rlkit2"
+            )
         if sampling and head in NEVER_SAMPLE:
             raise ConfigError(
                 f"the policy is {head}, so there is nothing to sample; leave --sampling (sampling=True) out"

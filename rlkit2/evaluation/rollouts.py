@@ -185,13 +185,19 @@ class Evaluator:
         for key, env in envs.items():
             self._picture(env, policy, key, 0, 0.0)
         blocks = {k // ROWS: np.zeros((count, ROWS, *self.flattener.shape), self.flattener.dtype) for _, k in keys}
+        remembers = getattr(policy, "remembers", False)
+        memories = {block: policy.begin(ROWS) if remembers else None for block in blocks}  # type: ignore[attr-defined]
+        earned = {block: np.zeros((count, ROWS)) for block in blocks}  # in the step before
         step = 0
         while observations:
             rows = self.flattener.flatten(stack(list(observations.values())))
             for (s, k), row in zip(observations, rows, strict=True):
                 blocks[k // ROWS][s, k % ROWS] = row
             live = {k // ROWS for _, k in observations}
-            actions = {block: self._act(policy, blocks[block], block, step) for block in live}
+            actions = {}
+            for block in live:
+                last = (memories[block], earned[block]) if remembers else None
+                actions[block], memories[block] = self._act(policy, blocks[block], block, step, last)
             step += 1
             following: dict[tuple[int, int], Any] = {}
             for key in observations:
@@ -202,6 +208,7 @@ class Evaluator:
                     continue
                 observation, reward, terminated, truncated, info = self._step(envs[key], action, key, step)
                 record.add(key, reward, info)
+                earned[k // ROWS][s, k % ROWS] = reward
                 ended = terminated or truncated or step == self.max_steps
                 self._picture(envs[key], policy, key, step, float(record.returns[key]), ended)
                 if ended:
@@ -255,8 +262,18 @@ class Evaluator:
             f"environment {self.name} failed in {where} of episode {key[1]} (its seed {self.episode_seeds[key[1]]}): {kind}{first_line(error)}"
         )
 
-    def _act(self, policy: ActingPolicy, block: NDArray[Any], number: int, step: int) -> NDArray[Any]:
-        """Actions `[S, ROWS, ...]` of one block in the environment's units, shape and dtype."""
+    def _act(
+        self,
+        policy: ActingPolicy,
+        block: NDArray[Any],
+        number: int,
+        step: int,
+        last: tuple[Any, NDArray[Any]] | None,
+    ) -> tuple[NDArray[Any], Any]:
+        """Actions `[S, ROWS, ...]` of one block in the environment's units, shape and dtype, and what a policy that remembers then knows.
+
+        `last`: for such a policy, what it knew before, and the rewards `[S, ROWS]` since.
+        """
         parameter = next(iter(policy.parameters()), None) if isinstance(policy, torch.nn.Module) else None
         observations = torch.from_numpy(block)
         if parameter is not None:
@@ -269,9 +286,15 @@ class Evaluator:
             generator.manual_seed(
                 int(np.random.SeedSequence([self.seed, number, step]).generate_state(1, np.uint64)[0] >> 1)
             )
-        squeezed = observations[0] if len(observations) == 1 else observations
-        actions = policy(squeezed, deterministic=self.deterministic, generator=generator).cpu().numpy()
-        return environment_actions(actions.reshape(len(block), ROWS, -1), self.pool[0].action_space)
+        memory = None
+        if last is not None:
+            given = (last[0], observations, torch.from_numpy(last[1]))
+            acted, memory = policy.follow(*given, deterministic=self.deterministic, generator=generator)  # type: ignore[attr-defined]
+        else:
+            squeezed = observations[0] if len(observations) == 1 else observations
+            acted = policy(squeezed, deterministic=self.deterministic, generator=generator)
+        actions = acted.cpu().numpy().reshape(len(block), ROWS, -1)
+        return environment_actions(actions, self.pool[0].action_space), memory
 
     def __call__(self, policy: ActingPolicy, step: int) -> list[dict[str, Any]]:
         """The lines of `evaluations.jsonl` for one evaluation, without the step."""

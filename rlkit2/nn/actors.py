@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.nn.critics import Critic, mean_less_deviations, noise_shape
 from rlkit2.nn.encoders import make_network
 from rlkit2.nn.mlp import named_tensors
+from rlkit2.nn.transformer import DecisionTransformer
 
 SQUASHED_ACTION_LIMIT = 1.0 - 1e-6
 """Actions are clipped to this before atanh: in float32, 1 - 1e-7 gives atanh 8.3 and 1 gives infinity."""
@@ -204,6 +206,108 @@ class OneStepActor(Actor):
         return self.raw(observations, noise).clamp(-1.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a policy knows of the episodes that B rows of S seeds are in: the last K steps, oldest first, in the network's units.
+
+    `observations` `[S, B, K, obs]`, `actions` `[S, B, K, act]`, `returns` `[S, B, K]`: of as many steps as `count` `[S, B]` says, at most K.
+    `wanted` `[S, B]`: what is still to be earned, in raw units.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    returns: Tensor
+    count: Tensor
+    wanted: Tensor
+
+
+class SequenceActor(Actor):
+    """A transformer over the last K steps of an episode, asked for the action that leads to a return: its network is a `DecisionTransformer`.
+
+    It has no action for an observation alone: see `begin` and `follow`. `target_return` `[S, 1]` is what episodes are to earn, in raw units.
+    """
+
+    head = "sequence"
+    network: DecisionTransformer
+    target_return: Tensor
+
+    def __init__(self, network: DecisionTransformer, context: int, *, discrete: bool) -> None:
+        super().__init__()
+        self.network, self.context, self.discrete = network, context, discrete
+        self.register_buffer("target_return", torch.zeros_like(network.time[:, :1, 0]), persistent=False)
+
+    def named_views(self) -> dict[str, Tensor]:
+        """The network's tensors, and the return that is wanted."""
+        return {**named_tensors(self.network), "target_return": self.target_return}
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Refused, as `forward`."""
+        raise ConfigError(NO_HISTORY)
+
+    def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(NO_HISTORY)
+
+    def begin(self, rows: int) -> Memory:
+        """The memory of `rows` episodes for every seed that have not begun."""
+        like = self.target_return
+        shape = (len(like), rows)
+        observations = like.new_zeros(*shape, self.context, self.settings["observation_size"])
+        actions = like.new_zeros(*shape, self.context, self.action_size)
+        count = torch.zeros(shape, dtype=torch.int64, device=like.device)
+        return Memory(observations, actions, observations[..., 0].clone(), count, like.expand(shape).clone())
+
+    def follow(
+        self, memory: Memory, observations: Tensor, rewards: Tensor, scale: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Memory]:
+        """The actions for the next observations, and what is known then.
+
+        Args:
+            memory: of the steps before.
+            observations: `[S, B, obs]`, in the network's units.
+            rewards: of the steps before, raw, `[S, B]`; of no account where an episode begins.
+            scale: what a return is divided by, `[S, 1]`.
+            noise: `draw_noise`'s; the mode without. Of continuous actions there is nothing to sample.
+        """
+        full = (memory.count >= self.context).unsqueeze(-1)
+        place = memory.count.clamp(max=self.context - 1).unsqueeze(-1)
+        wanted = torch.where(memory.count > 0, memory.wanted - rewards, self.target_return)
+        returns = torch.where(full, memory.returns.roll(-1, 2), memory.returns)
+        returns = returns.scatter(2, place, (wanted / scale).unsqueeze(-1))
+        seen = torch.where(full.unsqueeze(-1), memory.observations.roll(-1, 2), memory.observations)
+        seen = seen.scatter(2, place.unsqueeze(-1).expand_as(observations.unsqueeze(2)), observations.unsqueeze(2))
+        done = torch.where(full.unsqueeze(-1), memory.actions.roll(-1, 2), memory.actions)
+        steps = torch.arange(self.context, device=place.device)
+        first = memory.count.unsqueeze(-1) - place
+        outputs = self.network(returns, seen, done, first + steps, steps <= place)
+        index = place.unsqueeze(-1).expand(*place.shape, self.action_size)
+        output = outputs.gather(2, index).squeeze(2)
+        if not self.discrete:
+            actions = entered = output.tanh()
+        else:
+            if noise is not None:
+                output = output - torch.log(-torch.log(noise.clamp(1e-20, 1.0 - 1e-7)))
+            actions = output.argmax(-1)
+            entered = torch.zeros_like(output).scatter(-1, actions.unsqueeze(-1), 1.0)
+        done = done.scatter(2, index, entered.unsqueeze(2))
+        return actions, Memory(seen, done, returns, memory.count + 1, wanted)
+
+    def draw_noise(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform numbers `[S, B, act]` in [0, 1)."""
+        shape = (*observations.shape[:-1], self.action_size)
+        return torch.rand(shape, generator=generator, device=observations.device, dtype=observations.dtype)
+
+
+NO_HISTORY = (
+    "this policy acts on the history of its episode, not on an observation alone: evaluate it in an environment, or call "
+    "policy.predict(observation, state, reward=...) step by step"
+)
+
+
 class CategoricalActor(Actor):
     """Softmax over the network's outputs `[S, B, n]`; actions are int64 `[S, B]` counted from 0."""
 
@@ -327,6 +431,7 @@ class GreedyActor(Actor):
 
 
 PolicyHead = Literal["gaussian", "squashed_gaussian", "deterministic", "categorical"]
+# those of `make_actor`; a `GreedyActor` is made of its critic, a `SequenceActor` by `make_sequence_actor`
 HEADS: tuple[str, ...] = (*get_args(PolicyHead), MultiCategoricalActor.head, OneStepActor.head)
 
 
@@ -410,8 +515,49 @@ def make_actor(
     return actor
 
 
+def make_sequence_actor(
+    observation_size: int,
+    action_size: int,
+    hidden_sizes: Sequence[int],
+    *,
+    context: int,
+    heads: int,
+    timesteps: int,
+    discrete: bool,
+    seeds: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> SequenceActor:
+    """A `SequenceActor` that sees `context` steps; other arguments as for `DecisionTransformer`."""
+    network = DecisionTransformer(
+        observation_size,
+        action_size,
+        hidden_sizes,
+        heads=heads,
+        timesteps=timesteps,
+        seeds=seeds,
+        dtype=dtype,
+        device=device,
+    )
+    actor = SequenceActor(network, context, discrete=discrete)
+    actor.settings = {
+        "head": SequenceActor.head,
+        "observation_size": observation_size,
+        "action_size": action_size,
+        "hidden_sizes": list(hidden_sizes),
+        "context": context,
+        "heads": heads,
+        "timesteps": timesteps,
+        "discrete": discrete,
+    }
+    return actor
+
+
 def rebuild_actor(settings: Mapping[str, Any], seeds: Sequence[int], dtype: torch.dtype) -> Actor:
     """The actor that `settings` (of a saved one) describe, with fresh weights."""
+    if settings["head"] == SequenceActor.head:
+        own = {name: value for name, value in settings.items() if name != "head"}
+        return make_sequence_actor(**own, seeds=seeds, dtype=dtype)
     if settings["head"] != GreedyActor.head:
         bounds = tuple(settings["log_std_bounds"])
         return make_actor(**{**settings, "log_std_bounds": bounds}, seeds=seeds, dtype=dtype)

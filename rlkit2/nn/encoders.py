@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rlkit2.errors import ConfigError
 from rlkit2.nn.mlp import StackedMLP, named_tensors
 from rlkit2.nn.random import uniform
+from rlkit2.nn.transformer import DecisionTransformer
 
 BRIGHTEST = 255.0
 NATURE = (
@@ -334,7 +335,7 @@ def can_be_rebuilt(network: nn.Module) -> bool:
     """Whether a saved policy on this network needs no code but rlkit2's."""
     if isinstance(network, EncodedMLP):
         return all(type(part) in ENCODERS.values() for part in network.encoders)
-    return isinstance(network, StackedMLP)
+    return isinstance(network, StackedMLP | DecisionTransformer)
 
 
 def random_shift(rows: Tensor, images: Sequence[Image], pixels: int, draws: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,41 @@ class Adam:
         module: its parameters are optimised; each leads with the seed axis, so seeds never mix.
         learning_rate: step size.
         weight_decay: adds `weight_decay * parameter` to the gradient.
+        decoupled: takes `learning_rate * weight_decay * parameter` off the parameter instead (AdamW; Loshchilov and Hutter, 2019).
+        warmup: steps over which the learning rate rises to what it is, along a line; 0: none.
+        max_norm: gradients of a seed that are longer than this are made that long; None: as they are.
         cosine_steps: if given, `follow("cosine", cosine_steps)`.
     """
 
     def __init__(
-        self, module: nn.Module, learning_rate: float, *, weight_decay: float = 0.0, cosine_steps: int | None = None
+        self,
+        module: nn.Module,
+        learning_rate: float,
+        *,
+        weight_decay: float = 0.0,
+        cosine_steps: int | None = None,
+        decoupled: bool = False,
+        warmup: int = 0,
+        max_norm: float | None = None,
     ) -> None:
         self._named = dict(module.named_parameters())
         self._parameters = list(self._named.values())
         device = self._parameters[0].device
-        self._base_rate, self._weight_decay = learning_rate, weight_decay
+        self._base_rate, self._max_norm = learning_rate, max_norm
+        self._options: dict[str, Any] = {
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "warmup": warmup,
+            "max_norm": max_norm,
+        }
+        self._warmup = warmup
         # CUDA's fused Adam reads a float32
         kind = torch.float32 if device.type == "cuda" else self._parameters[0].dtype
         self._rate, self._half_rate = (
             torch.tensor(rate, dtype=kind, device=device) for rate in (learning_rate, 0.5 * learning_rate)
         )
         self._ones = torch.ones_like(self._parameters[0].flatten(1)[:, 0])
-        self._optimizer = torch.optim.Adam(
+        self._optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
             self._parameters,
             lr=learning_rate,
             weight_decay=weight_decay,
@@ -61,11 +79,12 @@ class Adam:
             clock: `[S]`, how many are done; None counts this optimiser's own.
         """
         self._schedule, self._steps, self._clock = schedule, steps, clock
-        self._optimizer.param_groups[0]["lr"] = self._base_rate if schedule == "constant" else self._rate
+        constant = schedule == "constant" and not self._warmup
+        self._optimizer.param_groups[0]["lr"] = self._base_rate if constant else self._rate
 
     def restarted(self, module: nn.Module) -> Adam:
         """A fresh one of the same settings for another module."""
-        fresh = Adam(module, self._base_rate, weight_decay=self._weight_decay)
+        fresh = Adam(module, self._base_rate, **self._options)
         fresh.follow(self._schedule, self._steps, self._clock)
         return fresh
 
@@ -79,17 +98,20 @@ class Adam:
         self._advance()
 
     def minimize(self, losses: Tensor) -> Tensor:
-        """One step down the sum of `losses [S]`; returns the gradient's norm per seed, `[S]`, before weight decay."""
+        """One step down the sum of `losses [S]`; returns the gradient's norm per seed, `[S]`, before weight decay and before it is cut."""
         gradients = torch.autograd.grad(losses, self._parameters, self._ones)
+        rows = [gradient.flatten(1) for gradient in gradients]
+        norm: Tensor = torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows, 1), dim=1)
+        if self._max_norm is not None:
+            share = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = tuple(gradient * share.view(-1, *(1 for _ in gradient.shape[1:])) for gradient in gradients)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = _laid_out_like(parameter, gradient)
-        rows = [gradient.flatten(1) for gradient in gradients]
         self._advance()
-        norm: Tensor = torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows, 1), dim=1)
         return norm
 
     def _advance(self) -> None:
-        if self._schedule != "constant":
+        if self._schedule != "constant" or self._warmup:
             self._set_rate()
         self._optimizer.step()
         for parameter in self._parameters:
@@ -98,12 +120,16 @@ class Adam:
     def _set_rate(self) -> None:
         done = self._optimizer.state[self._parameters[0]]["step"] if self._clock is None else self._clock[0]
         done = done.to(self._rate.dtype)
-        if self._schedule == "linear":
+        if self._schedule == "constant":
+            self._rate.fill_(self._base_rate)
+        elif self._schedule == "linear":
             left = (1.0 - done * (1.0 / self._steps)).clamp(min=0.0)
             torch.mul(left, self._base_rate, out=self._rate)
         else:
             angle = (done * (math.pi / self._steps)).clamp(max=math.pi)
             torch.add(self._half_rate, angle.cos(), alpha=0.5 * self._base_rate, out=self._rate)
+        if self._warmup:
+            self._rate.mul_(((done + 1.0) * (1.0 / self._warmup)).clamp(max=1.0))
 
     def named_state(self) -> dict[str, Tensor]:
         """Live tensors `{parameter}.exp_avg`, `.exp_avg_sq` and `.step`; the last is one number, shared by the seeds."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from rlkit2.checksums import Damaged, UncheckedWarning, digest, opened, sealed
 from rlkit2.errors import ConfigError, RunError, first_line
 from rlkit2.files import make_folder, write_atomically
-from rlkit2.nn.actors import Actor, rebuild_actor
+from rlkit2.nn.actors import Actor, Memory, SequenceActor, rebuild_actor
 from rlkit2.nn.encoders import can_be_rebuilt, encoded_size, plans_of
 from rlkit2.nn.interface import Interface, as_tensor, nested, plain_interface
 from rlkit2.nn.mlp import named_tensors
@@ -88,6 +90,56 @@ class Policy(nn.Module):
         actions = actions.reshape((*lead, *actions.shape[2:]))
         return actions.cpu().numpy() if arrays else actions
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it acts on the history of its episode: then it is played by `begin` and `follow` (or `predict`), not by calls."""
+        return isinstance(self.actor, SequenceActor)
+
+    def asked_for(self, target_return: float) -> Policy:
+        """A copy whose episodes are to earn another return, in the environment's rewards.
+
+        Raises:
+            ConfigError: the policy is not asked for a return.
+        """
+        if not isinstance(self.actor, SequenceActor):
+            raise ConfigError(
+                "this policy does what it has learnt, whatever return is wanted; only that of dt is asked for one"
+            )
+        twin = copy.deepcopy(self)
+        assert isinstance(twin.actor, SequenceActor)
+        twin.actor.target_return.fill_(target_return)
+        return twin
+
+    def begin(self, rows: int) -> Memory:
+        """What a policy that remembers knows of `rows` episodes for each seed that have not begun."""
+        assert isinstance(self.actor, SequenceActor)
+        return self.actor.begin(rows)
+
+    @torch.no_grad()
+    def follow(
+        self,
+        memory: Memory,
+        observations: Tensor,
+        rewards: Tensor,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """The next actions of a policy that remembers, `[S, B, ...]` in the environment's units, and what it knows then.
+
+        Args:
+            memory: of the steps before.
+            observations: raw rows `[S, B, obs]`.
+            rewards: of the steps before, `[S, B]`; of no account where an episode begins.
+            deterministic, generator: as for calls.
+        """
+        assert isinstance(self.actor, SequenceActor)
+        inputs = self._inputs(observations)
+        noise = None if deterministic else self.actor.draw_noise(self._like(inputs), generator)
+        scale = self.normalizer.return_std
+        scale = torch.ones_like(self.actor.target_return) if scale is None else scale
+        actions, memory = self.actor.follow(memory, inputs, rewards.to(inputs), scale, noise)
+        return self.normalizer.environment_actions(actions), memory
+
     @torch.no_grad()
     def predict(
         self,
@@ -96,6 +148,7 @@ class Policy(nn.Module):
         episode_start: Any = None,
         deterministic: bool = True,
         generator: torch.Generator | None = None,
+        reward: Any = None,
     ) -> tuple[Any, Any]:
         """The action for what an environment shows, as Stable-Baselines3 calls it: `action, state = policy.predict(observation, state, start)`.
 
@@ -109,6 +162,7 @@ class Policy(nn.Module):
                 stacks, so that nobody forgets the history by accident.
             deterministic: the mode; otherwise a sample.
             generator: source of the sample.
+            reward: of the step before, one number or `[B]`, for a policy that is to earn a certain return: it must know what it has earned.
 
         Returns:
             The action as `env.step` takes it (a batch for a batch): type, shape and bounds are those of the action space; tensors for tensors, else
@@ -126,6 +180,8 @@ class Policy(nn.Module):
         values = outside.read(observation)
         arrays = not any(isinstance(part, Tensor) for part in _leaves(observation))
         frame = outside.frame(values)
+        if self.remembers:
+            return self._predict_on(frame, state, episode_start, reward, deterministic, generator, arrays)
         rows = frame
         if outside.frames > 1:
             state = outside.advance(*self._history(frame, state, episode_start))
@@ -137,6 +193,43 @@ class Policy(nn.Module):
             return nested(outside.action, parts), state
         own = [entry.array(part) for entry, part in zip(outside.action, parts, strict=True)]
         return nested(outside.action, own), None if state is None else state.cpu().numpy()
+
+    def _predict_on(
+        self,
+        frame: Tensor,
+        state: Any,
+        start: Any,
+        reward: Any,
+        deterministic: bool,
+        generator: torch.Generator | None,
+        arrays: bool,
+    ) -> tuple[Any, Any]:
+        """`predict` of a policy that remembers: observations as rows `[obs]` or `[B, obs]`.
+
+        Raises:
+            ConfigError: what came before is missing, or what was earned by it.
+        """
+        rows = frame.reshape(1, -1, frame.shape[-1])
+        starts = torch.as_tensor(np.zeros(1, bool) if start is None else np.asarray(start, bool).reshape(-1))
+        starts = starts.expand(rows.shape[1]).to(rows.device)
+        if state is None and not bool(starts.all()):
+            raise ConfigError(
+                "this policy acts on the history of its episode: give the state that predict returned for the step before, or episode_start=True "
+                "at the first step of an episode"
+            )
+        if reward is None and not bool(starts.all()):
+            raise ConfigError(
+                "this policy is to earn a certain return: give the reward of the step before, policy.predict(observation, state, reward=reward)"
+            )
+        fresh = self.begin(rows.shape[1])
+        memory = fresh if state is None else replace(state, count=torch.where(starts, fresh.count, state.count))
+        earned = torch.zeros(rows.shape[1]) if reward is None else torch.as_tensor(np.asarray(reward)).reshape(-1)
+        actions, memory = self.follow(memory, rows, earned.expand(1, rows.shape[1]), deterministic, generator)
+        parts = self._outside.values(actions.reshape((*frame.shape[:-1], *actions.shape[2:])))
+        if arrays:
+            own = [entry.array(part) for entry, part in zip(self._outside.action, parts, strict=True)]
+            return nested(self._outside.action, own), memory
+        return nested(self._outside.action, parts), memory
 
     def _history(self, frame: Tensor, state: Any, start: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The frames before `frame`, itself, and where episodes start, in matching shapes.

@@ -42,7 +42,7 @@ from rlkit2.sweeps.experiment import find_run
 from rlkit2.training.options import DataOptions, TrainingOptions
 
 DATASETS = ("builtin/rooms/stitch-sparse-v0", "builtin/pendulum/mixed-v0", "builtin/cartpole/mixed-v0")
-AGENTS = ("bc", "bc10", "td3bc", "rebrac", "iql", "sql", "xql", "fql", "awac", "crr", "cql", "odice", "dqn")
+AGENTS = ("bc", "bc10", "td3bc", "rebrac", "iql", "sql", "xql", "fql", "awac", "crr", "cql", "dt", "odice", "dqn")
 RUNS = "runs"  # below `out`
 
 

@@ -59,6 +59,12 @@ def prepare_dataset(
         )
     if options.num_steps > 1 and not agent.several_steps:
         raise ConfigError(single_steps(class_name(agent)))
+    if agent.counts_rewards and (options.reward_transform != "none" or options.reward_scale != 1.0):
+        raise ConfigError(
+            f"{class_name(agent)} counts the environment's own rewards while it acts; leave reward_transform and reward_scale at their defaults"
+        )
+    if agent.counts_rewards and options.frame_stack > 1:
+        raise ConfigError(f"{class_name(agent)} remembers the steps before by itself; leave frame_stack at 1")
     training, _ = split_dataset(dataset, options)
     return look_ahead(agent.prepare_dataset(config, training, load), agent, config, options)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlkit2.agents import agent_class, agent_kinds, list_agents, make_config, plain_name
 from rlkit2.agents.base import Agent
-from rlkit2.agents.preference_agent import PreferenceAgent
 from rlkit2.data import Batch
 from rlkit2.data.batch import LookaheadBatch
 from tests.agents.problems import small_config
@@ -34,7 +33,7 @@ CASES = [
     if plain_name(name) == name
     and name not in ON_OTHER_DATA
     and kind in agent_kinds(name)
-    and not issubclass(agent_class(name), PreferenceAgent)
+    and getattr(agent_class(name), "learns_from", "transitions") == "transitions"
 ]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
 

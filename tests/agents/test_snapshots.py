@@ -17,7 +17,7 @@ import torch
 
 from rlkit2.agents import agent_class, agent_kinds, list_agents, make_config
 from rlkit2.agents.base import Agent
-from tests.agents.problems import random_batch, random_preferences, small_config
+from tests.agents.problems import batch_maker, small_config
 
 SNAPSHOTS = Path(__file__).parents[1] / "data" / "snapshots" / "agents.json"
 OBS, ACT, ROWS, UPDATES, SEEDS = 4, 2, 24, 50, (3, 8)
@@ -70,8 +70,7 @@ def trained(name: str, kind: str, options: dict[str, Any]) -> tuple[Agent, dict[
     cls = agent_class(name, kind)
     config = small_config(partial(make_config, name, kind), cls.config_class, **options)
     agent = cls(config, OBS, ACT, seeds=SEEDS, dtype=torch.float64, discrete=kind == "discrete")
-    from_preferences = getattr(agent, "learns_from", "transitions") != "transitions"
-    make: Any = random_preferences if from_preferences else partial(random_batch, next_actions=agent.needs_next_actions)
+    make = batch_maker(cls)
     metrics: Any = {}
     for t in range(UPDATES):
         metrics = agent.update(

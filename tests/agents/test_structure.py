@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import Agent
-from tests.agents.problems import random_batch, random_preferences, small_config
+from tests.agents.problems import batch_maker, random_batch, small_config
 from tests.agents.test_snapshots import case_id, cases
 
 # Hopper's sizes, batch 256, two layers of 256 in every network. Counted are operations that read or write data, not views.
@@ -88,9 +88,7 @@ def test_no_update_copies_numbers_to_the_device(case: tuple[str, str, dict[str, 
     cls = agent_class(name, kind)
     config = small_config(partial(make_config, name, kind), cls.config_class, **options)
     agent = cls(config, 3, 2, discrete=kind == "discrete")
-    from_transitions = getattr(agent, "learns_from", "transitions") == "transitions"
-    ahead = partial(random_batch, next_actions=agent.needs_next_actions)
-    make: Any = ahead if from_transitions else random_preferences
+    make = batch_maker(cls)
     with NoHostNumbers():
         for t in range(agent.phases):
             agent.update(make(1, 8, 3, 2, discrete=kind == "discrete", generator=t))

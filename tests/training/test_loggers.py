@@ -179,7 +179,7 @@ def test_every_agent_shows_what_matters(name):
     assert ("critic loss " in shown or "value " in shown) == any(
         key.startswith(("value/", "critic/")) for key in metrics
     )
-    assert ("accuracy " in shown) == (not problem.from_transitions)
+    assert ("accuracy " in shown) == (getattr(problem.agent, "learns_from", "") == "preferences")
     assert "score 4" in shown
 
 
