@@ -54,7 +54,7 @@ class PolicyGraph(nn.Module):
         head = policy.actor.head
         if policy.remembers:
             raise ConfigError(
-                "this policy acts on the history of its episode and on what it has earned, which a graph of one step does not hold; load it with rlkit2"
+                "this policy acts on the history of its episode and on what it has earned, which a graph of one step does not hold; use rlkit2"
             )
         if sampling and head in NEVER_SAMPLE:
             raise ConfigError(

@@ -157,16 +157,18 @@ class Policy(nn.Module):
 
         Args:
             observation: one observation as the environment gives it (array, tensor, number, dict or tuple), or a batch of them, `[B, ...]`.
-            state: of a policy that sees stacks: what `predict` returned for the step before, None at the first step; ignored by others.
+            state: of a policy that sees stacks, or that remembers: what `predict` returned for the step before, None at the first step; ignored by
+                others.
             episode_start: whether this is the first step of an episode, one flag or `[B]`; to be given where `state` is None and the policy sees
-                stacks, so that nobody forgets the history by accident.
+                stacks or remembers, so that nobody forgets the history by accident.
             deterministic: the mode; otherwise a sample.
             generator: source of the sample.
             reward: of the step before, one number or `[B]`, for a policy that is to earn a certain return: it must know what it has earned.
 
         Returns:
             The action as `env.step` takes it (a batch for a batch): type, shape and bounds are those of the action space; tensors for tensors, else
-            arrays. And the state, `[frames, columns]` or `[B, frames, columns]`; None for a policy that sees single observations.
+            arrays. And the state: `[frames, columns]` or `[B, frames, columns]`, a `Memory` of a policy that remembers, None for one that sees single
+            observations.
 
         Raises:
             ConfigError: the observation does not fit, the policy has several seeds, or the history of a stack is missing.
@@ -225,11 +227,11 @@ class Policy(nn.Module):
         memory = fresh if state is None else replace(state, count=torch.where(starts, fresh.count, state.count))
         earned = torch.zeros(rows.shape[1]) if reward is None else torch.as_tensor(np.asarray(reward)).reshape(-1)
         actions, memory = self.follow(memory, rows, earned.expand(1, rows.shape[1]), deterministic, generator)
-        parts = self._outside.values(actions.reshape((*frame.shape[:-1], *actions.shape[2:])))
+        parts = self.known_interface.values(actions.reshape((*frame.shape[:-1], *actions.shape[2:])))
         if arrays:
-            own = [entry.array(part) for entry, part in zip(self._outside.action, parts, strict=True)]
-            return nested(self._outside.action, own), memory
-        return nested(self._outside.action, parts), memory
+            own = [entry.array(part) for entry, part in zip(self.known_interface.action, parts, strict=True)]
+            return nested(self.known_interface.action, own), memory
+        return nested(self.known_interface.action, parts), memory
 
     def _history(self, frame: Tensor, state: Any, start: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The frames before `frame`, itself, and where episodes start, in matching shapes.
