@@ -90,7 +90,7 @@ def make_environment(source: EnvSource, *, render_mode: str | None = None) -> En
             return gym.make(_registered(found), disable_env_checker=True, **asked)
         made = found(**(asked if _takes(found, "render_mode") else {}))
         if not isinstance(made, gym.Env):
-            raise TypeError(f"it gave a {type(made).__name__}, which is no gymnasium.Env")
+            raise TypeError(f"it gave a {type(made).__name__}, which is not a gymnasium.Env")
         return made
     except RLKitError:
         raise

@@ -119,7 +119,7 @@ def as_picture(frame: Any) -> Image.Image:
     """What `env.render()` gave.
 
     Raises:
-        ValueError: it is no picture.
+        ValueError: it is not a picture.
     """
     array = np.asarray(frame)
     if array.ndim != 3 or array.shape[-1] not in (3, 4) or array.dtype != np.uint8:

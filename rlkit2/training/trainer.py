@@ -257,7 +257,7 @@ class Trainer:
     def _go_on_without_scores(self, error: EpisodeError) -> None:
         """An environment that fails costs its scores, not the training."""
         self.evaluator = None
-        text = f"evaluation at step {self.step} failed, training goes on without scores: {error}"
+        text = f"evaluation at step {self.step} failed, training continues without scores: {error}"
         self.run.update_manifest(warnings=[*self.run.manifest.get("warnings", []), text])
         self.progress.message(f"warning: {text}")
 

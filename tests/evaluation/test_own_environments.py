@@ -105,7 +105,7 @@ def test_an_environment_that_is_there_plays_alone_and_stays_open(run: Any) -> No
         ("nowhere.py:make_env", r"nowhere.py does not exist; name it by an id .*file.py:NAME or module:NAME"),
         ("{own}.py:make_en", r"has no 'make_en'; did you mean make_env\?"),
         ("{own}.py:number", r"number is a int; name it by"),
-        ("{own}.py:nothing", r"gave a NoneType, which is no gymnasium.Env"),
+        ("{own}.py:nothing", r"gave a NoneType, which is not a gymnasium.Env"),
         ("{own}.py:needs", r"needs\(\) missing 1 required positional argument: 'size'"),
         ("no_such_module:make", r"no_such_module cannot be imported: ModuleNotFoundError"),
         ("Nothing-v9", r"`Nothing` doesn't exist. \(an environment is named by an id"),
@@ -267,7 +267,7 @@ def test_training_goes_on_without_scores(tmp_path: Path, monkeypatch: pytest.Mon
     assert run.checkpoint().step == 6
     (text,) = run.manifest["warnings"]
     assert text.startswith(
-        "evaluation at step 2 failed, training goes on without scores: environment Breaking failed in step 1"
+        "evaluation at step 2 failed, training continues without scores: environment Breaking failed in step 1"
     )
 
 
