@@ -335,18 +335,18 @@ class RecordWriter:
         """Write the frames of T steps; their numbers `[T]`, before and after each step, shared with the step before where one follows the other."""
         here, after = layout.encode(observations), layout.encode(next_observations[-1:])
         follows = np.zeros(len(here), bool)
-        same = observations[1:] == next_observations[:-1]
-        follows[:-1] = same.all(axis=tuple(range(1, same.ndim)))
+        follows[:-1] = _same_rows(observations[1:], next_observations[:-1])
         own = np.flatnonzero(~follows)  # steps whose next frame nothing else shows
         if len(own) > 1:
             after = layout.encode(next_observations[own])
-        frames = np.insert(here, own + 1, after, axis=0) if len(own) > 1 else np.concatenate([here, after])
+        parts = (np.insert(here, own + 1, after, axis=0),) if len(own) > 1 else (here, after)
         before = self.frames + np.arange(len(here)) + np.searchsorted(own, np.arange(len(here)))
-        self.frames += len(frames)
+        self.frames += sum(map(len, parts))
         floats = [here[:, byte : byte + 4 * (stop - start)] for start, stop, byte, whole in layout.parts if not whole]
         self.non_finite += sum(int((~np.isfinite(np.ascontiguousarray(part).view("<f4"))).sum()) for part in floats)
-        self.frame_digest.update(frames.data)
-        self.frame_sink(frames)
+        for frames in map(np.ascontiguousarray, parts):
+            self.frame_digest.update(frames.data)
+            self.frame_sink(frames)
         return before, before + 1
 
     def _flush(self) -> None:
@@ -370,13 +370,26 @@ class RecordWriter:
         return Packed(self.length, starts, self.digest.hexdigest(), self.non_finite, self.frames)
 
 
+def _same_rows(one: NDArray[Any], other: NDArray[Any]) -> Any:
+    """Which rows are equal, `[n]`; all of them where both are the same memory, which is not read then."""
+    if len(one) and one.__array_interface__ == other.__array_interface__ and one.dtype.kind == "u":
+        return True
+    same = one == other
+    return same.all(axis=tuple(range(1, same.ndim)))
+
+
 class MemoryWriter(RecordWriter):
     """A writer whose records stay in memory."""
 
     def __init__(self, dtype: np.dtype[Any], layout: FrameLayout | None = None) -> None:
         self.blocks: list[NDArray[np.uint8]] = []
         self.frame_blocks: list[NDArray[np.uint8]] = []
-        super().__init__(dtype, lambda block: self.blocks.append(block.copy()), layout, self.frame_blocks.append)
+        super().__init__(
+            dtype,
+            lambda block: self.blocks.append(block.copy()),
+            layout,
+            lambda frames: self.frame_blocks.append(frames.copy()),
+        )
 
     def records(self) -> Records:
         """The records, after `finish`."""

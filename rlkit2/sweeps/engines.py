@@ -226,7 +226,8 @@ def run_on_slurm(work: str, folders: Sequence[Path], jobs: int, options: Mapping
         while waiting:
             for folder in [folder for folder, job in waiting.items() if job.done()]:
                 report(folder, result(waiting.pop(folder)))
-            time.sleep(0.2 if options.get("cluster") == "local" else 2.0)
+            if waiting:
+                time.sleep(0.2 if options.get("cluster") in ("local", "debug") else 2.0)
     except BaseException:
         for job in waiting.values():
             job.cancel(check=False)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from rlkit2.api import train
 from rlkit2.errors import ConfigError, Preempted, RLKitError, first_line, require
 from rlkit2.processes import end_with, preemptible
 from rlkit2.sweeps.experiment import find_run
+from rlkit2.training.ownership import is_owned, owned
 from rlkit2.training.run_files import read_json
 
 SETTINGS = "experiment.json"
@@ -25,9 +27,18 @@ SETTINGS = "experiment.json"
 def train_experiment(folder: Path) -> str:
     """Train what `experiment.json` in the folder says: begin it, resume it, or leave it alone if it is finished.
 
+    Jobs of a driver that was killed may still be at it: they are waited for, and what they have trained is gone on from.
+
     Returns:
         The status of the run: `finished`, `failed` (all seeds stopped) or `paused` (at the step that the settings name).
     """
+    while is_owned(folder):
+        time.sleep(1.0)
+    with owned(folder):
+        return _train(folder)
+
+
+def _train(folder: Path) -> str:
     settings: dict[str, Any] = read_json(folder / SETTINGS)
     run = find_run(folder)
     if run is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -120,15 +123,65 @@ def test_an_interrupted_search_ends_the_same(tmp_path, monkeypatch):
     assert told(run_search(sweep, out=tmp_path / "b", engine="here")) == whole
 
 
+SLURM = {
+    "local": {"cluster": "local", "timeout_min": 5},
+    "debug": {"cluster": "debug"},
+}  # both are submitit's own, without Slurm
+
+
+def searched(tmp_path, method, change=lambda text: text):
+    """A search by this method, with what comes of it when it is carried out here: its trials and its best setting."""
+    if method == "optuna":
+        pytest.importorskip("optuna")
+    path = written(tmp_path, change(FILE.replace("[search.space]", f'method = "{method}"\n[search.space]')))
+    trials = run_search(load_sweep(path), out=tmp_path / "here", engine="here")
+    return path, told(trials), (tmp_path / "here" / "tiny" / "best.toml").read_text()
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_slurm_jobs_find_the_same(tmp_path, method):
+    pytest.importorskip("submitit")
+    path, trials, best = searched(tmp_path, method)
+    found = run_search(load_sweep(path), out=tmp_path / "runs", engine="slurm", options=SLURM["debug"])
+    assert told(found) == trials
+    assert (tmp_path / "runs" / "tiny" / "best.toml").read_text() == best
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("method", SAMPLERS)
 @pytest.mark.parametrize("engine", ["local", "slurm"])
-def test_every_engine_finds_the_same(tmp_path, engine):
+def test_every_engine_finds_the_same_and_so_does_one_whose_driver_was_killed(tmp_path, engine, method):
+    """Killed in the middle of a run; jobs on a cluster go on without their driver and are waited for."""
     if engine == "slurm":
         pytest.importorskip("submitit")
-    sweep = load_sweep(written(tmp_path))
-    here = told(run_search(sweep, out=tmp_path / "a", engine="here"))
-    options = {"cluster": "local"} if engine == "slurm" else {}
-    assert told(run_search(sweep, out=tmp_path / "b", engine=engine, jobs=2, options=options)) == here
+
+    def longer(text):
+        text = (
+            text.replace("steps = 30", "steps = 3000")
+            .replace("[7, 20]", "[1000, 2000]")
+            .replace("trials = 6", "trials = 5")
+        )
+        return text.replace("log_every = 3", "log_every = 50").replace(
+            "checkpoint_every = 10", "checkpoint_every = 100"
+        )
+
+    path, trials, best = searched(tmp_path, method, longer)
+    options = SLURM["local"] if engine == "slurm" else {}
+    out = tmp_path / "runs"
+    words = ["sweep", path, "--out", out, "--engine", engine, "--jobs", "2"]
+    words += ["--option", *(f"{name}={value}" for name, value in options.items())] if options else []
+    driver = subprocess.Popen(
+        [Path(sys.executable).with_name("rlkit2"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not any(int(folder.name) for folder in out.glob("tiny/*/*/checkpoints/0*")):
+        assert driver.poll() is None, driver.stderr.read()
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not (out / "tiny" / "search.json").exists()
+    found = run_search(load_sweep(path), out=out, engine=engine, jobs=2, options=options)
+    assert told(found) == trials
+    assert (out / "tiny" / "best.toml").read_text() == best
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
