@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,8 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from rlkit2.cli.main import main
+from rlkit2.sweeps.engines import ENGINES
+from rlkit2.sweeps.worker import carry_out
 from tests.built import give_built, named_in, pytest_configure
 
 __all__ = ["pytest_configure"]
@@ -48,6 +51,12 @@ def in_this_process(line: str) -> tuple[int, str]:
     return code, written.getvalue()
 
 
+def in_this_process_alone(work: str, folders: Sequence[Path], jobs: int, options: Any, report: Any) -> None:
+    """The local engine of sweeps and studies without its processes, each of which would import everything again; `tests/sweeps` holds both alike."""
+    for folder in folders:
+        report(folder, carry_out(work, str(folder)))
+
+
 def in_a_shell(line: str) -> tuple[int, str]:
     """Exit code and output of a line typed into a shell."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -71,10 +80,12 @@ def enter(namespace: dict[str, Any]) -> None:
         os.environ[name] = str(Path(folder.name, place))
     os.environ.setdefault("MPLBACKEND", "Agg")
     give_built(*namespace["_datasets"])
+    namespace["_engine"], ENGINES["local"] = ENGINES["local"], in_this_process_alone
 
 
 def leave(namespace: dict[str, Any]) -> None:
     """Back to where the page was entered."""
+    ENGINES["local"] = namespace["_engine"]
     folder, before, environment = namespace["_page"]
     os.chdir(before)
     os.environ.clear()

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from rlkit2.agents import agent_class, agent_classes, agent_kinds, list_agents, make_agent, make_config
+from rlkit2.agents import agent_class, agent_classes, agent_kinds, list_agents, make_agent, make_config, plain_name
 from rlkit2.agents.awac import AWAC
 from rlkit2.agents.base import Agent
 from rlkit2.data import Batch, DatasetSpec, dataset_from_arrays
@@ -63,8 +63,14 @@ def problem(name: str, kind: str = "continuous") -> Problem:
     return Problem(agent_class(name, kind), kind, small(name, kind))
 
 
+def marks(name: str, cls: type[Agent], what: str) -> list[pytest.MarkDecorator]:
+    """Hundreds of updates: once for every class among the fast tests, for its other kinds of actions and its presets among the slow ones."""
+    repeated = plain_name(name) != name or f"({cls.action_kinds[0]})" not in what
+    return [pytest.mark.slow] if what.startswith("three_hundred") and repeated else []
+
+
 CONTRACT = [
-    pytest.param(check, id=f"{name}-{what}")
+    pytest.param(check, id=f"{name}-{what}", marks=marks(name, cls, what))
     for name in list_agents()
     for cls in agent_classes(name)
     for what, check in agent_checks(cls, small(name, cls.action_kinds[0]))

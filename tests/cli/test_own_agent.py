@@ -22,6 +22,8 @@ from rlkit2 import load_run, train
 from rlkit2.agents import ENTRY_POINTS, agent_class, class_name, import_agent, list_agents
 from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError
+from rlkit2.sweeps.engines import ENGINES
+from rlkit2.sweeps.worker import carry_out
 from rlkit2.training.recipe import find_recipe
 from rlkit2.training.run import RunWarning
 from tests.agents import own
@@ -110,7 +112,7 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
     assert "An agent as a user writes one" in shown.stdout
 
 
-def test_a_sweep_runs_it_only_when_it_is_named(folder: Path) -> None:
+def test_a_sweep_runs_it_only_when_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "sweep.toml").write_text(
         '[base]\nagent = "my_own.py:Own"\ndataset = "swings.hdf5"\n'
         '[base.training]\nsteps = 3\neval_every = 0\n[grid]\n"config.temperature" = [0.5]\n'
@@ -123,6 +125,9 @@ def test_a_sweep_runs_it_only_when_it_is_named(folder: Path) -> None:
     assert list((folder / "swept").rglob("checkpoints/*"))
     sweep = (folder / "sweep.toml").read_text().replace('"swings.hdf5"', f'"{folder / "swings.hdf5"}"')
     (folder / "elsewhere.toml").write_text(sweep)
+    monkeypatch.setitem(
+        ENGINES, "local", lambda work, folders, *_: [_[-1](f, carry_out(work, str(f))) for f in folders]
+    )
     far = command(folder.parent, "sweep", f"{folder}/elsewhere.toml", "--agent", f"{folder.name}/my_own.py:Own")
     assert far.returncode == 0, far.stdout + far.stderr
 

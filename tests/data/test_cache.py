@@ -250,10 +250,10 @@ def test_a_kill_while_packing_leaves_no_entry(tmp_path: Path, monkeypatch: pytes
 
 
 OPEN_MANY = """
-import sys, time
+import sys
 from rlkit2.data import read_dataset
-while time.time() < float(sys.argv[2]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 dataset = read_dataset(sys.argv[1])
 print(len(dataset), float(dataset.rewards.sum()), dataset.spec.content_hash)
 """
@@ -261,11 +261,17 @@ print(len(dataset), float(dataset.rewards.sum()), dataset.spec.content_hash)
 
 def test_two_processes_open_a_new_dataset_at_once(tmp_path: Path) -> None:
     made = make_minari([Ending(7, True, False)] * 60, *FAMILIES["box32"])
-    start = str(time.time() + 6)
-    command = [sys.executable, "-W", "error", "-c", OPEN_MANY, made.spec.dataset_id, start]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    command, pipe = [sys.executable, "-W", "error", "-c", OPEN_MANY, made.spec.dataset_id], subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:  # all of them have imported everything
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     assert outputs[0][0].startswith("420 ")
     entry(tmp_path)

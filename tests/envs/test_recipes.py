@@ -46,7 +46,7 @@ max_steps = 7
 policy = "rooms"
 noise = 0.3
 epsilon = 0.1
-episodes = 300
+episodes = 100
 max_steps = 20
 kwargs = { start = [0.1, 0.1, 1.0, 1.0] }
 [reference]
@@ -189,7 +189,7 @@ def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_episodes_replay_from_their_seeds(tmp_path: Path) -> None:
     dataset = build_recipe(write(tmp_path / "tiny.toml"), root=tmp_path)
-    kwargs = {5: {}, 300: {"start": [0.1, 0.1, 1.0, 1.0]}}
+    kwargs = {5: {}, 100: {"start": [0.1, 0.1, 1.0, 1.0]}}
     replayed = 0
     for episode, metadata in zip(dataset, dataset.storage.get_episode_metadata(range(40)), strict=False):
         for settings in kwargs.values():
@@ -228,28 +228,35 @@ def test_reference_returns_are_those_of_the_evaluation_environment(tmp_path: Pat
 def test_progress_is_reported_to_the_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     build_recipe(write(tmp_path / "tiny.toml"), root=tmp_path, progress=lambda *call: calls.append(call))
-    assert calls == [(n, 385) for n in range(1, 386)]
+    assert calls == [(n, 185) for n in range(1, 186)]
 
 
 BUILD = """
-import sys, time
+import sys
 from rlkit2.envs.builtin import build_recipe
-while time.time() < float(sys.argv[3]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 build_recipe(sys.argv[1], root=sys.argv[2], progress=lambda done, total: print(done, flush=True))
 """
 
 
-def start(recipe: Path, root: Path, when: float = 0.0) -> subprocess.Popen[str]:
-    """A process that builds a recipe."""
-    command = [sys.executable, "-c", BUILD, str(recipe), str(root), str(when)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(recipe: Path, root: Path, count: int = 1) -> list[subprocess.Popen[str]]:
+    """Processes that build a recipe, all of them from the moment on at which the last one has imported everything."""
+    command, pipe = [sys.executable, "-c", BUILD, str(recipe), str(root)], subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
 
 
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     recipe = write(tmp_path / "tiny.toml")
-    when = time.time() + 6
-    processes = [start(recipe, tmp_path / "root", when) for _ in range(2)]
+    processes = start(recipe, tmp_path / "root", 2)
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
@@ -259,10 +266,10 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
 
 def test_a_killed_build_leaves_no_dataset_and_the_next_one_works(tmp_path: Path) -> None:
     recipe, root = (
-        write(tmp_path / "tiny.toml", RECIPE.replace("episodes = 300", "episodes = 20000")),
+        write(tmp_path / "tiny.toml", RECIPE.replace("episodes = 100", "episodes = 20000")),
         tmp_path / "root",
     )
-    process = start(recipe, root)
+    (process,) = start(recipe, root)
     assert process.stdout is not None
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGKILL)

@@ -59,19 +59,29 @@ def random_policy(process: Process, seed: int, sharpness: float = 1.0) -> Array:
     return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
+def _cumulated(probabilities: Array) -> Array:
+    sums = np.cumsum(np.asarray(probabilities), -1)
+    return sums / sums[..., -1:]
+
+
+def _drawn(cumulated: Array, rng: np.random.Generator) -> int:
+    """As `rng.choice` draws from probabilities."""
+    return int(cumulated.searchsorted(rng.random(), side="right"))
+
+
 def sample(
     process: Process, behavior: Array, episodes: int, length: int, seed: int = 0
 ) -> tuple[TransitionDataset, Array]:
     """`episodes` episodes, truncated after 1 to `length` steps, and the log-probabilities of their actions `[N]`."""
     rng = np.random.default_rng(seed)
     states, actions = process.sizes
-    tau, start = np.asarray(process.mdp.transitions), np.asarray(process.mdp.initial_distribution)
+    begin, act, follow = map(_cumulated, (process.mdp.initial_distribution, behavior, process.mdp.transitions))
     rows: dict[str, list[float]] = {name: [] for name in ("s", "a", "r", "n", "term", "trunc")}
     for _ in range(episodes):
-        state, limit = rng.choice(states, p=start), int(rng.integers(1, length + 1))
+        state, limit = _drawn(begin, rng), int(rng.integers(1, length + 1))
         for step in range(limit):
-            action = rng.choice(actions, p=behavior[state])
-            following = rng.choice(states, p=tau[state, action])
+            action = _drawn(act[state], rng)
+            following = _drawn(follow[state, action], rng)
             over = following == states - 1
             values = (
                 state,

@@ -122,8 +122,17 @@ def test_damaged_files_are_named(dataset, tmp_path):
 
 
 _SAVER = """
-import itertools, sys, torch
+import itertools, os, sys, torch
 from rlkit2.data.preferences import PreferenceDataset
+while sys.stdin.readline():  # everything is imported once; a child for each line
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+else:
+    sys.exit()
 for n in itertools.count(1):
     segments = torch.full((n, 2), n)
     PreferenceDataset(segments, segments, torch.full((n,), 0.5), "loop", length=3).save(sys.argv[1])
@@ -132,15 +141,22 @@ for n in itertools.count(1):
 
 
 def test_a_kill_while_saving_leaves_whole_labels(tmp_path):
-    for wait in (0.0, 0.013, 0.031):
-        with subprocess.Popen([sys.executable, "-c", _SAVER, str(tmp_path / "l")], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", _SAVER, str(tmp_path / "l")], stdin=pipe, stdout=pipe, text=True
+    ) as it:
+        for wait in (0.0, 0.013, 0.031):
+            it.stdin.write("again\n")
+            it.stdin.flush()
+            child, first = int(it.stdout.readline()), it.stdout.readline()
+            assert first == "1\n"
             time.sleep(wait)
-            os.kill(process.pid, signal.SIGKILL)
-            confirmed = [1, *map(int, process.stdout.read().split())][-1]
-        labels = PreferenceDataset.load(tmp_path / "l")
-        assert len(labels) >= confirmed
-        assert (labels.segments_w == len(labels)).all()
+            os.kill(child, signal.SIGKILL)
+            confirmed = [1, *map(int, iter(lambda: it.stdout.readline().replace("killed\n", ""), ""))][-1]
+            labels = PreferenceDataset.load(tmp_path / "l")
+            assert len(labels) >= confirmed
+            assert (labels.segments_w == len(labels)).all()
+        it.stdin.close()
 
 
 def test_split_and_extend_keep_every_pair(dataset):

@@ -213,10 +213,10 @@ def test_callables_on_a_continuous_problem() -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [PolynomialFeatures(2), FourierFeatures(24), NetworkFeatures(width=32, steps=400), "auto"],
+    [PolynomialFeatures(2), FourierFeatures(24), NetworkFeatures(width=32, steps=200), "auto"],
 )
 def test_features_on_a_continuous_problem(features: Any) -> None:
-    batch, rewards = analytic_lqr(60, 1)
+    batch, rewards = analytic_lqr(40, 1)
     matrix = SampledStarc(features, discount=0.95, bootstrap=0).fit(batch, rewards)
     assert matrix.values[0, 1] < 0.2
     assert matrix.values[0, 2] == pytest.approx(np.sqrt(2), abs=0.15)
@@ -224,19 +224,20 @@ def test_features_on_a_continuous_problem(features: Any) -> None:
     np.testing.assert_array_equal(matrix.values, again.values)
 
 
-def test_coverage_of_the_intervals() -> None:
-    """50 data sets of 2000 transitions: the 95 % intervals hold the exact distance 90-100 % of the time, and their estimate always."""
+@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.slow)])
+def test_coverage_of_the_intervals(count: int) -> None:
+    """Data sets of 2000 transitions: the 95 % intervals hold the exact distance 90-100 % of the time, and their estimate always."""
     file = load("starc_samples")
     exact, hits = file["x_dist_exact"], np.zeros((5, 5))
     pairs = [(0, 1), (0, 2), (0, 4), (1, 4), (2, 4)]
-    for seed in range(50):
+    for seed in range(count):
         batch, rewards = simulate(file, 2000, seed)
         matrix = SampledStarc("onehot", discount=0.95, seed=seed, bootstrap=100).fit(batch, rewards)
         assert matrix.ci is not None
         hits += (matrix.ci[..., 0] - 1e-9 <= exact) & (exact <= matrix.ci[..., 1] + 1e-9)
         assert ((matrix.ci[..., 0] <= matrix.values) & (matrix.values <= matrix.ci[..., 1])).all()
     for pair in pairs:
-        assert hits[pair] >= 45, (pair, hits[pair])
+        assert hits[pair] >= 0.9 * count, (pair, hits[pair])
 
 
 def test_ends_of_episodes() -> None:
@@ -441,7 +442,7 @@ def test_features_that_cannot_express_a_reward_are_seen() -> None:
     batch, rewards = analytic_lqr(95, 7)
     exact = np.array([[0, 0, np.sqrt(2)], [0, 0, np.sqrt(2)], [np.sqrt(2), np.sqrt(2), 0]])
     for features in ("linear", "tile", CellFeatures(2), CellFeatures(4), CellFeatures(16)):
-        matrix = SampledStarc(features, discount=0.95, bootstrap=40).fit(batch, rewards)  # type: ignore[arg-type]
+        matrix = SampledStarc(features, discount=0.95, bootstrap=20).fit(batch, rewards)  # type: ignore[arg-type]
         assert matrix.ci is not None
         wrong = (exact < matrix.ci[..., 0] - 1e-6) | (exact > matrix.ci[..., 1] + 1e-6)
         assert not wrong.any(), (features, matrix.values, matrix.ci)

@@ -45,18 +45,23 @@ def interrupted(folder: Path, step: int) -> Run:
     return run
 
 
-def test_sigkill_at_twenty_random_moments_leaves_no_trace(tmp_path):
-    """Twenty kills in the middle of a file operation (torn writes, half-deleted folders) and four between updates."""
+@pytest.mark.parametrize(("at_files", "at_times"), [(8, 2), pytest.param(20, 4, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments_leaves_no_trace(tmp_path, at_files, at_times):
+    """Kills in the middle of a file operation (torn writes, half-deleted folders), and between updates."""
     worker = Path(__file__).with_name("kill_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(worker.parents[2])}
     done = subprocess.run(
-        [sys.executable, worker, tmp_path, "20", "4"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, worker, tmp_path, str(at_files), str(at_times)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert report["killed"] >= 20
+    assert report["killed"] >= at_files
     (expected,) = (tmp_path / "whole").glob("*/config.json")
-    for index in range(24):
+    for index in range(at_files + at_times):
         (found,) = (tmp_path / f"killed-{index}").glob("*/config.json")
         assert contents(Run(found.parent)) == contents(Run(expected.parent)), f"kill {index}"
         assert Run(found.parent).manifest["status"] == "finished"
