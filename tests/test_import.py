@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ HEAVY = (
     "torch._inductor",
     "matplotlib",
     "scipy.optimize",
+    "scipy.signal",
+    "sympy",
     "scipy.stats",
     "pandas",
     "mujoco",
@@ -38,9 +41,20 @@ def test_import_rlkit2_imports_nothing_heavy() -> None:
     assert modules("import rlkit2").isdisjoint({*HEAVY, *NEVER_AT_ONCE})
 
 
-def test_loading_datasets_needs_no_compiler_no_plots_and_no_simulator() -> None:
-    loaded = modules("from rlkit2 import load_dataset")
-    assert "torch" in loaded
+TRAIN = """
+import numpy as np, rlkit2
+from rlkit2.data import dataset_from_arrays
+rows, flags = np.zeros((8, 1), np.float32), np.arange(8) == 7
+data = dataset_from_arrays(rows, rows, rows[:, 0], rows, flags & False, flags)
+rlkit2.train("odice", data, steps=2, batch_size=4, out="runs", progress=False)
+"""
+
+
+def test_training_needs_no_compiler_no_plots_and_no_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them takes as long to import as torch, in every process that trains."""
+    monkeypatch.chdir(tmp_path)
+    loaded = modules(f"exec({TRAIN!r})")
+    assert {"torch", "rlkit2.training.trainer", "rlkit2.agents.odice"} <= loaded
     assert loaded.isdisjoint(HEAVY)
 
 

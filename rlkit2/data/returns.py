@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 
-import numpy as np
 import torch
-from scipy.signal import lfilter
 from torch import Tensor
 
 from rlkit2.data.dataset import TransitionDataset
@@ -23,13 +22,19 @@ def discounted_returns(rewards: Tensor, episode_starts: Tensor, discount: float)
     Returns:
         `[..., N]` float64.
     """
-    values = rewards.double().cpu().numpy()
-    found = np.empty_like(values)
-    bounds = episode_starts.tolist()
-    for start, end in itertools.pairwise(bounds):
-        # the recursion G_t = r_t + gamma G_{t+1}, run backwards
-        found[..., start:end] = lfilter([1.0], [1.0, -discount], values[..., start:end][..., ::-1], axis=-1)[..., ::-1]
-    return torch.from_numpy(found)
+    starts = episode_starts.tolist()
+    rows = rewards.double().reshape(math.prod(rewards.shape[:-1]), rewards.shape[-1]).tolist()
+    found = [_of_episodes(row, starts, discount) for row in rows]
+    return torch.tensor(found, dtype=torch.float64).reshape(rewards.shape)
+
+
+def _of_episodes(rewards: list[float], starts: list[int], discount: float) -> list[float]:
+    """The recursion G_t = r_t + discount G_{t+1}, run backwards through every episode."""
+    backwards: list[float] = []
+    for start, end in itertools.pairwise(reversed(starts)):
+        backwards += itertools.accumulate(reversed(rewards[end:start]), lambda after, reward: reward + discount * after)
+    backwards.reverse()
+    return backwards
 
 
 def return_statistics(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 Schedule = Literal["constant", "cosine", "linear"]
 """How a step size falls to zero over a number of steps: not at all, along half a cosine, along a line."""
@@ -14,6 +16,9 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 class Adam:
     """Adam (Kingma and Ba, 2015; betas .9/.999, eps 1e-8) in one fused call; weight decay is the L2 term inside Adam.
+
+    It calls the operation that `torch.optim.Adam(fused=True)` ends in: that class imports torch's compiler when it is first used, which takes
+    as long as importing torch, and does three times the work of a small step around it.
 
     Args:
         module: its parameters are optimised; each leads with the seed axis, so seeds never mix.
@@ -37,7 +42,7 @@ class Adam:
         max_norm: float | None = None,
     ) -> None:
         self._named = dict(module.named_parameters())
-        self._parameters = list(self._named.values())
+        self._parameters: list[Tensor] = list(self._named.values())
         device = self._parameters[0].device
         self._base_rate, self._max_norm = learning_rate, max_norm
         self._options: dict[str, Any] = {
@@ -52,20 +57,8 @@ class Adam:
         self._rate, self._half_rate = (
             torch.tensor(rate, dtype=kind, device=device) for rate in (learning_rate, 0.5 * learning_rate)
         )
-        self._ones = torch.ones_like(self._parameters[0].flatten(1)[:, 0])
-        self._optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
-            self._parameters,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        for parameter in self._parameters:  # what torch makes in the first step, so that a fresh state is complete
-            self._optimizer.state[parameter] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._steps_done = [torch.zeros((), device=device) for _ in self._parameters]
+        self._means, self._squares = ([torch.zeros_like(p) for p in self._parameters] for _ in range(2))
         self.follow("constant", 0)
         if cosine_steps:
             self.follow("cosine", cosine_steps)
@@ -79,8 +72,6 @@ class Adam:
             clock: `[S]`, how many are done; None counts this optimiser's own.
         """
         self._schedule, self._steps, self._clock = schedule, steps, clock
-        constant = schedule == "constant" and not self._warmup
-        self._optimizer.param_groups[0]["lr"] = self._base_rate if constant else self._rate
 
     def restarted(self, module: nn.Module) -> Adam:
         """A fresh one of the same settings for another module."""
@@ -93,32 +84,33 @@ class Adam:
         """One step along `gradient [S, P]`: all parameters of a seed as one vector, in the order of `module.parameters()`."""
         sizes = [parameter[0].numel() for parameter in self._parameters]
         parts = gradient.split_with_sizes(sizes, 1) if len(sizes) > 1 else (gradient,)
-        for parameter, part in zip(self._parameters, parts, strict=True):
-            parameter.grad = _laid_out_like(parameter, part.reshape(parameter.shape))
-        self._advance()
+        self._advance([part.reshape(p.shape) for p, part in zip(self._parameters, parts, strict=True)])
 
     def minimize(self, losses: Tensor) -> Tensor:
         """One step down the sum of `losses [S]`; returns the gradient's norm per seed, `[S]`, before weight decay and before it is cut."""
-        gradients = torch.autograd.grad(losses, self._parameters, self._ones)
+        gradients = torch.autograd.grad(losses.sum(), self._parameters)  # with `grad_outputs`, torch imports sympy
         rows = [gradient.flatten(1) for gradient in gradients]
         norm: Tensor = torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows, 1), dim=1)
         if self._max_norm is not None:
             share = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = tuple(gradient * share.view(-1, *(1 for _ in gradient.shape[1:])) for gradient in gradients)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = _laid_out_like(parameter, gradient)
-        self._advance()
+        with torch.no_grad():
+            self._advance(gradients)
         return norm
 
-    def _advance(self) -> None:
-        if self._schedule != "constant" or self._warmup:
+    def _advance(self, gradients: Sequence[Tensor]) -> None:
+        constant = self._schedule == "constant" and not self._warmup
+        if not constant:
             self._set_rate()
-        self._optimizer.step()
-        for parameter in self._parameters:
-            parameter.grad = None
+        laid_out = [_laid_out_like(p, gradient) for p, gradient in zip(self._parameters, gradients, strict=True)]
+        advance = _outside_graphs if torch.compiler.is_compiling() else _advance
+        advance(
+            self._parameters, laid_out, self._means, self._squares, self._steps_done,
+            self._base_rate if constant else self._rate, self._options["weight_decay"], self._options["decoupled"],
+        )  # fmt: skip
 
     def _set_rate(self) -> None:
-        done = self._optimizer.state[self._parameters[0]]["step"] if self._clock is None else self._clock[0]
+        done = self._steps_done[0] if self._clock is None else self._clock[0]
         done = done.to(self._rate.dtype)
         if self._schedule == "constant":
             self._rate.fill_(self._base_rate)
@@ -133,11 +125,30 @@ class Adam:
 
     def named_state(self) -> dict[str, Tensor]:
         """Live tensors `{parameter}.exp_avg`, `.exp_avg_sq` and `.step`; the last is one number, shared by the seeds."""
-        return {
-            f"{name}.{key}": tensor
-            for name, parameter in self._named.items()
-            for key, tensor in self._optimizer.state[parameter].items()
-        }
+        parts = {"step": self._steps_done, "exp_avg": self._means, "exp_avg_sq": self._squares}
+        return {f"{name}.{key}": part[i] for i, name in enumerate(self._named) for key, part in parts.items()}
+
+
+def _advance(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    rate: float | Tensor,
+    decay: float,
+    decoupled: bool,
+) -> None:
+    torch._foreach_add_(steps, 1)
+    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    fused(
+        parameters, gradients, means, squares, [], steps,
+        lr=rate, beta1=0.9, beta2=0.999, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+# torch.compile cannot take the operation into a graph; this imports the compiler when it is called, not before.
+_outside_graphs = _disable_dynamo(_advance)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -139,6 +138,8 @@ def state_plot(observations: Array, actions: Array, limits: tuple[Array, Array],
 
     `limits`: smallest and largest value of every observation column in the dataset, so that two segments share their axes.
     """
+    from matplotlib.figure import Figure  # takes as long to import as torch; evaluations draw without it
+
     figure = Figure(figsize=(5, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     columns = min(observations.shape[1], MOST_COLUMNS)

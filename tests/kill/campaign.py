@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch._dynamo
 
 from rlkit2.errors import RLKitError
 from tests.kill.jobs import FailedError, Job, jobs, prepare

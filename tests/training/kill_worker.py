@@ -18,8 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch._dynamo  # noqa: F401 (torch.optim imports it on first use: once here instead of in every child)
-
 import rlkit2
 import rlkit2.evaluation
 import rlkit2.training.building
