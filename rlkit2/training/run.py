@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlkit2.data.folders import new_folder
 from rlkit2.errors import RLKitError, RunError, first_line
 from rlkit2.files import write_atomically, write_json, writing
 from rlkit2.training.checkpoints import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
@@ -87,16 +88,15 @@ class Run:
                 ),
                 default=0,
             )
-            while True:  # mkdir decides between processes that start together
+            while True:  # a rename decides between processes that start together, and a kill leaves no half of a run
                 path = out / f"{slug}-{number:03d}"
                 try:
-                    path.mkdir()
-                    break
+                    with new_folder(path, out) as new:
+                        write_json(new / "manifest.json", {"id": uuid.uuid4().hex, "status": "created", "starts": []})
+                        write_json(new / "config.json", config)
+                    return cls(path)
                 except FileExistsError:
                     number += 1
-        write_json(path / "manifest.json", {"id": uuid.uuid4().hex, "status": "created", "starts": []})
-        write_json(path / "config.json", config)
-        return cls(path)
 
     @property
     def resume_command(self) -> str:
