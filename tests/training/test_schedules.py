@@ -46,7 +46,7 @@ def test_every_optimiser_follows_the_curve_of_the_run(schedule: str, config: obj
             own = name == "policy" and isinstance(config, IQLConfig) and schedule == "constant"
             factor = CURVES["cosine" if own else schedule](min((step + delayed) / STEPS, 1.0))
             start = config.learning_rate if isinstance(config, BCConfig) else getattr(config, f"{name}_learning_rate")
-            assert float(optimizer._optimizer.param_groups[0]["lr"]) == pytest.approx(start * factor, abs=1e-9)
+            assert float(optimizer._rate) == pytest.approx(start * factor, abs=1e-9)
 
 
 @pytest.mark.parametrize("step", [1, 13, 20])
