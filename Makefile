@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
-TEST_EXTRAS := mujoco,robotics,box2d,trl,export,video
+TEST_EXTRAS := mujoco,robotics,box2d,trl,export,hub,video
 
 .PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill audit
 

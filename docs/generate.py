@@ -44,6 +44,7 @@ ROOMS = {
     "training": ("rlkit2.training",),
     "evaluation": ("rlkit2.evaluation", "rlkit2.evaluation.offline"),
     "reporting": ("rlkit2.reporting",),
+    "deploy": ("rlkit2.deploy",),
     "sweeps": ("rlkit2.sweeps",),
     "studies": ("rlkit2.studies.benchmark", "rlkit2.studies.preferences_to_regret", "rlkit2.studies.pair_ranking"),
     "testing": ("rlkit2.testing",),

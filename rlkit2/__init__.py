@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from rlkit2.api import load_run as load_run
     from rlkit2.api import offline_evaluate as offline_evaluate
     from rlkit2.api import train as train
+    from rlkit2.deploy import pull as pull
+    from rlkit2.deploy import push as push
 
-_LAZY = dict.fromkeys(
-    ("load_dataset", "train", "evaluate", "export", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
-)
+_LAZY = {
+    **dict.fromkeys(
+        ("load_dataset", "train", "evaluate", "export", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
+    ),
+    **dict.fromkeys(("push", "pull"), "rlkit2.deploy"),
+}
 _MODULES = (
     "agents",
     "data",
@@ -38,7 +43,18 @@ _MODULES = (
     "training",
 )
 
-__all__ = ["__version__", "evaluate", "export", "load_dataset", "load_policy", "load_run", "offline_evaluate", "train"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "export",
+    "load_dataset",
+    "load_policy",
+    "load_run",
+    "offline_evaluate",
+    "pull",
+    "push",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,10 @@ class EpisodeError(RLKitError):
     """An environment failed while an episode was played in it."""
 
 
+class HubError(RLKitError):
+    """A hub refuses, does not answer, or gave something else than was pushed."""
+
+
 class MissingExtraError(RLKitError, ImportError):
     """An optional dependency is not installed."""
 

@@ -52,6 +52,7 @@ EXTRAS = {
     "slurm": ("submitit", "submitit", "sweeps on a Slurm cluster"),
     "trackio": ("trackio", "trackio", "logging"),
     "export": ("onnxruntime", "onnxruntime", "policies as ONNX files"),
+    "hub": ("huggingface_hub", "huggingface_hub", "push and pull"),
     "video": ("imageio-ffmpeg", "imageio_ffmpeg", "films of episodes as MP4 (GIF needs nothing)"),
     "label": ("starlette", "starlette", "the labelling page in the browser"),
 }

@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlkit2.cli.export",
         "one file that acts as a policy does, in another program: ONNX, torch, safetensors",
     ),
+    "push": ("rlkit2.cli.push", "put a run or policy on a hub, with a generated card"),
+    "pull": ("rlkit2.cli.pull", "fetch a run or policy from a hub, every checksum compared"),
     "select": ("rlkit2.cli.select", "rank runs by what they would earn, judged from data alone"),
     "compare": ("rlkit2.cli.compare", "final scores of runs side by side, with intervals"),
     "report": ("rlkit2.cli.report", "one self-contained HTML page about runs"),

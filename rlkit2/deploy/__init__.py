@@ -2,3 +2,5 @@
 
 from rlkit2.deploy.export import Export as Export
 from rlkit2.deploy.export import export_policy as export_policy
+from rlkit2.deploy.hub import pull as pull
+from rlkit2.deploy.hub import push as push
