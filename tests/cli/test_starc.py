@@ -163,7 +163,7 @@ def test_simulator(capsys: pytest.CaptureFixture[str], tmp_path: Path, rewards: 
 
 def test_recorded_dataset(capsys: pytest.CaptureFixture[str], rewards: Path, real_datasets: Path) -> None:
     found = run_json(
-        capsys, "dataset", "zoo/pendulum/mixed-v0", "--true", f"--reward={rewards}:still", "--bootstrap", "20"
+        capsys, "dataset", "zoo/pendulum/mixed-v0", "--true", f"--reward={rewards}:still", "--bootstrap", "5"
     )
     assert 0.8 < np.array(found["values"])[0, 1] < 1.6
     assert found["diagnostics"]["transitions"] == 30_000  # type: ignore[index]

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 from rlkit2.entanglement.callback import EntanglementWarning  # noqa: E402
 from rlkit2.entanglement.language_pairs import encode_pairs, pairs_by_prompt, token_rows  # noqa: E402
@@ -366,7 +365,7 @@ def test_rows_are_those_of_the_trainers_own_batches(tmp_path, kind, options, giv
     assert callback._origin == {"texts": "dataset"}.get(given, given)
     source = trainer.train_dataset
     if given != "training data":
-        evaluation = datasets.Dataset.from_list(texts)
+        evaluation = importlib.import_module("datasets").Dataset.from_list(texts)
         source = _trainer(kind, tmp_path / "again", train=texts, **options).train_dataset
         assert len(source) <= len(evaluation)
     rows = [source[i] for i in range(min(4, len(source)))]

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 from rlkit2.entanglement.callback import EntanglementWarning  # noqa: E402
 from rlkit2.entanglement.trainers import (  # noqa: E402

@@ -56,6 +56,21 @@ def test_every_seed_steps_as_torch_does(decay: float, cosine_steps: int | None, 
         assert p.grad is None
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_it_is_the_operation_of_torchs_own_class(decoupled: bool) -> None:
+    """To the last bit, with the weight decay of both kinds."""
+    module, twin = Parts(), Parts()
+    ours = Adam(module, 0.05, weight_decay=0.1, decoupled=decoupled)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    theirs = kind(twin.parameters(), lr=0.05, weight_decay=0.1, fused=True)
+    for t in range(STEPS):
+        ours.step(gradient(t))
+        for p, part in zip(twin.parameters(), gradient(t).split([8, 3], 1), strict=True):
+            p.grad = part.reshape(p.shape).clone()
+        theirs.step()
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
+
+
 def test_a_gradient_in_another_memory_layout_is_not_misread() -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(2, 3, 4, dtype=F64))
