@@ -64,7 +64,7 @@ def push(
         The address of the commit.
 
     Raises:
-        ConfigError: the repository is no `owner/name`.
+        ConfigError: the repository is not `owner/name`.
         RunError: what is to be pushed is damaged, or being trained.
         HubError: the hub refuses or does not answer; nothing is changed here.
         MissingExtraError: the extra `hub` is not installed.
@@ -109,7 +109,7 @@ def pull(
         The new folder, for `load_run` or `load_policy`.
 
     Raises:
-        ConfigError: the repository is no `owner/name`, or the folder is there already.
+        ConfigError: the repository is not `owner/name`, or the folder is there already.
         HubError: the hub does not answer, has no such repository, or what it gave is not what was pushed; nothing is left.
         MissingExtraError: the extra `hub` is not installed.
     """
@@ -192,7 +192,7 @@ def _listed(file: Path, repository: str) -> tuple[str, dict[str, str]]:
         known = name in POLICY_FILES if kind == "policy" else name in RUN_FILES or CHECKPOINT.fullmatch(name)
         if not known:
             raise HubError(
-                f"{LIST} of {repository} names {name[:80]!r}, which is no file of a {kind}; nothing is left here"
+                f"{LIST} of {repository} names {name[:80]!r}, which is not a file of a {kind}; nothing is left here"
             )
     return kind, files
 
@@ -211,7 +211,7 @@ def _check_opens(folder: Path, kind: str, owner: str) -> None:
         _ = run.manifest, run.evaluations(), run.metrics()
         load_policy(folder / "policy")
     except RunError as error:
-        raise RunError(f"{owner} is no whole run: {error}") from error
+        raise RunError(f"{owner} is not a whole run: {error}") from error
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def _reason(error: BaseException, hub: str, repository: str) -> str:
 
 def _check_repository(repository: str) -> None:
     if not REPOSITORY.fullmatch(repository) or ".." in repository:
-        raise ConfigError(f"{repository!r} is no repository; write owner/name")
+        raise ConfigError(f"{repository!r} is not a repository; write owner/name")
 
 
 def _digest(file: Path | bytes) -> str:

@@ -192,6 +192,7 @@ def test_the_trainer_measures_the_returns_and_a_state_brings_them() -> None:
         "config": asdict(config),
         "spec": data.spec.to_json(),
         "data": {"normalize_observations": False},
+        "training": {},
     }
     made = agent_factory(described, data)([0, 1], "cpu")
     mean, std = return_statistics(data, config.discount)
