@@ -222,11 +222,11 @@ def damaged(files: dict[str, bytes], how: str) -> dict[str, bytes]:
         ("list", HubError, f"{LIST} of me/walk is damaged"),
         ("nonsense", HubError, f"{LIST} of me/walk is damaged"),
         ("newer", HubError, "was pushed by a newer rlkit2"),
-        ("outside", HubError, "names '../../evil.json', which is no file of a run"),
-        ("code", HubError, "names 'policy/hook.py', which is no file of a run"),
-        ("missing", RunError, "me/walk is no whole run: .* holds no config.json"),
+        ("outside", HubError, "names '../../evil.json', which is not a file of a run"),
+        ("code", HubError, "names 'policy/hook.py', which is not a file of a run"),
+        ("missing", RunError, "me/walk is not a whole run: .* holds no config.json"),
         ("empty", HubError, "is damaged"),
-        ("rewritten", RunError, "me/walk is no whole run"),
+        ("rewritten", RunError, "me/walk is not a whole run"),
     ],
 )
 def test_what_is_not_what_was_pushed_does_not_appear(
@@ -246,7 +246,7 @@ def test_nothing_damaged_or_unfinished_leaves(
     run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("nothing", "me", "me/../x", "me/a b", "/a/b"):
-        with pytest.raises(ConfigError, match="is no repository; write owner/name"):
+        with pytest.raises(ConfigError, match="is not a repository; write owner/name"):
             rlkit2.push(run, name, hub=hub.address)
     with pytest.raises(RunError, match="does not exist"):
         rlkit2.push(tmp_path / "nothing", NAME, hub=hub.address)
@@ -255,7 +255,7 @@ def test_nothing_damaged_or_unfinished_leaves(
     copy = tmp_path / "copy"
     shutil.copytree(run.path, copy)
     (copy / "policy/policy.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(RunError, match=f"{copy} is no whole run"):
+    with pytest.raises(RunError, match=f"{copy} is not a whole run"):
         rlkit2.push(copy, NAME, hub=hub.address)
     monkeypatch.setattr(Run, "status", "running")
     with pytest.raises(RunError, match="is being trained; push it when that has ended"):
