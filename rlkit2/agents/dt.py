@@ -57,7 +57,7 @@ class DTConfig(Checked):
 
 
 class DT(Agent):
-    """Decision transformer for S seeds; arguments as for `Agent`. Batches are `SequenceBatch`es.
+    """Decision transformer for S seeds; arguments as for `Agent`; a batch is a `SequenceBatch`.
 
     Attributes:
         learns_from: what sets it apart from agents that learn from transitions.
