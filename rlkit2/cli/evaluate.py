@@ -140,7 +140,7 @@ def evaluate(
         if not json:
             _print(output.console(), result, checkpoint, str(run) if len(runs) > 1 else None)
             if video is not None:
-                output.say(f"{video}: the first {min(video_episodes, episodes)} episodes of seed {result.seeds[0]}")
+                output.say(f"{video}: episodes 1 to {min(video_episodes, episodes)} of seed {result.seeds[0]}")
     if not found:
         raise ConfigError("nothing was evaluated; name at least one folder of a run, such as those below runs/")
     if json:

@@ -29,7 +29,7 @@ def read_json(path: Path, check: Callable[[Any], None] | None = None) -> dict[st
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({first_line(error)}); the run is damaged") from error
+        raise RunError(f"{path} cannot be read ({first_line(error)}); it is damaged") from error
     return value
 
 

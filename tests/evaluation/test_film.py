@@ -98,7 +98,7 @@ def test_the_command_writes_it_and_says_where(run: Any, tmp_path: Path, capsys: 
     path = tmp_path / "film.gif"
     words = ["evaluate", str(run.path), "--env", f"{__name__}:Drawn", "--video", str(path)]
     assert main([*words, "--episodes", "2"]) == 0
-    assert f"{path}: the first 2 episodes of seed 3\n" in capsys.readouterr().out
+    assert f"{path}: episodes 1 to 2 of seed 3\n" in capsys.readouterr().out
     assert len(pictures(path)) == 12
     assert main([*words, "--episodes", "2", "--video-episodes", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["video"] == str(path)

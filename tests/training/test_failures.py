@@ -126,7 +126,7 @@ def damage(path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", r"config\.json cannot be read .*; the run is damaged"),
+        ("config.json", r"config\.json cannot be read .*; it is damaged"),
         ("metrics.jsonl", r"metrics\.jsonl is shorter than its checkpoint says \(\d+ bytes\); the run is damaged"),
     ],
 )
