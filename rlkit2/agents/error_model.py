@@ -135,6 +135,7 @@ class ErrorModel:
         seeds: S.
         dtype, device: of the running scale.
         moved: the agent moves Q away from the mean of its targets, so the noise needs a location of its own.
+        own_rows: every member has rows of its own, so nothing is averaged over members at a row.
 
     Attributes:
         outputs: noise outputs per value.
@@ -144,9 +145,16 @@ class ErrorModel:
     """
 
     def __init__(
-        self, options: ErrorOptions, seeds: int, dtype: torch.dtype, device: torch.device, *, moved: bool = False
+        self,
+        options: ErrorOptions,
+        seeds: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        moved: bool = False,
+        own_rows: bool = False,
     ) -> None:
-        self.options = options
+        self.options, self.own_rows = options, own_rows
         learns_scale = options.critic != "mse" and options.critic_scale == "learned"
         absolute = options.critic == "ggd" and options.sample_weighting in ("biv", "biev")  # a pull towards the median
         own_location = options.critic != "mse" and (moved or (absolute and options.coupling == "mean"))
@@ -255,7 +263,7 @@ class ErrorModel:
     def sample_weights(
         self, heads: Heads, error: Tensor, discount: float | Tensor, target_variance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Weights of mean one over the batch, `[S, 1, B]` ("shape": `[S, M, B]`), and the xi `[S]` that keeps the effective size.
+        """Weights of mean one over the batch, and the xi `[S]` that keeps the effective size: `[S, 1, B]`, for "shape" and own rows `[S, M, B]`.
 
         All are 1 / (v + xi), with v by kind: biv the variance of the members' Q; biev the best biased estimate of the variance of their errors; iv
         the aleatoric variance plus that of the target; shape 1 / beta of every member, so that the weights are its shapes over their mean.
@@ -268,7 +276,8 @@ class ErrorModel:
         elif kind == "shape":
             variance = heads.shape.reciprocal()
         else:
-            variance = heads.variance.mean(1) if target_variance is None else heads.variance.mean(1) + target_variance
+            variance = heads.variance if self.own_rows else heads.variance.mean(1)
+            variance = variance if target_variance is None else variance + target_variance
         xi = solve_xi(variance, self.options.min_effective_fraction * variance.shape[-1])
         weights = batch_inverse_variance(variance, xi)
         return (weights, xi.mean(1)) if weights.ndim == 3 else (weights.unsqueeze(1), xi)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from tyro.conf import Positional, arg
@@ -46,6 +46,8 @@ def evaluate(
     discount: float | None = None,
     steps: int | None = None,
     members: int | None = None,
+    critic: Literal["mse", "gaussian", "ggd"] | None = None,
+    sample_weighting: Literal["none", "iv"] | None = None,
     agent: str | None = None,
     json: bool = False,
 ) -> int:
@@ -77,6 +79,8 @@ def evaluate(
         discount: with --offline; default: that of the training, else 0.99.
         steps: with --offline: updates of every fit; default: 6000.
         members: with --offline: resamples of the episodes that every fit is repeated on; default: 8.
+        critic: with --offline: gaussian or ggd lets fitted Q learn the noise of its targets, too, and say whether it is calibrated; default: mse.
+        sample_weighting: with --offline: iv weighs transitions by the inverse of that noise; default: none.
         agent: that of the run where it is your own, my_agents.py:MyAgent; for --checkpoint and --offline, which need its code.
         json: print everything as JSON.
     """
@@ -94,7 +98,13 @@ def evaluate(
             video=video,
             target_return=target_return,
         )
-        fits = {"seed": seed, "steps": steps, "members": members}
+        fits = {
+            "seed": seed,
+            "steps": steps,
+            "members": members,
+            "critic": critic,
+            "sample_weighting": sample_weighting,
+        }
         return _judge(
             [_at(run, checkpoint) for run in runs],
             checkpoint,
@@ -107,7 +117,14 @@ def evaluate(
             **fits,
         )
     _refuse(
-        "only --offline takes this", dataset=dataset, discount=discount, steps=steps, members=members, **reading.given
+        "only --offline takes this",
+        dataset=dataset,
+        discount=discount,
+        steps=steps,
+        members=members,
+        critic=critic,
+        sample_weighting=sample_weighting,
+        **reading.given,
     )
 
     def play(run: Path) -> Evaluation:
@@ -184,7 +201,7 @@ def _judge(
     discount: float | None,
     stochastic: bool,
     json: bool,
-    **options: int | None,
+    **options: int | str | None,
 ) -> int:
     from rlkit2.cli.offline import judged, print_judged
     from rlkit2.evaluation.offline import OfflineOptions

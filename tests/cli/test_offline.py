@@ -54,7 +54,9 @@ def printed(capsys, *arguments):
 
 def test_evaluate_offline(capsys, runs):
     quick = ["--offline", "--steps", "100", "--members", "3"]
-    text = printed(capsys, "evaluate", runs[0].path, *quick, "--methods", "fqe", "own")
+    noise = ["--critic", "ggd", "--sample-weighting", "iv"]
+    text = printed(capsys, "evaluate", runs[0].path, *quick, "--methods", "fqe", "own", *noise)
+    assert "noise of fitted Q's targets (ggd)" in " ".join(text.split())
     assert "discount 0.99: the default, as the training had none" in text
     assert "own: BC has no Q of its policy" in text
     assert "refused" in text
@@ -113,6 +115,8 @@ def test_checkpoints_are_judged_and_ranked(capsys, runs):
         (["--offline", "--checkpoint", "7"], "has no checkpoint of step 7; steps there are: ["),
         (["--offline", "--checkpoint", "best"], "never evaluated during training"),
         (["--offline", "--max-steps", "3"], "leave --max-steps out"),
+        (["--critic", "ggd"], "only --offline takes this; leave --critic out"),
+        (["--offline", "--sample-weighting", "iv"], "weights between samples need critic"),
         (["--discount", "0.9"], "only --offline takes this; leave --discount out"),
         (["--offline", "--methods", "magic"], "unknown method 'magic'; choose from: fqe, dice, is, dr, own"),
     ],

@@ -20,6 +20,7 @@ from rlkit2.evaluation.offline import problem as problem_module
 from rlkit2.evaluation.offline.behavior import policy_log_probs
 from rlkit2.nn import Normalizer, Policy
 from rlkit2.nn.actors import make_actor
+from rlkit2.nn.distributions import GeneralizedNormal
 from tests.evaluation.processes import random_policy, random_process, sample, table_policy
 
 TABLES = OfflineOptions(hidden_sizes=(), features=0, steps=600, learning_rate=0.03, members=8, resamples=50)
@@ -320,3 +321,66 @@ def test_weighted_sums_are_what_the_formula_says(seed):
     values, resampled = importance.weighted_sum(ratios, torch.from_numpy(x)[None], problem.resamples(20, 0))
     assert float(values[0]) == pytest.approx(expected, rel=1e-5)
     assert resampled.shape == (1, 20)
+
+
+NOISE = np.array([0.1, 2.0, 0.5, 0.1, 1.0])  # deviation of the rewards' noise by state
+
+
+def noisy_targets(tails: float):
+    """A problem whose rewards carry noise of known deviation, a policy, its Q's exact target deviation at every row."""
+    process = random_process(5, states=5, ending=0.1, discount=0.8)
+    behavior, policy = random_policy(process, 105, 0.5), random_policy(process, 5, 0.7)
+    dataset, _ = sample(process, behavior, 800, 8, 0)
+    states = dataset.observations.argmax(1)
+    noise = GeneralizedNormal(torch.zeros(()), torch.ones(()), torch.tensor(tails))
+    torch.manual_seed(0)
+    drawn = noise.sample((len(states),)) / noise.variance.sqrt() * torch.from_numpy(NOISE)[states]
+    fields = {
+        name: getattr(dataset, name)
+        for name in ("observations", "actions", "next_observations", "terminations", "truncations")
+    }
+    noisy = dataset_from_arrays(**fields, rewards=(dataset.rewards + drawn).float(), spec=dataset.spec)
+    values = np.array([process.value_from(state, policy) for state in range(6)])
+    transitions = process.mdp.transitions.numpy()
+    targets = process.reward + process.mdp.discount * values
+    mean = (transitions * targets).sum(-1, keepdims=True)
+    variance = (transitions * (targets - mean) ** 2).sum(-1)[:-1] + (NOISE**2)[:, None]
+    return process, policy, noisy, np.sqrt(variance[states, dataset.actions])
+
+
+@pytest.mark.parametrize(("critic", "tails"), [("gaussian", 2.0), ("ggd", 0.8)])
+def test_fitted_q_knows_the_noise_of_its_targets(critic, tails):
+    _, policy, dataset, true = noisy_targets(tails)
+    options = dataclasses.replace(TABLES, critic=critic, members=4)
+    problem = problem_module.make_problem(
+        [table_policy(policy)], dataset, 0.8, deterministic=False, initial_observations=None, options=options
+    )
+    noise = fqe_module.fit_q(problem, options).noise()
+    assert noise.level == 0.9
+    assert abs(noise.coverage.item() - 0.9) < 0.03
+    found = noise.deviation[0].numpy()
+    for state in range(5):
+        rows = dataset.observations.argmax(1).numpy() == state
+        assert 0.75 < found[rows].mean() / true[rows].mean() < 1.3, state
+    assert fqe_module.fit_q(problem, dataclasses.replace(options, critic="mse", steps=2)).noise() is None
+
+
+def test_weights_by_noise_leave_the_truth_where_it_is():
+    process, policy, dataset, _ = noisy_targets(2.0)
+    found = {}
+    for weighting in ("none", "iv"):
+        options = dataclasses.replace(TABLES, critic="gaussian", sample_weighting=weighting, members=5, steps=400)
+        result = judge(
+            [Candidate("x", table_policy(policy))],
+            dataset,
+            methods=("fqe",),
+            discount=0.8,
+            deterministic=False,
+            options=options,
+        )
+        assert any("noise of fitted Q's targets (gaussian)" in note for note in result.notes)
+        found[weighting] = result["fqe"]
+        assert deviation(result["fqe"], process.value(policy)) < 2.0
+    assert found["none"].value != found["iv"].value
+    with pytest.raises(ConfigError, match="weights between samples need critic"):
+        dataclasses.replace(TABLES, sample_weighting="iv")

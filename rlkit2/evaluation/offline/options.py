@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
+from rlkit2.errors import ConfigError
 from rlkit2.fields import Checked, Count, Inside, Interval, Natural, Positive, Rate, Widths
 
 
@@ -24,6 +25,10 @@ class OfflineOptions(Checked):
     learning_rate: Positive = 1e-3
     # Polyak rate of the target Q: the share of one Bellman backup that an update makes
     target_update_rate: Rate = 0.1
+    # "gaussian" or "ggd": fitted Q also learns the noise of its targets and says whether that is calibrated
+    critic: Literal["mse", "gaussian", "ggd"] = "mse"
+    # "iv": transitions count by the inverse of that noise where Q is fitted
+    sample_weighting: Literal["none", "iv"] = "none"
     # random features of the occupancy ratios beside the observations and actions themselves; 0: linear
     features: Natural = 256
     # pull of the occupancy ratios towards 1 (the data as they are), in units of (1 - discount)^2
@@ -38,3 +43,8 @@ class OfflineOptions(Checked):
     neighbors: Count = 10
     # of resamples, initial weights and batches
     seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic == "mse" and self.sample_weighting != "none":
+            raise ConfigError("weights between samples need critic = 'gaussian' or 'ggd'")

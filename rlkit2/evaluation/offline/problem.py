@@ -92,8 +92,10 @@ class Problem:
         initial = episodes if self.own_starts else _draw_counts(count, len(self.initial_observations), generator)
         return Resamples(episodes, initial)
 
-    def critic(self, options: OfflineOptions, stream: str) -> Critic:
-        """A network with one output per state and action, `[P, M, ...]`; all policies start from the same weights."""
+    def critic(
+        self, options: OfflineOptions, stream: str, *, noise_outputs: int = 0, detach_noise: bool = True
+    ) -> Critic:
+        """A network with one value per state and action, `[P, M, ...]`; all policies start from the same weights. The rest as for `Critic`."""
         return Critic(
             self.observations.shape[1],
             self.dataset.spec.action_size,
@@ -101,17 +103,23 @@ class Problem:
             seeds=[options.seed] * self.num_policies,
             members=options.members,
             discrete=self.discrete,
+            noise_outputs=noise_outputs,
+            detach_noise=detach_noise,
             stream=stream,
         )
 
     def at_data(self, critic: Critic, rows: Tensor) -> Tensor:
         """`critic` at the data's states and actions, `[P, M, B]`, of `rows [B]` or of each member's own rows `[M, B]`."""
+        return self.outputs_at_data(critic, rows)[..., 0]
+
+    def outputs_at_data(self, critic: Critic, rows: Tensor) -> Tensor:
+        """The same with the noise outputs behind each value, `[P, M, B, 1 + noise_outputs]`."""
         observations, actions = self._stacked(self.observations[rows]), self.actions[rows]
         if not self.discrete:
-            return critic(observations, self._stacked(actions))  # type: ignore[no-any-return]
-        every = critic.every_action(observations)
-        index = actions.expand(every.shape[:-1]).unsqueeze(-1)
-        return every.gather(-1, index).squeeze(-1)
+            return critic.outputs(observations, self._stacked(actions))
+        every = critic.every_output(observations)
+        index = actions.expand(every.shape[:3])[..., None, None].expand(*every.shape[:3], 1, every.shape[-1])
+        return every.gather(-2, index).squeeze(-2)
 
     def at_policy(self, critic: Critic, observations: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
         """Mean of `critic` over the policies' actions, `[P, M, B]`: `after` or `initial` as `chosen`, beside the observations they belong to."""
