@@ -257,7 +257,8 @@ def _notes(problem: Problem, shared: _Shared, options: OfflineOptions) -> list[s
         held = ", ".join(f"{100 * share:.0f} %" for share in noise.coverage.tolist())
         notes.append(
             f"noise of fitted Q's targets ({options.critic}): deviation {middle:.3g} at the median step, "
-            f"{low:.3g} to {high:.3g} at nine tenths of them; its {100 * noise.level:.0f} % intervals hold {held} of the targets in episodes that a member has not seen"
+            f"{low:.3g} to {high:.3g} at nine tenths of them; its {100 * noise.level:.0f} % intervals hold {held} of the targets "
+            "in episodes that a member has not seen"
         )
     if "ratios" in shared.made and shared.known is None:
         notes.append("behaviour probabilities: cloned from the data; give behavior_log_probs where they are known")
