@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -133,14 +134,14 @@ class BatchIndices:
 class MetricRows:
     """The metrics of every update since the last log line, kept on the device: one row a step, no transfer until asked for.
 
-    Kept are those that an update has made; `derived` says what follows from them.
+    Kept are those that an update has made; `derived` says what follows from them. `seeds`: S.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seeds: int = 1) -> None:
         self.names: list[str] = []
         self.derived: Derived = {}
         self.length = 0
-        self._rows = torch.empty(0)
+        self._rows = torch.empty(0, 0, seeds)
         self._absent = torch.empty(0)
         self._missing: list[tuple[int, str]] = []
 
@@ -195,15 +196,21 @@ class MetricRows:
 
 
 class SeedGroup:
-    """One agent with the seeds it trains, their batches and their metrics; runs in one thread."""
+    """One agent with the seeds it trains, their batches and their metrics; runs in one thread.
+
+    A step of a run is one update; a kind of training in which it is something else replaces `advance` and what says how the two go together.
+    """
+
+    unit = "updates"  # what a step is, in words
 
     def __init__(
         self, agent: Agent, dataset: TransitionDataset, batch_size: int, device: torch.device, compile: str
     ) -> None:
         self.agent = agent
+        self.dataset = dataset
         self.step = 0
         self.indices = BatchIndices(dataset, agent.seeds, batch_size)
-        self.metrics = MetricRows()
+        self.metrics = MetricRows(len(agent.seeds))
         self.update, self.note = choose_update(agent, dataset, batch_size, device, compile)
 
     def advance(self, target: int, stop: Event | None = None) -> None:
@@ -212,6 +219,44 @@ class SeedGroup:
             while self.step < target and not (stop is not None and stop.is_set()):
                 self.metrics.add(self.update(self.indices.next()))
                 self.step += 1
+
+    def step_of(self, row: int, rows: int) -> int:
+        """The step of update `row` of the last `rows`."""
+        return self.step - rows + row + 1
+
+    def rows_at(self, seed: int, step: int) -> list[int]:
+        """The rows of the minibatch of one seed in a step."""
+        found: list[int] = BatchIndices(self.dataset, [seed], self.indices.batch_size).at(step)[0].tolist()
+        return found
+
+    @cached_property
+    def reward_bounds(self) -> dict[str, float]:
+        """The smallest and largest reward of what is trained on, as `Agent.warnings` takes them; nothing for data without rewards."""
+        rewards = getattr(self.dataset, "rewards", None)
+        if not isinstance(rewards, Tensor):
+            return {}
+        low, high = rewards.aminmax()
+        return {"data/reward_min": low.item(), "data/reward_max": high.item()}
+
+    def take_extra(self) -> list[dict[str, float]]:
+        """For every seed what else than the means of an update's metrics belongs into this log line."""
+        return [{} for _ in self.agent.seeds]
+
+    # What a checkpoint keeps besides the agent
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, each with the seed axis in front."""
+        return {"generators": self.indices.state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`, at the step that this group has by now."""
+        self.indices.load_state(state["generators"])
+
+    def sync(self) -> None:
+        """Wait until files of its own hold what the next checkpoint refers to."""
+
+    def close(self) -> None:
+        """Let go of what it holds open."""
 
 
 def advance_groups(groups: Sequence[SeedGroup], target: int, stop: Event) -> None:

@@ -269,6 +269,15 @@ def agent_state(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def group_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint keeps of the groups of seeds besides their agents."""
+    return {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith("agent.") and name != "metrics"
+    }
+
+
 def describe_start(device: str) -> dict[str, Any]:
     """What a manifest says about one start of the training: when, where, with which versions, by which command."""
     versions = {name: metadata.version(name) for name in PACKAGES}

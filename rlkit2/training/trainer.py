@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +22,12 @@ from rlkit2.nn import fast_matmul
 from rlkit2.nn.encoders import can_be_rebuilt
 from rlkit2.processes import PREEMPTING
 from rlkit2.training.checkpoints import Checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
-from rlkit2.training.groups import BatchIndices, SeedGroup, advance_groups, one_intraop_thread, seed_groups
+from rlkit2.training.groups import SeedGroup, advance_groups, one_intraop_thread, seed_groups
 from rlkit2.training.loggers import Logger
 from rlkit2.training.options import TrainingOptions
 from rlkit2.training.ownership import Owner, TakenOverError
 from rlkit2.training.progress import Progress
-from rlkit2.training.run import Run, agent_state, describe_start, fitting
+from rlkit2.training.run import Run, agent_state, describe_start, fitting, group_state
 from rlkit2.training.run_files import JsonLines
 from rlkit2.training.schemas import check_facts
 from rlkit2.training.selection import SCORE, Goal, StopRule, mean_over, score_lines
@@ -52,7 +51,7 @@ class Trainer:
 
     Args:
         run: the folder; `config["seeds"]` and `config["training"]` say what to do.
-        dataset: what to learn from, as the agent shall see it.
+        dataset: what to learn from, as the agent shall see it; None where `make_group` knows.
         make_agent: builds the agent for some of the seeds on a device.
         device: where to train.
         compile: see `updates.choose_update`.
@@ -62,12 +61,13 @@ class Trainer:
         groups: seeds trained together by one agent; default `seed_groups`. A seed learns the same in any group up to rounding
             (vectorised sums round by where a number lies in memory), so a run keeps the groups it began with, bit for bit.
         until: stop at this step as if interrupted, but without raising anything.
+        make_group: makes of an agent for some seeds what trains them; default: a `SeedGroup` of the dataset.
     """
 
     def __init__(
         self,
         run: Run,
-        dataset: TransitionDataset,
+        dataset: TransitionDataset | None,
         make_agent: AgentFactory,
         *,
         device: torch.device | str = "cpu",
@@ -77,6 +77,7 @@ class Trainer:
         progress: Progress | None = None,
         groups: Callable[[Sequence[int], torch.device], list[tuple[int, ...]]] = seed_groups,
         until: int | None = None,
+        make_group: Callable[[Agent], SeedGroup] | None = None,
     ) -> None:
         self.run = run
         self.options = TrainingOptions(**run.config["training"])
@@ -89,6 +90,7 @@ class Trainer:
         self.loggers = loggers
         self.progress = progress or Progress(None)
         self.make_groups = groups
+        self.make_group = make_group or self._offline_group
         self.until = self.options.steps if until is None else min(until, self.options.steps)
         self.step = 0
         self.work = 0  # multiplications of an update's largest product, in the largest group as it began
@@ -103,6 +105,10 @@ class Trainer:
         self._signal = signal.SIGINT  # what asked for the stop
         self._owner: Owner | None = None
         self._warned: set[str] = set()
+
+    def _offline_group(self, agent: Agent) -> SeedGroup:
+        assert self.dataset is not None
+        return SeedGroup(agent, self.dataset, self.options.batch_size, self.device, self.compile)
 
     @property
     def active(self) -> list[int]:
@@ -153,6 +159,7 @@ class Trainer:
                 raise
             finally:
                 self.progress.stop()
+                self._close_groups()
                 for growing in self.files.values():
                     growing.close()
                 for logger in self.loggers:
@@ -192,12 +199,13 @@ class Trainer:
         names, _, present = taken[0]
         seeds = self.active
         values = torch.cat([values for _, values, _ in taken], dim=2).double().numpy()  # [n, K, S]
+        extra = [more for group in self.groups for more in group.take_extra()]
         lines, bad = [], {}
         for index, seed in enumerate(seeds):
             finite = np.isfinite(values[:, :, index]) | ~present
             if not finite.all():
                 row, column = np.argwhere(~finite)[0]
-                bad[seed] = (self.step - len(values) + int(row) + 1, names[column])
+                bad[seed] = (self.groups[0].step_of(int(row), len(values)), names[column])
                 continue
             columns = [np.ascontiguousarray(values[present[:, k], k, index]) for k in range(len(names))]
             lines.append(
@@ -205,6 +213,7 @@ class Trainer:
                     "step": self.step,
                     "seed": seed,
                     **{name: float(c.mean()) for name, c in zip(names, columns, strict=True) if len(c)},
+                    **extra[index],
                 }
             )
         self.files["metrics"].append(lines)
@@ -215,22 +224,13 @@ class Trainer:
         if bad:
             self._stop_seeds(bad)
 
-    @cached_property
-    def _reward_bounds(self) -> dict[str, float]:
-        """The smallest and largest reward of what is trained on, as `Agent.warnings` takes them; nothing for data without rewards."""
-        rewards = getattr(self.dataset, "rewards", None)
-        if not isinstance(rewards, Tensor):
-            return {}
-        low, high = rewards.aminmax()
-        return {"data/reward_min": low.item(), "data/reward_max": high.item()}
-
     def _warn(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Say once per run what the agent finds alarming about its metrics."""
         if self.step < min(SETTLED, self.options.steps // 10):
             return
-        agent = self.groups[0].agent
+        agent, bounds = self.groups[0].agent, self.groups[0].reward_bounds
         for line in lines:
-            for name, message in agent.warnings(agent.config, {**line, **self._reward_bounds}).items():
+            for name, message in agent.warnings(agent.config, {**line, **bounds}).items():
                 if name not in self._warned:
                     self._warned.add(name)
                     self.progress.message(f"warning: seed {line['seed']} at step {self.step}: {message}")
@@ -291,9 +291,9 @@ class Trainer:
         step = self.rule.chosen["step"]
         if step == self.step:
             return False
-        _, generators = self._states()
+        _, others = self._states()
         states = _slices(agent_state(self.run.checkpoint(step)), self.seeds)
-        self._build(states, generators)
+        self._build(states, others)
         self.progress.message(
             f"{self.options.stop_when} was best at step {step}; training ends at step {self.step} with the weights of then"
         )
@@ -307,21 +307,21 @@ class Trainer:
 
     def _stop_seeds(self, bad: Mapping[int, tuple[int, str]]) -> None:
         """Take seeds with a non-finite metric out of the run, back to their last finite checkpoint; the others continue."""
-        state, generators = self._states()
+        state, others = self._states()
         for seed, (step, metric) in bad.items():
-            rows = BatchIndices(self.dataset, [seed], self.options.batch_size).at(step)[0]
+            rows = self.groups[0].rows_at(seed, step)
             finite_step, self.frozen[seed] = self._last_finite(seed)
             self.stopped[seed] = {
                 "step": step,
                 "metric": metric,
-                "batch_indices": rows.tolist(),
+                "batch_indices": rows,
                 "last_finite_checkpoint": finite_step,
             }
             self.progress.message(
                 f"seed {seed} stopped: {metric} is not finite at step {step}; its weights are those of step {finite_step}"
             )
         self.run.update_manifest(stopped={str(seed): facts for seed, facts in self.stopped.items()})
-        self._build(state, generators)
+        self._build(state, others)
 
     def _last_finite(self, seed: int) -> tuple[int, dict[str, Tensor]]:
         index = self.seeds.index(seed)
@@ -368,8 +368,7 @@ class Trainer:
             with fitting(checkpoint, self.run.path):
                 states = _slices(agent_state(checkpoint), self.seeds)
                 self.frozen = {seed: states[seed] for seed in self.stopped}
-                generators = dict(zip(self.seeds, checkpoint.tensors["generators"], strict=True))
-                self._build(states, generators)
+                self._build(states, _slices(group_state(checkpoint), self.seeds))
                 self._restore_metrics(checkpoint)
             self._tidy()
         else:
@@ -392,10 +391,12 @@ class Trainer:
         )
 
     def _build(
-        self, states: Mapping[int, dict[str, Tensor]] | None = None, generators: Mapping[int, Tensor] | None = None
+        self,
+        states: Mapping[int, dict[str, Tensor]] | None = None,
+        others: Mapping[int, dict[str, Tensor]] | None = None,
     ) -> None:
-        """Lay out the active seeds as groups, with the given states and generators or fresh ones."""
-        self.groups = []
+        """Lay out the active seeds as groups, with the given states of agents and groups or fresh ones."""
+        self._close_groups()
         for part in self.parts:
             seeds = [seed for seed in part if seed not in self.stopped]
             if not seeds:
@@ -403,30 +404,36 @@ class Trainer:
             agent = self.make_agent(seeds, self.device)
             if states is not None:
                 agent.load_state_dict(_concatenated([states[seed] for seed in seeds]))
-            group = SeedGroup(agent, self.dataset, self.options.batch_size, self.device, self.compile)
-            group.step = self.step
-            if generators is not None:
-                group.indices.load_state(torch.stack([generators[seed] for seed in seeds]))
+            group = self.make_group(agent)
             self.groups.append(group)
+            group.step = self.step
+            if others is not None:
+                group.load_state(_concatenated([others[seed] for seed in seeds]))
         for note in {group.note for group in self.groups if group.note}:
             self.progress.message(note)
 
-    def _states(self) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:
-        """Every seed's state (stopped ones as they were last finite) and every active seed's generator."""
-        states, generators = dict(self.frozen), dict[int, Tensor]()
+    def _close_groups(self) -> None:
+        while self.groups:
+            self.groups.pop().close()
+
+    def _states(self) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]]:
+        """Every seed's agent (stopped ones as they were last finite), and of every active seed what its group keeps besides."""
+        states, others = dict(self.frozen), dict[int, dict[str, Tensor]]()
         for group in self.groups:
+            group.sync()
             states |= _slices(group.agent.state_dict(), group.agent.seeds)
-            generators |= dict(zip(group.agent.seeds, group.indices.state(), strict=True))
-        return states, generators
+            others |= _slices(group.state(), group.agent.seeds)
+        return states, others
 
     def _save(self, *, interrupted: bool = False) -> None:
         """Write a checkpoint, then delete those that are no longer needed."""
-        states, generators = self._states()
-        silent = torch.zeros_like(torch.Generator().get_state())
+        states, others = self._states()
         tensors = {
             f"agent.{name}": tensor for name, tensor in _concatenated([states[seed] for seed in self.seeds]).items()
         }
-        tensors["generators"] = torch.stack([generators.get(seed, silent) for seed in self.seeds])
+        some = next(iter(others.values()), {"generators": torch.Generator().get_state().unsqueeze(0)})
+        silent = {name: torch.zeros_like(tensor) for name, tensor in some.items()}  # of a seed that has stopped
+        tensors |= _concatenated([others.get(seed, silent) for seed in self.seeds])
         facts: dict[str, Any] = {
             "stopped": {str(seed): record for seed, record in self.stopped.items()},
             "best": self.best,
