@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from rlkit2.api import load_run as load_run
     from rlkit2.api import offline_evaluate as offline_evaluate
     from rlkit2.api import train as train
+    from rlkit2.api import train_online as train_online
     from rlkit2.deploy import pull as pull
     from rlkit2.deploy import push as push
 
 _LAZY = {
     **dict.fromkeys(
-        ("load_dataset", "train", "evaluate", "export", "load_run", "load_policy", "offline_evaluate"), "rlkit2.api"
+        ("load_dataset", "train", "train_online", "evaluate", "export", "load_run", "load_policy", "offline_evaluate"),
+        "rlkit2.api",
     ),
     **dict.fromkeys(("push", "pull"), "rlkit2.deploy"),
 }
@@ -35,6 +37,7 @@ _MODULES = (
     "evaluation",
     "losses",
     "nn",
+    "online",
     "preferences",
     "reporting",
     "rewards",
@@ -54,6 +57,7 @@ __all__ = [
     "pull",
     "push",
     "train",
+    "train_online",
 ]
 
 

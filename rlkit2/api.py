@@ -30,16 +30,26 @@ from rlkit2.fields import read_fields
 from rlkit2.nn.policy import Policy, holds_policy
 from rlkit2.nn.policy import load_policy as read_policy
 from rlkit2.progress import progress_bar
-from rlkit2.training.options import SECTIONS, DataOptions, read_options, show_options
+from rlkit2.training.options import (
+    ONLINE_SECTIONS,
+    SECTIONS,
+    DataOptions,
+    read_options,
+    show_online_options,
+    show_options,
+)
 from rlkit2.training.progress import Progress, console_progress
 from rlkit2.training.run import Run, RunWarning
 from rlkit2.user_code import typed_again
 
 if TYPE_CHECKING:
+    from rlkit2.agents import Agent
     from rlkit2.deploy import Export
     from rlkit2.evaluation import EnvSource, Evaluation
     from rlkit2.evaluation import Evaluator as EpisodeEvaluator
     from rlkit2.evaluation.offline import OfflineEvaluation, OfflineOptions
+    from rlkit2.training.building import AgentFactory
+    from rlkit2.training.groups import SeedGroup
 
 
 def load_dataset(
@@ -156,23 +166,24 @@ def train(
     from rlkit2.training.building import (
         agent_config,
         agent_factory,
-        check_memory,
-        check_weights,
         describe_images,
         place_dataset,
         prepare_dataset,
         run_class,
         unreachable_actions,
     )
-    from rlkit2.training.loggers import check_loggers, make_loggers
-    from rlkit2.training.memory import out_of_memory
-    from rlkit2.training.trainer import Trainer
 
-    shown = progress if isinstance(progress, Progress) else console_progress() if progress else Progress(None)
-    target = choose_device(device)
-    if compile not in ("auto", "on", "off"):
-        raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
-    check_loggers(loggers)
+    if resume is not None:
+        run = resume if isinstance(resume, Run) else Run(resume)
+        if "online" in run.config:
+            given = {"agent": agent, "overrides": overrides, **options}
+            if seeds != 1 or any(value is not None for value in given.values()):
+                raise ConfigError(
+                    f"{run.path} learns in an environment: resume it without other options; --online N (train_online(run, steps=N)) prolongs it"
+                )
+            more: dict[str, Any] = {"env": env, "device": device, "compile": compile, "loggers": loggers}
+            return train_online(run, dataset, **more, progress=progress, trust_env=trust_env, until=until)
+    session = _Session(device, compile, loggers, progress, env, trust_env, until)
     training, data, reading = read_options({name: value for name, value in options.items() if value is not None})
     if isinstance(agent, str) and ":" in agent:
         agent = import_agent(agent)
@@ -180,11 +191,11 @@ def train(
         agent = class_name(agent)
     if resume is None:
         given = {"training": training, "data": data, "reading": reading}
-        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, shown, trust_env, recipes)
-        run = None
+        plan, transitions = _plan(agent, dataset, seeds, overrides or {}, given, env, session.shown, trust_env, recipes)
+        begun = None
         changed: list[str] = []
     else:
-        run = resume if isinstance(resume, Run) else Run(resume)
+        begun = run
         options = {**training, **data, **(overrides or {})}
         plan, transitions = _continued(run, agent, dataset, seeds, options, reading, trust_env)
         changed = [text for text in (_changed_code(run.config, plan), _changed_schedule(run, plan)) if text]
@@ -194,40 +205,103 @@ def train(
     )
     prepared = prepare_dataset(transitions, run_class(plan), agent_config(plan), DataOptions(**plan["data"]), same_way)
     factory = agent_factory(plan, prepared)
-    check_weights(agent_config(plan), prepared.spec, len(plan["seeds"]), target)
-    with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
-        trial = factory(plan["seeds"][:1], "cpu")  # a config that does not fit the data says so before a folder is made
-    check_memory(trial, len(plan["seeds"]), plan["training"]["batch_size"], target)
+    trial = session.try_out(plan, factory, prepared.spec)
     doubts = [text for text in (unreachable_actions(trial, transitions), glance(transitions)) if text]
     for doubt in doubts:
         warnings.warn(doubt, DatasetWarning, stacklevel=2)
     for change in changed:
         doubts.append(change)
         warnings.warn(change, RunWarning, stacklevel=2)
-    with _evaluator(plan, env, shown, trust_env) as evaluator:
-        if run is None:
-            run = Run.create(out, f"{plan['agent'].rpartition(':')[2]}-{plan['dataset']['id']}", plan)
-        elif plan != run.config:
-            run.rewrite(plan)
-        if doubts:
-            run.update_manifest(warnings=doubts)
-        shown.message(
-            f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {target}"
-        )
+    with session.evaluator(plan) as evaluator:
+        done = session.open(begun, plan, out, doubts)
         if seen := describe_images(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"]):
-            shown.message(seen)
-        Trainer(
-            run,
-            place_dataset(prepared, target),
-            factory,
-            device=target,
-            compile=compile,
-            evaluator=evaluator,
-            loggers=make_loggers(loggers, run),
-            progress=shown,
-            until=until,
-        ).fit()
-    return run
+            session.shown.message(seen)
+        session.fit(done, place_dataset(prepared, session.target), factory, evaluator)
+    return done
+
+
+@show_online_options
+def train_online(
+    agent: Run | str | os.PathLike[str] | object,
+    dataset: Source | None = None,
+    *,
+    steps: int | None = None,
+    env: EnvSource | None = None,
+    seeds: int | Sequence[int] = 1,
+    out: str | os.PathLike[str] = "runs",
+    device: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    compile: str = "auto",
+    loggers: Sequence[str] = (),
+    progress: bool | Progress = True,
+    trust_env: bool = False,
+    until: int | None = None,
+    **options: Any,
+) -> Run:
+    """Let an agent act in its environment and learn from what it finds there, into a new run folder.
+
+    A step is one transition of every seed. Each seed has environments and a replay of its own. Minibatches mix what was collected with the offline
+    data (`offline_share`); observations are normalised as the offline run normalised them. Everything that was collected is kept in the run's
+    folder, and a run killed at any moment resumes to the same bits where its environment does the same when it is reset by the same seed and
+    given the same actions; where it does not, the episodes in progress are dropped, and that is said.
+
+    Args:
+        agent: an offline run (or its folder), which stays as it is: its agent continues in a new run; or a run that learns in an environment
+            already: it is resumed, with more steps where `steps` is larger.
+        dataset: where the offline data of the run are now; default: where they were.
+        steps: transitions of each seed.
+        env: environment to act and be evaluated in, as for `train`; default: that of the run, else of its dataset.
+        seeds: of an agent that begins from scratch; a run keeps its own.
+        out, device, compile, loggers, progress, trust_env, until: as for `train`.
+        overrides: fields of the agent's config that change, where its networks stay what they are.
+        **options: fields of `OnlineOptions`, and of `TrainingOptions`, whose counts are transitions here.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError, EnvironmentUnavailableError: something does not fit, before any training starts.
+        EpisodeError: the environment raised, or gave numbers that are none; what was learnt before is saved.
+        RunError: the folder cannot be written, is in use or damaged.
+        KeyboardInterrupt: as for `train`.
+    """
+    from rlkit2.evaluation.environments import evaluation_source
+    from rlkit2.online.collector import try_source
+    from rlkit2.online.plan import begin_from, continuing, group_maker, needs_dataset, prolonged
+    from rlkit2.training.building import agent_config, agent_factory, prepare_dataset, run_class, stored_spec
+
+    session = _Session(device, compile, loggers, progress, env, trust_env, until)
+    values = {name: value for name, value in options.items() if value is not None}
+    given = dict(zip(ONLINE_SECTIONS, read_options(values, ONLINE_SECTIONS), strict=True))
+    run = agent if isinstance(agent, Run) else Run(agent)  # type: ignore[arg-type]
+    begun = run if "online" in run.config else None
+    if begun is not None:
+        if values or overrides or seeds != 1:
+            raise ConfigError(
+                f"{run.path} learns in an environment already; resume it without other options than steps"
+            )
+        plan = prolonged(run, steps)
+    elif steps is None:
+        raise ConfigError("say for how many steps: --online STEPS (steps=... in Python)")
+    else:
+        named = typed_again(env) if isinstance(env, str) else None
+        plan = begin_from(run, steps, overrides or {}, given, named)
+    spec = stored_spec(plan)
+    source = evaluation_source(spec, session.source(plan), trust_env=trust_env)
+    try_source(source, spec)
+    raw = _known_dataset(run.path, plan, dataset, {}, trust_env) if needs_dataset(plan) else None
+    prepared = None
+    if raw is not None:
+        prepared = prepare_dataset(raw, run_class(plan), agent_config(plan), DataOptions(**plan["data"]))
+    factory = agent_factory(plan)
+    if begun is None or not begun.checkpoints:
+        factory = continuing(factory, plan)
+    session.try_out(plan, factory, spec)
+    with session.evaluator(plan) as evaluator:
+        done = session.open(begun, plan, out, [])
+        make_group = group_maker(done, source, raw, prepared, session.target, compile)
+        session.fit(done, None, factory, evaluator, make_group)
+    return done
 
 
 def evaluate(
@@ -535,7 +609,7 @@ def _continued(
 ) -> tuple[dict[str, Any], TransitionDataset]:
     """The config of a resumed run, and its dataset, unchanged; more steps may be asked for, nothing else."""
     from rlkit2.agents.base import as_seeds
-    from rlkit2.training.building import own_agent, reading_arguments, run_class
+    from rlkit2.training.building import own_agent, run_class
 
     plan = run.config
     cls = run_class(plan)  # before a dataset is opened
@@ -557,6 +631,17 @@ def _continued(
         raise ConfigError(
             f"{run.path} ends with the checkpoint that {plan['training']['stop_when']} chooses, which more steps cannot follow; train a new run"
         )
+    transitions = _known_dataset(run.path, plan, dataset, reading, trust_env)
+    read = {"reading": {**plan.get("reading", {}), **reading}} if reading else {}
+    return {**plan, **own_agent(cls), **read, "training": {**plan["training"], "steps": steps}}, transitions
+
+
+def _known_dataset(
+    path: Path, plan: Mapping[str, Any], dataset: Source | None, reading: Mapping[str, Any], trust_env: bool
+) -> TransitionDataset:
+    """The dataset of a run, as it was then, or from where it is said to be now."""
+    from rlkit2.training.building import reading_arguments
+
     known = plan["dataset"]
     try:
         transitions = load_dataset(
@@ -566,16 +651,15 @@ def _continued(
         )
     except DatasetError as error:
         raise RunError(
-            f"the dataset of {run.path} cannot be opened ({error}); say where it is now: --dataset ID or path "
+            f"the dataset of {path} cannot be opened ({error}); say where it is now: --dataset ID or path "
             "(train(resume=..., dataset=...) in Python)"
         ) from error
     if transitions.spec.content_hash != known["content_hash"]:
         raise RunError(
-            f"dataset {known['id']} is not what {run.path} was trained on (its content was {known['content_hash'][:12]}, "
+            f"dataset {known['id']} is not what {path} was trained on (its content was {known['content_hash'][:12]}, "
             f"is {transitions.spec.content_hash[:12]}); restore it or start a new run"
         )
-    read = {"reading": {**plan.get("reading", {}), **reading}} if reading else {}
-    return {**plan, **own_agent(cls), **read, "training": {**plan["training"], "steps": steps}}, transitions
+    return transitions
 
 
 def _changed_schedule(run: Run, plan: Mapping[str, Any]) -> str | None:
@@ -600,29 +684,106 @@ def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | N
     return f"the code of {name} is not what the run was trained with so far; steps from here on follow the new code"
 
 
-@contextmanager
-def _evaluator(
-    plan: Mapping[str, Any], env: EnvSource | None, shown: Progress, trust_env: bool
-) -> Iterator[EpisodeEvaluator | None]:
-    """Plays the episodes of the evaluations during training; None, and one line saying so, where there is no environment."""
-    from rlkit2.evaluation import Evaluator
-    from rlkit2.training.building import stored_spec
+class _Session:
+    """What the ways to train have in common: where, who is told, and from a plan to a run that is trained. Arguments as for `train`."""
 
-    training = plan["training"]
-    if training["eval_every"] == 0:
-        yield None
-        return
-    if env is None and plan["env"] is not None:
-        check_named_id(str(plan["env"]), "the run's config.json", trust_env=trust_env)
-        env = str(plan["env"])
-    spec, episodes = stored_spec(plan), training["eval_episodes"]
-    try:
-        evaluator = Evaluator(spec, episodes=episodes, env=env, trust_env=trust_env)
-    except (EnvironmentUnavailableError, MissingExtraError) as error:
-        if env is not None:
-            raise
-        shown.message(f"training without scores: {error}")
-        yield None
-        return
-    with evaluator:
-        yield evaluator
+    def __init__(
+        self,
+        device: str,
+        compile: str,
+        loggers: Sequence[str],
+        progress: bool | Progress,
+        env: EnvSource | None,
+        trust_env: bool,
+        until: int | None,
+    ) -> None:
+        from rlkit2.training.loggers import check_loggers
+
+        self.shown = progress if isinstance(progress, Progress) else console_progress() if progress else Progress(None)
+        self.target = choose_device(device)
+        if compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile must be auto, on or off, not {compile!r}")
+        check_loggers(loggers)
+        self.compile, self.loggers, self.env, self.trust_env, self.until = compile, loggers, env, trust_env, until
+
+    def try_out(self, plan: Mapping[str, Any], factory: AgentFactory, spec: DatasetSpec) -> Agent:
+        """The agent of one seed: a config that does not fit the data or the memory says so before a folder is made."""
+        from rlkit2.training.building import agent_config, check_memory, check_weights
+        from rlkit2.training.memory import out_of_memory
+
+        count = len(plan["seeds"])
+        check_weights(agent_config(plan), spec, count, self.target)
+        with out_of_memory("the networks of one seed; choose smaller hidden sizes"):
+            trial = factory(plan["seeds"][:1], "cpu")
+        check_memory(trial, count, plan["training"]["batch_size"], self.target)
+        return trial
+
+    def source(self, plan: Mapping[str, Any]) -> EnvSource | None:
+        """The environment that was named for this call or for the run; None: that of the dataset."""
+        if self.env is None and plan["env"] is not None:
+            check_named_id(str(plan["env"]), "the run's config.json", trust_env=self.trust_env)
+            return str(plan["env"])
+        return self.env
+
+    @contextmanager
+    def evaluator(self, plan: Mapping[str, Any]) -> Iterator[EpisodeEvaluator | None]:
+        """Plays the episodes of the evaluations during training; None, and one line saying so, where there is no environment."""
+        from rlkit2.evaluation import Evaluator
+        from rlkit2.training.building import stored_spec
+
+        training = plan["training"]
+        if training["eval_every"] == 0:
+            yield None
+            return
+        env = self.source(plan)
+        try:
+            evaluator = Evaluator(
+                stored_spec(plan), episodes=training["eval_episodes"], env=env, trust_env=self.trust_env
+            )
+        except (EnvironmentUnavailableError, MissingExtraError) as error:
+            if env is not None:
+                raise
+            self.shown.message(f"training without scores: {error}")
+            yield None
+            return
+        with evaluator:
+            yield evaluator
+
+    def open(self, run: Run | None, plan: Mapping[str, Any], out: str | os.PathLike[str], doubts: Sequence[str]) -> Run:
+        """The folder of the plan: a new one, or that of a run whose config changes at most as it does."""
+        if run is None:
+            agent = plan["agent"].rpartition(":")[2] + "-online" * ("online" in plan)
+            run = Run.create(out, f"{agent}-{plan['dataset']['id']}", plan)
+        elif plan != run.config:
+            run.rewrite(plan)
+        if doubts:
+            run.update_manifest(warnings=list(doubts))
+        self.shown.message(
+            f"{run.path}: {plan['agent']} on {plan['dataset']['id']}, seeds {plan['seeds']}, {plan['training']['steps']} steps, {self.target}"
+        )
+        return run
+
+    def fit(
+        self,
+        run: Run,
+        prepared: TransitionDataset | None,
+        factory: AgentFactory,
+        evaluator: EpisodeEvaluator | None,
+        make_group: Callable[[Agent], SeedGroup] | None = None,
+    ) -> None:
+        """Train it."""
+        from rlkit2.training.loggers import make_loggers
+        from rlkit2.training.trainer import Trainer
+
+        Trainer(
+            run,
+            prepared,
+            factory,
+            device=self.target,
+            compile=self.compile,
+            evaluator=evaluator,
+            loggers=make_loggers(self.loggers, run),
+            progress=self.shown,
+            until=self.until,
+            make_group=make_group,
+        ).fit()

@@ -23,7 +23,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
@@ -290,13 +290,16 @@ def describe_fields(cls: type[Any]) -> list[tuple[str, str, Any, str]]:
     return rows
 
 
-def show_fields(*classes: type[Any], unset: bool = False, bare: bool = False) -> Callable[[Function], Function]:
+def show_fields(
+    *classes: type[Any], unset: bool = False, bare: bool = False, without: Collection[str] = ()
+) -> Callable[[Function], Function]:
     """Decorate a function with `**options` by the signature and the docstring of the fields of some dataclasses.
 
     Args:
         classes: dataclasses whose fields it takes; its docstring has a line `**options: ...`, which theirs replace.
         unset: the default of every argument is None, which stands for the field's.
         bare: say what a field means alone, where its type and default are shown anyway.
+        without: fields that the function has as arguments of its own.
     """
 
     def show(function: Function) -> Function:
@@ -305,6 +308,8 @@ def show_fields(*classes: type[Any], unset: bool = False, bare: bool = False) ->
         lines = []
         for cls in classes:
             for name, kind, default, meaning in describe_fields(cls):
+                if name in without:
+                    continue
                 annotation, value = field_types(cls)[name], None if unset else default
                 shown.append(
                     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)

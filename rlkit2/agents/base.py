@@ -149,6 +149,16 @@ class Agent:
             return f"{cls.__name__} is for {' or '.join(cls.action_kinds)} actions; these are {kind}, {mend}"
         return no_images(cls.__name__) if images and not cls.sees_images else None
 
+    @classmethod
+    def online_refusal(cls) -> str | None:
+        """One line on why it cannot learn from transitions as they are collected in an environment; None where it can."""
+        if cls.prepare_dataset.__func__ is Agent.prepare_dataset.__func__:  # type: ignore[attr-defined]
+            return None
+        return (
+            f"{cls.__name__} chooses or makes what it learns from out of a whole dataset before training, not from transitions as they come; choose "
+            "an agent with a critic, such as iql, sacn, td3bc, rebrac, awac, odice, cql or dqn"
+        )
+
     def _build(self) -> None:
         """Make networks, optimisers and the policy from `self.config` and register them."""
         raise NotImplementedError

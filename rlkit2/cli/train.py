@@ -25,7 +25,7 @@ from rlkit2.agents import (
     make_config,
     read_config,
 )
-from rlkit2.api import train
+from rlkit2.api import train, train_online
 from rlkit2.cli import output
 from rlkit2.cli.parsing import as_seeds, parse
 from rlkit2.envs.builtin import builtin_recipes
@@ -34,7 +34,7 @@ from rlkit2.evaluation.evaluation import mean_text
 from rlkit2.evaluation.scores import score_summary
 from rlkit2.fields import field_types, read_texts
 from rlkit2.training import Run, describe_fields, load_recipe
-from rlkit2.training.options import SECTIONS
+from rlkit2.training.options import ONLINE_SECTIONS, TrainingOptions
 from rlkit2.training.recipe import agent_recipes
 
 Classes = list[tuple[str, type[Any], dict[str, Any]]]
@@ -49,9 +49,13 @@ COMMAND = {
     ),
     "out": ("DIR", "folder in which the run's own folder is made (default: runs)"),
     "resume": ("RUN", "resume this run from its newest checkpoint; --steps N prolongs it to N in all"),
+    "online": (
+        "STEPS",
+        "let the agent of --resume RUN act in its environment and learn from that, for so many transitions of each seed, in a new run",
+    ),
     "env": (
         "ENV",
-        "environment to evaluate in: an id, my_envs.py:NAME or module:NAME of what makes one (default: the dataset's)",
+        "environment to evaluate in, or to act in with --online: an id, my_envs.py:NAME or module:NAME of what makes one (default: the dataset's)",
     ),
     "device": ("NAME", "auto, cpu, cuda or cuda:1 (default: auto)"),
     "compile": (
@@ -72,18 +76,35 @@ def run(arguments: Sequence[str]) -> int | None:
         named = class_name(agent_class(agent)) if ":" in agent else agent
         if (of := load_recipe(recipe).agent) != named:
             raise ConfigError(f"recipe {recipe} is for {of}, not {agent}; name only one of them")
-    done = train(
-        agent if recipe is None else Path(recipe),
-        given.pop("dataset", None),
-        seeds=as_seeds(given.pop("seeds", "1")),
-        overrides=_overrides(agent, given) if agent else None,
-        loggers=given.pop("logger", ()),
-        recipes=shipped,
-        **{name: value for cls in SECTIONS.values() for name, value in _section(cls, given).items()},
-        **given,
-    )
+    common: dict[str, Any] = {
+        "seeds": as_seeds(given.pop("seeds", "1")),
+        "overrides": _overrides(agent, given) if agent else None,
+        "loggers": given.pop("logger", ()),
+        **{name: value for cls in ONLINE_SECTIONS.values() for name, value in _section(cls, given).items()},
+    }
+    what: Any = agent if recipe is None else Path(recipe)
+    dataset = given.pop("dataset", None)
+    if "online" in given:
+        done = _online(what, dataset, {**common, **given})
+    else:
+        done = train(what, dataset, recipes=shipped, **common, **given)
     _print(output.console(), done)
     return 1 if done.status == "failed" else 0
+
+
+def _online(agent: Any, dataset: str | None, given: dict[str, Any]) -> Run:
+    """Act and learn in an environment."""
+    (steps,) = read_texts(TrainingOptions, {"steps": given.pop("online")}).values()
+    if "steps" in given:
+        raise ConfigError("--online says how many steps there are; leave --steps out")
+    run = given.pop("resume", None)
+    if run is None:
+        raise ConfigError(
+            "--online continues a run: rlkit2 train --resume RUN --online STEPS; an agent learns from data first: rlkit2 train AGENT --dataset ID"
+        )
+    if agent is not None and agent != Run(run).config["agent"]:
+        raise ConfigError(f"{run} trains {Run(run).config['agent']}, not {agent}; resume it without naming an agent")
+    return train_online(Run(run), dataset, steps=steps, **given)
 
 
 def _agent(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -158,7 +179,10 @@ def _option(kind: str, meaning: str, typed: Any = str, name: str | None = None) 
 
 def _sections(agent: str | None) -> list[tuple[str, Classes]]:
     """Where options come from: how to train, how to see the data, and the agent's own configs with their preset."""
-    sections: list[tuple[str, Classes]] = [(title, [("", cls, {})]) for title, cls in SECTIONS.items()]
+    titles = {"online": "acting"}  # --online itself has that name
+    sections: list[tuple[str, Classes]] = [
+        (titles.get(name, name), [("", cls, {})]) for name, cls in ONLINE_SECTIONS.items()
+    ]
     if agent is None:
         return sections
     own: Classes = [
@@ -242,6 +266,8 @@ def examples(agent: str) -> str:
     )
     slug = re.sub("[^a-z0-9.]+", "-", f"{agent.rpartition(':')[2]} {dataset}".lower())
     lines.append(f"rlkit2 train --resume runs/{slug}-001")
+    if all(cls.online_refusal() is None for cls in agent_classes(agent)):
+        lines.append(f"rlkit2 train --resume runs/{slug}-001 --online 5000")
     kept = [line for line in lines if "--discount" not in line or "discount" in names]
     return "\n".join(["Examples:", *(f"  {line}" for line in kept)])
 

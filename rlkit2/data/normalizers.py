@@ -35,27 +35,39 @@ def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) ->
     return (mean + shift).float(), (variance.sqrt() + epsilon).float()
 
 
-def _return_range(dataset: TransitionDataset) -> Tensor:
+Rewards = Callable[[Tensor], Tensor]
+
+
+def _return_range(dataset: TransitionDataset | None) -> Rewards:
     """Rewards x 1000 / (largest - smallest episode return)."""
+    if dataset is None:
+        raise ConfigError("reward_transform = 'return_range' needs the returns of a dataset, and there is none")
     returns = dataset.episode_returns
     spread = float(returns.max() - returns.min())
     if not spread > 0:
         raise DatasetError(
             f"{dataset.spec.id}: all episodes have return {float(returns[0]):g}; reward transform 'return_range' needs a range"
         )
-    return dataset.rewards * (1000.0 / spread)
+    return lambda rewards: rewards * (1000.0 / spread)
 
 
-def _goal_penalty(dataset: TransitionDataset) -> Tensor:
+def _goal_penalty(dataset: TransitionDataset | None) -> Rewards:
     """Reward 0 at the goal and -3 elsewhere, for rewards that are 0 or positive at the goal (AntMaze)."""
-    return torch.where(dataset.rewards == 0, -3.0, 0.0)
+    return lambda rewards: torch.where(rewards == 0, -3.0, 0.0)
 
 
-REWARD_TRANSFORMS: dict[str, Callable[[TransitionDataset], Tensor]] = {
-    "none": lambda dataset: dataset.rewards,
+REWARD_TRANSFORMS: dict[str, Callable[[TransitionDataset | None], Rewards]] = {
+    "none": lambda dataset: lambda rewards: rewards,
     "return_range": _return_range,
     "goal_penalty": _goal_penalty,
 }
+
+
+def reward_rule(name: str, dataset: TransitionDataset | None) -> Rewards:
+    """What a transform of `reward_transform` makes of rewards of any shape, also of others than the dataset's; `return_range` alone needs one."""
+    if name not in REWARD_TRANSFORMS:
+        raise ConfigError(f"unknown reward transform {name!r}; choose from {', '.join(REWARD_TRANSFORMS)}")
+    return REWARD_TRANSFORMS[name](dataset)
 
 
 def reward_transform(name: str, dataset: TransitionDataset) -> Tensor:
@@ -63,6 +75,4 @@ def reward_transform(name: str, dataset: TransitionDataset) -> Tensor:
 
     Raises `ConfigError` for an unknown name, `DatasetError` where the returns have no range.
     """
-    if name not in REWARD_TRANSFORMS:
-        raise ConfigError(f"unknown reward transform {name!r}; choose from {', '.join(REWARD_TRANSFORMS)}")
-    return REWARD_TRANSFORMS[name](dataset)
+    return reward_rule(name, dataset)(dataset.rewards)

@@ -260,6 +260,11 @@ class Policy(nn.Module):
         noise = None if deterministic else self.actor.draw_noise(self._like(inputs), generator)
         return self.normalizer.environment_actions(self.actor(inputs, noise))
 
+    def own_actions(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Actions `[S, B, ...]` in the actor's own units for raw rows `[S, B, obs]`: the mode, or a sample driven by `noise` (`Actor.draw_noise`)."""
+        actions: Tensor = self.actor(self._inputs(rows), noise)
+        return actions
+
     def _inputs(self, rows: Tensor) -> Tensor:
         """Rows as the network takes them."""
         parameter = next(self.actor.parameters())

@@ -2,6 +2,7 @@
 
 from rlkit2.fields import describe_fields as describe_fields
 from rlkit2.training.options import DataOptions as DataOptions
+from rlkit2.training.options import OnlineOptions as OnlineOptions
 from rlkit2.training.options import TrainingOptions as TrainingOptions
 from rlkit2.training.recipe import Recipe as Recipe
 from rlkit2.training.recipe import find_recipe as find_recipe

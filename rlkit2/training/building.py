@@ -183,7 +183,8 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
             return_std=return_std,
         )
         agent = make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
-        agent.follow_schedule(training.schedule, training.steps)
+        if "online" not in run_config:  # there every learning rate stays what the config says
+            agent.follow_schedule(training.schedule, training.steps)
         return agent
 
     return build

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -220,6 +220,10 @@ class SeedGroup:
                 self.metrics.add(self.update(self.indices.next()))
                 self.step += 1
 
+    def updates_before(self, step: int) -> int:
+        """Updates that are done when `step` steps are."""
+        return step
+
     def step_of(self, row: int, rows: int) -> int:
         """The step of update `row` of the last `rows`."""
         return self.step - rows + row + 1
@@ -248,8 +252,13 @@ class SeedGroup:
         """All that the next steps depend on, each with the seed axis in front."""
         return {"generators": self.indices.state()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`, at the step that this group has by now."""
+    @property
+    def facts(self) -> dict[int, Any]:
+        """What else a checkpoint keeps of some seeds, as JSON."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor], facts: Mapping[int, Any]) -> None:
+        """Continue from `state()` and `facts`, at the step that this group has by now."""
         self.indices.load_state(state["generators"])
 
     def sync(self) -> None:

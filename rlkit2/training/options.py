@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from rlkit2.data.reading import ReadingOptions
@@ -12,9 +12,12 @@ from rlkit2.fields import (
     Checked,
     Count,
     Finite,
+    Fraction,
     Function,
     Interval,
     Natural,
+    NonNegative,
+    Positive,
     closest,
     field_types,
     read_fields,
@@ -84,26 +87,64 @@ class TrainingOptions(Checked):
         return value
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlineOptions(Checked):
+    """How an agent acts and learns in its environment; all counts are transitions of one seed, which is what a step of an online run is."""
+
+    # environments in which each seed collects, stepped in turn
+    num_envs: Count = 1
+    # updates per transition; .25: one after every fourth
+    update_ratio: Positive = 1.0
+    # share of every minibatch that comes from the offline data: half by default, as published for agents of many kinds (RLPD); 0 without such data
+    offline_share: Fraction = 0.5
+    # transitions before the first update, by the trained policy (from scratch: at random); default: a tenth of the steps, at most 5000
+    warmup: Natural | None = None
+    # newest transitions of a seed that minibatches are drawn from; all are kept on disk
+    capacity: Count = 1_000_000
+    # deviation of the noise on the actions of a deterministic policy, in halves of their range
+    exploration_noise: NonNegative = 0.1
+    # share of random actions of a greedy policy
+    epsilon: Fraction = 0.05
+    # transitions over which that share falls to `epsilon` from 1; default: none, and from scratch a tenth of the steps
+    epsilon_steps: Natural | None = None
+
+    def settled(self, steps: int, *, scratch: bool) -> OnlineOptions:
+        """The same with what follows from the length of the run, and from whether there is a trained policy and data."""
+        warmup = min(5000, steps // 10) if self.warmup is None else self.warmup
+        falling = (steps // 10 if scratch else 0) if self.epsilon_steps is None else self.epsilon_steps
+        share = 0.0 if scratch else self.offline_share
+        return replace(self, warmup=warmup, epsilon_steps=falling, offline_share=share)
+
+
 SECTIONS = {"training": TrainingOptions, "data": DataOptions, "reading": ReadingOptions}
 """Where the options of a run are written, each once: its keyword arguments, command line, recipe and `config.json` follow from these."""
+ONLINE_SECTIONS: dict[str, Any] = {**SECTIONS, "online": OnlineOptions}
+"""The same for a run in an environment."""
 
 
-def read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Split keyword arguments into the fields of every class of `SECTIONS`, in their order, checked.
+def read_options(given: Mapping[str, Any], sections: Mapping[str, Any] = SECTIONS) -> tuple[dict[str, Any], ...]:
+    """Split keyword arguments into the fields of every class of `sections`, in their order, checked.
 
     Raises:
         ConfigError: an unknown name, or a value of another type or out of range.
     """
-    known = [name for cls in SECTIONS.values() for name in field_types(cls)]
+    known = [name for cls in sections.values() for name in field_types(cls)]
     for name in given:
+        if name not in known and name in field_types(OnlineOptions):
+            raise ConfigError(f"{name} is for training in an environment: rlkit2 train --online (rlkit2.train_online)")
         if name not in known:
             raise ConfigError(f"there is no option {name!r}{closest(name, known)}")
     return tuple(
         read_fields(cls, {name: value for name, value in given.items() if name in field_types(cls)})
-        for cls in SECTIONS.values()
+        for cls in sections.values()
     )
 
 
 def show_options(function: Function) -> Function:
     """Give a function with `**options` the signature and the docstring of the fields that it takes."""
     return show_fields(*SECTIONS.values(), unset=True)(function)
+
+
+def show_online_options(function: Function) -> Function:
+    """The same with the options of a run in an environment, without the length, which is an argument of its own."""
+    return show_fields(*ONLINE_SECTIONS.values(), unset=True, without=("steps",))(function)

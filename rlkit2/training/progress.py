@@ -23,6 +23,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "accuracy": ("preference/accuracy",),
     "score": ("evaluation/score",),
     "return": ("evaluation/return",),
+    "return online": ("online/return",),
 }
 
 
@@ -40,13 +41,14 @@ class Progress:
         self._rows: dict[int, dict[str, str]] = {}
         self._status = ""
         self._now: Callable[[], int] = lambda: 0
-        self._steps = 0
+        self._steps, self._unit = 0, "updates"
         self._first = 0
         self._began = 0.0
         self._shown = 0.0
 
-    def start(self, seeds: Sequence[int], steps: int, now: Callable[[], int]) -> None:
-        """Begin to show a run of `steps` updates of which `now()` are done."""
+    def start(self, seeds: Sequence[int], steps: int, now: Callable[[], int], unit: str = "updates") -> None:
+        """Begin to show a run of `steps` steps, each a `unit`, of which `now()` are done."""
+        self._unit = unit
         self._rows = {seed: {} for seed in seeds}
         self._now, self._steps, self._first, self._began = now, steps, now(), time.perf_counter()
         if self.console is not None and self.console.is_terminal and not self.quiet:
@@ -100,7 +102,7 @@ class Progress:
         step = self._now()
         rate = (step - self._first) / max(time.perf_counter() - self._began, 1e-9)
         left = f", {_duration((self._steps - step) / rate)} left" if rate > 0 and step < self._steps else ""
-        return f"step {step}/{self._steps}, {rate:.0f} updates/s{left}, {_memory()}" + (
+        return f"step {step}/{self._steps}, {rate:.0f} {self._unit}/s{left}, {_memory()}" + (
             f", {self._status}" if self._status else ""
         )
 

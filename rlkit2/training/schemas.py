@@ -8,7 +8,7 @@ from typing import Any
 
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Natural, describe_type, read_fields, read_value
-from rlkit2.training.options import SECTIONS
+from rlkit2.training.options import ONLINE_SECTIONS, SECTIONS
 
 Schema = Mapping[str, Any]  # name of an entry -> its annotated type
 Object = dict[str, Any]
@@ -29,7 +29,10 @@ CONFIG_MORE: Schema = {
     "env": str | None,
     "recipe": str | None,
     "agent_source": str | None,
+    "online": Object,
+    "origin": Object | None,
 }
+ORIGIN: Schema = {"run": str, "id": str, "step": Natural}
 DATASET: Schema = {"id": str, "source": str, "content_hash": str}
 DATASET_MORE: Schema = {"observation_keys": tuple[str, ...] | None}
 MANIFEST: Schema = {
@@ -51,7 +54,7 @@ FACTS: Schema = {
     "groups": tuple[tuple[int, ...], ...],
     "sizes": Object,
 }
-FACTS_MORE: Schema = {"rule": Object}
+FACTS_MORE: Schema = {"rule": Object, "of_groups": Object}
 RULE: Schema = {"chosen": Object | None, "judged": Natural, "waited": Natural, "ended": bool}
 CHOSEN: Schema = {"step": Natural, "after": Natural, "value": float}
 LINE: Schema = {"step": Natural, "seed": int}
@@ -86,11 +89,13 @@ def check(values: Any, schema: Schema, more: Schema | None = None, where: str = 
 def check_config(values: Any) -> None:
     """Raise `SchemaError` unless `values` are those of a run's `config.json`."""
     check(values, CONFIG, CONFIG_MORE)
+    if values.get("origin") is not None:
+        check(values["origin"], ORIGIN, where="origin.")
     check(values["dataset"], DATASET, DATASET_MORE, where="dataset.")
     seeds = values["seeds"]
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < LARGEST for seed in seeds):
         raise SchemaError(f"seeds must be distinct whole numbers of at least 0, not {_shown(seeds)}")
-    for name, kind in SECTIONS.items():
+    for name, kind in (ONLINE_SECTIONS if "online" in values else SECTIONS).items():
         try:
             kind(**read_fields(kind, values.get(name, {})))
         except (ConfigError, TypeError) as error:

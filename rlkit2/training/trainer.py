@@ -98,6 +98,7 @@ class Trainer:
         self.groups: list[SeedGroup] = []
         self.stopped: dict[int, dict[str, Any]] = {}  # seed -> step, metric, rows of its batch, last finite checkpoint
         self.frozen: dict[int, dict[str, Tensor]] = {}  # seed -> its state at that checkpoint
+        self.group_facts: dict[int, Any] = {}  # seed -> what its group keeps of it besides tensors
         self.best: dict[str, Any] | None = None  # step and score of the best evaluation
         self.rule = StopRule(self.options.stop_when, self.options.patience) if self.options.stop_when else None
         self.files: dict[str, JsonLines] = {}
@@ -132,7 +133,10 @@ class Trainer:
                 self._start()
                 began, first = time.perf_counter(), self.step
                 self.progress.start(
-                    self.seeds, self.options.steps, lambda: self.groups[0].step if self.groups else self.step
+                    self.seeds,
+                    self.options.steps,
+                    lambda: self.groups[0].step if self.groups else self.step,
+                    self.groups[0].unit if self.groups else SeedGroup.unit,
                 )
                 while self.step < self.until and self.active and not self._ended:
                     target = self._next_stop()
@@ -153,6 +157,12 @@ class Trainer:
                     raise
                 mend = f"its checkpoints are intact; resume it with: {self.run.resume_command}"
                 raise WriteError(f"{error}; {mend}") from error
+            except EpisodeError as error:
+                text = f"{error}; what was learnt before is saved, resume it with: {self.run.resume_command}"
+                with suppress(RunError):
+                    self._save_where_it_failed()
+                    self.run.update_manifest(status="died", error=f"{type(error).__name__}: {first_line(error)}")
+                raise EpisodeError(text) from error
             except Exception as error:
                 with suppress(RunError):
                     self.run.update_manifest(status="died", error=f"{type(error).__name__}: {first_line(error)}")
@@ -164,6 +174,13 @@ class Trainer:
                     growing.close()
                 for logger in self.loggers:
                     logger.close()
+
+    def _save_where_it_failed(self) -> None:
+        """Save at the step at which an environment failed, where all groups are there; else the newest checkpoint stays the last one."""
+        steps = {group.step for group in self.groups}
+        if len(steps) == 1 and not steps & self.run.checkpoints.keys():
+            self.step = steps.pop()
+            self._save(interrupted=True)
 
     # ---- between the updates ------------------------------------------------------------------------------------------
 
@@ -357,6 +374,7 @@ class Trainer:
             if self.rule is not None:
                 self.rule.restore(facts["rule"])
             self._warned = set(facts["warned"])
+            self.group_facts = {int(seed): kept for seed, kept in facts.get("of_groups", {}).items()}
             if facts.get("device") == self.device.type:
                 self.parts = [tuple(part) for part in facts["groups"]]
         self.parts = self.parts or self.make_groups(self.seeds, self.device)
@@ -408,7 +426,7 @@ class Trainer:
             self.groups.append(group)
             group.step = self.step
             if others is not None:
-                group.load_state(_concatenated([others[seed] for seed in seeds]))
+                group.load_state(_concatenated([others[seed] for seed in seeds]), self.group_facts)
         for note in {group.note for group in self.groups if group.note}:
             self.progress.message(note)
 
@@ -421,6 +439,7 @@ class Trainer:
         states, others = dict(self.frozen), dict[int, dict[str, Tensor]]()
         for group in self.groups:
             group.sync()
+            self.group_facts |= group.facts
             states |= _slices(group.agent.state_dict(), group.agent.seeds)
             others |= _slices(group.state(), group.agent.seeds)
         return states, others
@@ -441,6 +460,7 @@ class Trainer:
             "device": self.device.type,
             "groups": self.parts,
             **({} if self.rule is None else {"rule": self.rule.facts}),
+            **({"of_groups": {str(seed): kept for seed, kept in self.group_facts.items()}} if self.group_facts else {}),
         }
         if interrupted:
             taken = [group.metrics.take() for group in self.groups]
@@ -507,12 +527,13 @@ class Trainer:
                 f"policy/ is not written: its network is a {kind} of your own; run.policy makes it from the checkpoint"
             )
         seconds = time.perf_counter() - began
+        updates = self.groups[0].updates_before if self.groups else lambda step: step
         self.run.update_manifest(
             status=status,
             step=self.step,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(self.run.manifest.get("seconds", 0.0) + seconds, 3),
-            updates_per_second=round((self.step - first) / seconds, 3) if seconds > 0 else None,
+            updates_per_second=round((updates(self.step) - updates(first)) / seconds, 3) if seconds > 0 else None,
             best=self.best,
             **({} if self.rule is None else {"chosen": self.rule.chosen}),
         )

@@ -1,0 +1,161 @@
+"""What a run in an environment is to do: begun from an offline run, or prolonged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit2.agents import Agent
+from rlkit2.data.dataset import Lookahead, TransitionDataset
+from rlkit2.data.environments import EnvSource
+from rlkit2.data.normalizers import reward_rule
+from rlkit2.errors import ConfigError, RunError
+from rlkit2.fields import read_fields
+from rlkit2.online.group import OnlineGroup
+from rlkit2.training.building import AgentFactory, agent_config, own_agent, run_class, stored_config, stored_spec
+from rlkit2.training.options import DataOptions, OnlineOptions, TrainingOptions
+from rlkit2.training.run import Run, agent_state, fitting
+
+INHERITED = ("batch_size", "eval_episodes")  # of the training that a run in an environment continues
+
+
+def begin_from(
+    run: Run, steps: int, overrides: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], env: str | None
+) -> dict[str, Any]:
+    """The config of a new run that continues an offline one in the environment.
+
+    Args:
+        run: offline; it stays as it is.
+        steps: transitions of each seed.
+        overrides: fields of the agent's config that change, where its networks stay what they are.
+        given: options by section.
+        env: name of the environment, where it is not that of the offline run.
+
+    Raises:
+        ConfigError: the agent cannot learn in an environment, or an option is that of the offline data.
+        RunError: the run has no checkpoint.
+    """
+    cls = run_class(run.config)
+    if (refused := cls.online_refusal()) is not None:
+        raise ConfigError(refused)
+    if given["training"].get("schedule", "constant") != "constant":
+        raise ConfigError("learning rates are constant online; leave schedule out")
+    for section in ("data", "reading"):
+        for name, value in given[section].items():
+            if run.config.get(section, {}).get(name) != value:
+                raise ConfigError(
+                    f"{run.path} has {name} = {run.config.get(section, {}).get(name)}; what it learns online must be seen as what it has learnt: "
+                    "leave it out"
+                )
+    config = stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)})
+    inherited = {name: run.config["training"][name] for name in INHERITED if name in run.config["training"]}
+    training = TrainingOptions(**{**inherited, **given["training"], "steps": steps})
+    options = OnlineOptions(**given["online"]).settled(steps, scratch=False)
+    checkpoint = run.checkpoint(run.step)
+    return {
+        **run.config,
+        **own_agent(cls),
+        "config": dataclasses.asdict(config),
+        "training": dataclasses.asdict(training),
+        "online": dataclasses.asdict(options),
+        "origin": {"run": str(run.path.resolve()), "id": run.id, "step": checkpoint.step},
+        "env": run.config["env"] if env is None else env,
+        "recipe": None,
+    }
+
+
+def prolonged(run: Run, steps: int | None) -> dict[str, Any]:
+    """The config of a run in an environment that is resumed, with as many steps or more.
+
+    Raises:
+        ConfigError: it was asked for more already.
+    """
+    before = run.config["training"]["steps"]
+    if steps is not None and steps < before:
+        raise ConfigError(f"{run.path} is a run of {before} steps; it cannot be resumed with {steps}")
+    training = {**run.config["training"], "steps": before if steps is None else steps}
+    return {**run.config, **own_agent(run_class(run.config)), "training": training}
+
+
+def needs_dataset(plan: Mapping[str, Any]) -> bool:
+    """Whether the offline data are read: for minibatches, or for the range of their returns."""
+    has = bool(plan["dataset"]["content_hash"])
+    return has and (plan["online"]["offline_share"] > 0.0 or plan["data"].get("reward_transform") == "return_range")
+
+
+def continuing(factory: AgentFactory, plan: Mapping[str, Any]) -> AgentFactory:
+    """`factory`, whose agents begin as the checkpoint that the plan begins from has them; with fresh weights where there is none.
+
+    Raises:
+        RunError: that checkpoint is gone.
+    """
+    origin = plan.get("origin")
+    if origin is None:
+        return factory
+    run = Run(origin["run"])
+    if run.id != origin["id"]:
+        raise RunError(
+            f"{run.path} is another run than the one that is to be continued; put that back, or begin again from this one"
+        )
+    checkpoint = run.checkpoint(origin["step"])
+    state, seeds = agent_state(checkpoint), list(run.config["seeds"])
+
+    def make(chosen: Sequence[int], device: torch.device | str) -> Agent:
+        agent = factory(chosen, device)
+        places = [seeds.index(seed) for seed in chosen]
+        with fitting(checkpoint, run.path):
+            agent.load_state_dict({name: tensor[places] for name, tensor in state.items()})
+        return agent
+
+    return make
+
+
+def group_maker(
+    run: Run,
+    source: EnvSource,
+    raw: TransitionDataset | None,
+    prepared: TransitionDataset | None,
+    device: torch.device,
+    compile: str,
+) -> Callable[[Agent], OnlineGroup]:
+    """What makes of an agent a group that learns in the environment of a run.
+
+    Args:
+        run: with its config.
+        source: what an environment is made from.
+        raw, prepared: the offline data as they were loaded, and as the agent shall see them; None where they are not read.
+        device, compile: as for `Trainer`.
+    """
+    plan, cls = run.config, run_class(run.config)
+    data, options, training = DataOptions(**plan["data"]), OnlineOptions(**plan["online"]), plan["training"]
+    config = agent_config(plan)
+    spans = data.num_steps > 1
+    lookahead = Lookahead(data.num_steps, config.discount if spans else 1.0, next_actions=cls.needs_next_actions)
+    change = reward_rule(data.reward_transform, raw)
+
+    def reward(rewards: Tensor) -> Tensor:
+        return change(rewards) * data.reward_scale
+
+    def make(agent: Agent) -> OnlineGroup:
+        return OnlineGroup(
+            agent,
+            offline=prepared,
+            spec=stored_spec(plan),
+            source=source,
+            run=Path(run.path),
+            options=options,
+            batch_size=training["batch_size"],
+            steps=training["steps"],
+            scratch=plan.get("origin") is None,
+            device=device,
+            compile=compile,
+            lookahead=lookahead,
+            reward=reward,
+        )
+
+    return make
