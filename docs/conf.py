@@ -6,9 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cells import write_ipynbs
 from generate import write_pages
 
 write_pages(Path(__file__).parent / "generated")
+write_ipynbs(Path(__file__).parent / "generated/notebooks")
 
 project = "rlkit2"
 author = "rlkit2 developers"
@@ -19,6 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "cells",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3

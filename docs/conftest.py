@@ -1,5 +1,7 @@
 """Run the pages: every python block in order in one namespace per page, every console block in a shell, in a folder of the page's own.
 
+Cells of notebooks run as in Jupyter, with the smaller settings of their `:short:` lines.
+
 The blocks of a page build on each other, so in parallel runs a page belongs to one worker (`pytest --dist loadfile`).
 
 `<!-- skip: next -->` on the line before a block leaves it out (what needs a GPU or hours).
@@ -14,7 +16,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from docs.cells import CELL, cell_of, show
 from rlkit2.cli.main import main
 from rlkit2.sweeps.engines import ENGINES
 from rlkit2.sweeps.worker import carry_out
@@ -65,6 +68,18 @@ def in_a_shell(line: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
+def find_cells(document: Document) -> Iterator[Region]:
+    """The cells of a notebook."""
+    for match in CELL.finditer(document.text):
+        yield Region(match.start(), match.end(), cell_of(match), run_cell)
+
+
+def run_cell(example: Example) -> None:
+    """Do what a cell says, and shorten it."""
+    show(example.parsed.code, example.namespace)
+    exec(example.parsed.short, example.namespace)
+
+
 def note_datasets(document: Document) -> list[Region]:
     """A parser that finds no examples: it tells `enter` which built-in datasets the page uses."""
     document.namespace["_datasets"] = named_in(document.text)
@@ -94,7 +109,7 @@ def leave(namespace: dict[str, Any]) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[note_datasets, PythonCodeBlockParser(), CodeBlockParser("console", run_console), SkipParser()],
+    parsers=[note_datasets, find_cells, PythonCodeBlockParser(), CodeBlockParser("console", run_console), SkipParser()],
     patterns=["*.md"],
     excludes=["generated/*"],
     setup=enter,

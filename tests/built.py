@@ -42,7 +42,7 @@ def named_in(text: str) -> list[str]:
     from rlkit2.envs.builtin import builtin_id
     from rlkit2.errors import DatasetNotFoundError
 
-    blocks = re.findall(r"^```(?:python|console|toml)\n(.*?)^```", text, re.S | re.M)
+    blocks = re.findall(r"^```(?:python|console|toml|\{code-cell\} ipython3)\n(.*?)^```", text, re.S | re.M)
     found = []
     for name in sorted({match for block in blocks for match in re.findall(r"builtin/[\w/-]*\w", block)}):
         try:

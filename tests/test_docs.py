@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import tomllib
 from dataclasses import fields
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from docs.cells import KEPT, as_ipynb, code_of, notebooks, outputs
 from rlkit2.agents import agent_classes, list_agents, plain_name
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,7 @@ PAGES = sorted(
         ROOT / "README.md",
         *(ROOT / "docs").glob("*.md"),
         *(ROOT / "docs/coming_from").glob("*.md"),
+        *(ROOT / "docs/notebooks").glob("*.md"),
         *(ROOT / "agents").rglob("README.md"),
     ]
 )
@@ -86,6 +89,19 @@ def test_an_agents_page_has_its_card_its_options_and_its_metrics_explained(gener
     assert "](../" not in page.replace("](../../", "")  # links of the card lead to pages of the site
     for preset in generate.presets_of(name):
         assert f"`{preset}` is `{name}` with " in page
+
+
+@pytest.mark.parametrize("page", notebooks(), ids=lambda page: page.stem)
+def test_what_a_notebook_shows_is_of_the_cells_that_it_has(page: Path) -> None:
+    kept = outputs(page)
+    assert kept["code"] == code_of(page), f"its cells have changed: python docs/cells.py {page.stem}"
+    shown = [name for cell in kept["cells"] for name in cell["figures"]]
+    assert len(shown) >= 3
+    assert sorted(shown) == sorted(path.name for path in KEPT.glob(f"{page.stem}-*.png"))
+    alone = json.loads(as_ipynb(page))["cells"]
+    assert sum(cell["cell_type"] == "code" for cell in alone) == len(kept["cells"])
+    assert alone[0]["source"].startswith("# ")
+    assert not [cell for cell in alone if "code-cell" in cell["source"] or "{download}" in cell["source"]]
 
 
 def test_the_command_line_page_holds_every_command(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
