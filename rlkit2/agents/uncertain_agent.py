@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import pdtr, stdtrit  # scipy.stats takes a second to import
 from torch import Tensor
 
 from rlkit2.agents.base import Agent, batch_means
@@ -25,7 +25,7 @@ from rlkit2.nn.random import uniform_at
 
 Array = NDArray[np.float32]
 
-POISSON = [float(stats.poisson.cdf(k, 1.0)) for k in range(10)]  # P(count <= k)
+POISSON = [float(pdtr(k, 1.0)) for k in range(10)]  # P(count <= k)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Uncertainty:
             raise ConfigError(f"level must be between 0 and 1, not {level}")
         if self.num_members < 2:
             raise ConfigError("one critic knows no ignorance, so there is no interval; raise num_critics")
-        reach = stats.t.ppf(0.5 + 0.5 * level, self.num_members - 1) * np.sqrt(1.0 + 1.0 / self.num_members)
+        reach = stdtrit(self.num_members - 1, 0.5 + 0.5 * level) * np.sqrt(1.0 + 1.0 / self.num_members)
         half = (reach * self.epistemic_sd).astype(np.float32)
         return self.q_mean - half, self.q_mean + half
 

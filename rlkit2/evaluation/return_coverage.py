@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 from rlkit2.agents.uncertain_agent import UncertainAgent
 from rlkit2.errors import ConfigError
@@ -149,8 +149,8 @@ def _judge(q: Array, returns: Array, episode: NDArray[np.int64], groups: int) ->
     order = np.argsort(mean, kind="stable")
     found = np.array([_group(q[:, part], returns[part], episode[part]) for part in np.array_split(order, groups)])
     difference, epistemic, noise = found.T
-    reach = stats.t.ppf(0.5 + 0.5 * LEVEL, members - 1)  # of few members the deviation is uncertain itself
-    normal = stats.norm.ppf(0.5 + 0.5 * LEVEL)
+    reach = stdtrit(members - 1, 0.5 + 0.5 * LEVEL)  # of few members the deviation is uncertain itself
+    normal = ndtri(0.5 + 0.5 * LEVEL)
     half = np.hypot(reach * np.sqrt(1.0 + 1.0 / members) * epistemic, normal * noise)
     root = [float(np.sqrt(np.mean(part**2))) for part in (difference, epistemic, noise)]
     return *root, float(np.mean(np.abs(difference) <= half)), float(np.mean(np.abs(difference) <= normal * noise))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from rlkit2.data.dataset import TransitionDataset
 from rlkit2.data.preferences import PreferenceDataset
@@ -154,12 +153,16 @@ def _auroc(disagreement: Array, right: Array, y: Array) -> float | None:
     good = (right >= 0.5) & (y != 0.5)
     if not wrong.any() or not good.any():
         return None
+    from scipy import stats  # takes a second to import
+
     return float(stats.mannwhitneyu(disagreement[wrong], disagreement[good]).statistic / (wrong.sum() * good.sum()))
 
 
 def _spearman(a: Array, b: Array) -> float | None:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None  # a constant has no ranks
+    from scipy import stats
+
     return float(stats.spearmanr(a, b).statistic)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rlkit2.cli.data_text import BAR, HEIGHT, histogram
 from rlkit2.cli.main import main
 from rlkit2.data import read_dataset
 from rlkit2.data.audit.findings import Distribution
+from tests import warm
 from tests.data.make import FAMILIES, Ending, make_minari
 
 ENDINGS = [Ending(3, True, False), Ending(5, False, True), Ending(2, True, False)]
@@ -373,11 +373,6 @@ def test_a_text_entry_is_one_line_of_warning(tmp_path: Path) -> None:
         truncations=np.zeros(3, bool),
     )
     made = create([buffer], space, FAMILIES["box32"][1])
-    result = subprocess.run(
-        [sys.executable, "-m", "rlkit2.cli.main", "data", "info", made.spec.dataset_id],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = warm.run([sys.executable, "-m", "rlkit2.cli.main", "data", "info", made.spec.dataset_id])
     assert result.stderr == "rlkit2: text entry 'mission' is left out of the observations\n"
     assert "position 0..1" in result.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from minari.dataset.minari_storage import MinariStorage
 
 from rlkit2.data import DatasetSpec, dataset_from_arrays, read_dataset
 from rlkit2.errors import CorruptDatasetError, DatasetError
+from tests import warm
 from tests.data.make import FAMILIES, Ending, box, make_minari
 
 AROUND = [(1 << 15) - 2, (1 << 15) - 1, 1 << 15, (1 << 15) + 1, (1 << 17) - 1, 1 << 17, (1 << 17) + 1]
@@ -172,7 +172,7 @@ for data_format, size in (("hdf5", 0), ("hdf5", 3000), ("hdf5", 100_000), ("hdf5
 
 def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     """A limit on the size of files fails writes as a full disk does; HDF5 would crash the process."""
-    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-c", FULL])
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 6

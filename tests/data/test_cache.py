@@ -22,6 +22,7 @@ from rlkit2.data import DatasetWarning, read_dataset
 from rlkit2.data.cache import verify
 from rlkit2.data.folders import OWNER, remove_leftovers
 from rlkit2.processes import this_machine
+from tests import warm
 from tests.data.make import FAMILIES, Ending, box, make_minari
 
 ENDINGS = [Ending(4, True, False), Ending(6, False, True)]
@@ -250,8 +251,9 @@ def test_a_kill_while_packing_leaves_no_entry(tmp_path: Path, monkeypatch: pytes
 
 
 OPEN_MANY = """
-import sys
+import sys, warnings
 from rlkit2.data import read_dataset
+warnings.simplefilter("error")
 print("ready", flush=True)
 sys.stdin.readline()
 dataset = read_dataset(sys.argv[1])
@@ -261,8 +263,8 @@ print(len(dataset), float(dataset.rewards.sum()), dataset.spec.content_hash)
 
 def test_two_processes_open_a_new_dataset_at_once(tmp_path: Path) -> None:
     made = make_minari([Ending(7, True, False)] * 60, *FAMILIES["box32"])
-    command, pipe = [sys.executable, "-W", "error", "-c", OPEN_MANY, made.spec.dataset_id], subprocess.PIPE
-    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    command, pipe = [sys.executable, "-c", OPEN_MANY, made.spec.dataset_id], warm.PIPE
+    processes = [warm.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from rlkit2.envs.builtin import DEFAULTS, build_recipe, builtin_id, builtin_reci
 from rlkit2.envs.recipe import read_recipe
 from rlkit2.envs.rollouts import rollout
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError, MissingExtraError
+from tests import warm
 from tests.built import give_built
 
 FAST = {name: file for name, file in builtin_recipes().items() if "pointmaze" not in name}
@@ -240,10 +240,10 @@ build_recipe(sys.argv[1], root=sys.argv[2], progress=lambda done, total: print(d
 """
 
 
-def start(recipe: Path, root: Path, count: int = 1) -> list[subprocess.Popen[str]]:
+def start(recipe: Path, root: Path, count: int = 1) -> list[warm.Popen]:
     """Processes that build a recipe, all of them from the moment on at which the last one has imported everything."""
-    command, pipe = [sys.executable, "-c", BUILD, str(recipe), str(root)], subprocess.PIPE
-    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
+    command, pipe = [sys.executable, "-c", BUILD, str(recipe), str(root)], warm.PIPE
+    processes = [warm.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(count)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from rlkit2.data.preferences import PreferenceDataset
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, EnvironmentUnavailableError
 from rlkit2.preferences.labelling import ANSWERS, LabellingSession, labelling_app, serve_labelling
 from rlkit2.preferences.pictures import FrameRenderer, animation, state_plot
-from tests import browsers
+from tests import browsers, warm
 from tests.built import give_built
 from tests.preferences.make import changed, linear_dataset
 
@@ -393,9 +392,8 @@ def command(folder, *options):
     """`rlkit2 prefs label builtin/rooms --serve`, with the address it prints."""
     arguments = ["prefs", "label", "builtin/rooms", "--serve", "--no-open-browser", "--out", str(folder), *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "rlkit2.cli.main", *arguments], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "rlkit2.cli.main", *arguments]
+    with warm.Popen(command, env=environment, stdout=warm.PIPE) as process:
         try:
             found = None
             while found is None:

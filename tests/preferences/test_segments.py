@@ -1,9 +1,6 @@
 """Segments, labelled pairs on disk and as minibatches."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from rlkit2.data.preferences import JSON_FILE, PreferenceDataset, SegmentIndex, transitions_hash
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError
 from rlkit2.preferences import ScriptedTeacher, collect_preferences
+from tests import warm
 from tests.preferences.make import changed, generators, linear_dataset
 
 
@@ -122,17 +120,8 @@ def test_damaged_files_are_named(dataset, tmp_path):
 
 
 _SAVER = """
-import itertools, os, sys, torch
+import itertools, sys, torch
 from rlkit2.data.preferences import PreferenceDataset
-while sys.stdin.readline():  # everything is imported once; a child for each line
-    child = os.fork()
-    if child == 0:
-        break
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("killed", flush=True)
-else:
-    sys.exit()
 for n in itertools.count(1):
     segments = torch.full((n, 2), n)
     PreferenceDataset(segments, segments, torch.full((n,), 0.5), "loop", length=3).save(sys.argv[1])
@@ -141,22 +130,15 @@ for n in itertools.count(1):
 
 
 def test_a_kill_while_saving_leaves_whole_labels(tmp_path):
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", _SAVER, str(tmp_path / "l")], stdin=pipe, stdout=pipe, text=True
-    ) as it:
-        for wait in (0.0, 0.013, 0.031):
-            it.stdin.write("again\n")
-            it.stdin.flush()
-            child, first = int(it.stdout.readline()), it.stdout.readline()
-            assert first == "1\n"
+    for wait in (0.0, 0.013, 0.031):
+        with warm.Popen([sys.executable, "-c", _SAVER, tmp_path / "l"], stdout=warm.PIPE) as saver:
+            assert saver.stdout.readline() == "1\n"
             time.sleep(wait)
-            os.kill(child, signal.SIGKILL)
-            confirmed = [1, *map(int, iter(lambda: it.stdout.readline().replace("killed\n", ""), ""))][-1]
-            labels = PreferenceDataset.load(tmp_path / "l")
-            assert len(labels) >= confirmed
-            assert (labels.segments_w == len(labels)).all()
-        it.stdin.close()
+            saver.kill()
+            confirmed = [1, *map(int, saver.stdout)][-1]
+        labels = PreferenceDataset.load(tmp_path / "l")
+        assert len(labels) >= confirmed
+        assert (labels.segments_w == len(labels)).all()
 
 
 def test_split_and_extend_keep_every_pair(dataset):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from rlkit2.errors import ConfigError, DatasetError, RunError
 from rlkit2.reporting.preference_figures import study_figure
 from rlkit2.studies import preferences_to_regret as study
 from rlkit2.studies.preferences_to_regret import BASELINES, StudyResult, StudySettings, load_study, run_study
+from tests import warm
 from tests.built import give_built
 
 DATASET = "builtin/rooms/stitch-dense-v0"
@@ -97,14 +97,15 @@ def test_finished_cells_are_not_computed_again_and_new_ones_are(finished, monkey
     assert asked == [[], ["random-labels-40", "noisy-40"]]
 
 
-def test_a_killed_study_is_resumed_from_the_command_line(finished, tmp_path, capsys):
+def test_a_killed_study_is_resumed_from_the_command_line(finished, tmp_path, capsys, monkeypatch):
     """A cell before and a cell after the kill; through the engine they are what they are in this process."""
+    warm.warm_engine(monkeypatch)
     out = tmp_path / "study"
     for name in ("true-0", "zero-0", "constant-0"):  # to compute two cells here, not five
         shutil.copytree(finished / "cells" / name, out / "cells" / name)
     shutil.copy(finished / "settings.json", out)
     given = [*COMMAND, "--out", str(out)]
-    process = subprocess.Popen([Path(sys.executable).with_name("rlkit2"), *given], stdout=subprocess.DEVNULL)
+    process = warm.Popen([Path(sys.executable).with_name("rlkit2"), *given], stdout=warm.DEVNULL)
     while len(rows := list(out.glob("cells/*/rows.json"))) < 4:
         assert process.poll() is None
         time.sleep(0.05)

@@ -22,6 +22,7 @@ from rlkit2.sweeps.engines import _ended
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.sweeps.worker import carry_out, find_work, work_name
 from tests.training.tiny_problem import contents, tiny_dataset
+from tests.warm import warm_engine
 
 FILE = """
 name = "tiny"
@@ -176,7 +177,8 @@ def test_local_runs_are_those_of_train_and_a_second_call_trains_nothing(tmp_path
     assert all(len(run.manifest["starts"]) == 1 for run in runs.values())
 
 
-def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path):
+def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    warm_engine(monkeypatch)
     tiny_dataset().to_minari("tiny/walk-v0")
     text = (
         FILE.replace("steps = 30", "steps = 1000")
@@ -305,8 +307,9 @@ def engine(request):
         sys.modules["ray"].shutdown()
 
 
-def test_no_end_of_one_run_ends_another(engine, tmp_path, capsys):
+def test_no_end_of_one_run_ends_another(engine, tmp_path, capsys, monkeypatch):
     """Workers that are killed, leave, or raise anything: the rest is trained, reasons are kept, and the same call resumes what ended."""
+    warm_engine(monkeypatch)
     tiny_dataset().to_minari("tiny/walk-v0")
     (tmp_path / "cache").mkdir(exist_ok=True)
     agent = f"{Path(__file__).with_name('broken_agents.py')}:Ending"
@@ -362,6 +365,7 @@ def test_a_damaged_run_is_an_error_of_its_own(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(ENGINES, "local", run_here)
         assert set(run_sweep(sweep, out=out).values()) == {"finished"}
+    warm_engine(monkeypatch)
     first, second = sweep_runs(out, sweep).values()
     (first.path / "manifest.json").write_text("[]")
     (second.path / "config.json").write_text("{")

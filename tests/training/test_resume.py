@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.training import Run, run_files
 from rlkit2.training.groups import BatchIndices, MetricRows
+from tests import warm
 from tests.training.tiny_problem import (
     Walk,
     contents,
@@ -50,13 +50,7 @@ def test_sigkill_at_random_moments_leaves_no_trace(tmp_path, at_files, at_times)
     """Kills in the middle of a file operation (torn writes, half-deleted folders), and between updates."""
     worker = Path(__file__).with_name("kill_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(worker.parents[2])}
-    done = subprocess.run(
-        [sys.executable, worker, tmp_path, str(at_files), str(at_times)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    done = warm.run([sys.executable, worker, tmp_path, str(at_files), str(at_times)], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["killed"] >= at_files

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -68,14 +69,12 @@ def estimates(
     Student's t has min(R, units) - 1 degrees of freedom, and the deviation is corrected for the resamples being those of a sample (Efron and
     Tibshirani, "An Introduction to the Bootstrap", 1993, section 12.2 and problem 5.2).
     """
-    from scipy import stats
-
     values, resampled = found.values.double().numpy(), found.resampled.double().numpy()
     half = np.full(len(values), np.nan)
     freedom = min(resampled.shape[1], units) - 1
     if freedom > 0:
         error = resampled.std(1, ddof=1) * math.sqrt(units / (units - 1))
-        half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
+        half = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
     listed = []
     for index, (value, width) in enumerate(zip(values, half, strict=True)):
         reasons = [*found.reasons[index], *(doubts[index] if doubts else [])]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 
@@ -27,7 +27,7 @@ def interval(values: Tensor, units: float) -> Interval:
     `k / (B + 1)`. NaN refits count for nothing.
     """
     units = max(units, 2.0)
-    stretch = float(stats.t.ppf(0.975, units - 1) / stats.norm.ppf(0.975)) * math.sqrt(units / (units - 1))
+    stretch = float(stdtrit(units - 1, 0.975) / ndtri(0.975)) * math.sqrt(units / (units - 1))
     refits = len(values) - 1
     tail = max(0.0, (0.025 * (refits + 1) - 1) / max(refits - 1, 1))
     levels = torch.tensor([tail, 0.5, 1 - tail], dtype=values.dtype)
