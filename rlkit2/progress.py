@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from rlkit2.terminal import asked, make_console
+from rlkit2.errors import RLKitError
+from rlkit2.terminal import asked, live, make_console
 
 PATIENCE = 0.5  # seconds; what is done sooner shows no bar
+POLL = 1.0  # seconds
+SHARES = 1000  # parts into which a share is counted
 
 
 @contextmanager
@@ -31,6 +35,30 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         for bar, _ in shown:
             bar.stop()
+            if bar.console in live:
+                live.remove(bar.console)
+
+
+@contextmanager
+def polled(measure: Callable[[], float], progress: Callable[[int, int], None] | None) -> Iterator[None]:
+    """While the block runs, tell `progress` about every second which share of the work is done; `measure` gives it, in [0, 1]."""
+    if progress is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def poll() -> None:
+        while not ended.wait(POLL):
+            with suppress(RLKitError, OSError):  # a file that is just being written
+                progress(round(SHARES * measure()), SHARES)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _start(label: str) -> tuple[Any, Any]:
@@ -45,4 +73,6 @@ def _start(label: str) -> tuple[Any, Any]:
         disable=asked.quiet or not (console.is_terminal or console.is_jupyter),
     )
     bar.start()
+    if not bar.disable:
+        live.append(console)
     return bar, bar.add_task(label, total=None)

@@ -20,6 +20,8 @@ class Asked:
 
 
 asked = Asked()
+live: list[Console] = []
+"""Consoles on which a bar moves, the newest last: what is printed there appears above it."""
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:

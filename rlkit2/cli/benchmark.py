@@ -8,6 +8,7 @@ from pathlib import Path
 from rlkit2.cli import output
 from rlkit2.cli.parsing import as_seeds, command, name_values
 from rlkit2.nn.optim import Schedule
+from rlkit2.progress import progress_bar
 from rlkit2.reporting.board import LAST
 from rlkit2.studies.benchmark import AGENTS, DATASETS, run_benchmark
 
@@ -63,29 +64,31 @@ def benchmark(
         trust_env: build environments as the datasets say, which runs the code they name.
         dry_run: train nothing; say what is there and what is missing, write table and page of what is there.
     """
-    done = run_benchmark(
-        out,
-        datasets=datasets,
-        agents=agents,
-        seeds=as_seeds(seeds),
-        steps=steps,
-        batch_size=batch_size,
-        schedule=schedule,
-        hidden_sizes=hidden_sizes,
-        eval_every=eval_every,
-        eval_episodes=eval_episodes,
-        normalize_observations=normalize_observations,
-        against=against,
-        results=results,
-        anew=anew,
-        engine=engine,
-        jobs=jobs,
-        device=device,
-        options=name_values(option, "--option"),
-        dry_run=dry_run,
-        trust_env=trust_env,
-        say=lambda line: output.say(line, stderr=True),
-    )
+    with progress_bar("benchmark") as bar:
+        done = run_benchmark(
+            out,
+            datasets=datasets,
+            agents=agents,
+            seeds=as_seeds(seeds),
+            steps=steps,
+            batch_size=batch_size,
+            schedule=schedule,
+            hidden_sizes=hidden_sizes,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            normalize_observations=normalize_observations,
+            against=against,
+            results=results,
+            anew=anew,
+            engine=engine,
+            jobs=jobs,
+            device=device,
+            options=name_values(option, "--option"),
+            dry_run=dry_run,
+            trust_env=trust_env,
+            say=lambda line: output.say(line, stderr=True),
+            progress=bar,
+        )
     board = done.board
     for title, rows in board.summaries().items():
         output.print_table(board.header, rows, title=title)

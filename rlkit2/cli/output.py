@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlkit2.terminal import asked, make_console
+from rlkit2.terminal import asked, live, make_console
 
 WIDTH = 160  # characters where standard output is not a terminal, so that nothing is wrapped in a file
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output, or standard error for what is said during long work."""
+    """Standard output, or standard error for what is said during long work: above the bar, while one moves there."""
+    if stderr and live:
+        return live[-1]
     stream = sys.stderr if stderr else sys.stdout
     return make_console(stderr=stderr, width=None if stream.isatty() else WIDTH)
 

@@ -18,6 +18,7 @@ from rlkit2.cli.parsing import command, name_values
 from rlkit2.data.environments import named_source
 from rlkit2.errors import RunError
 from rlkit2.evaluation.scores import score_summary
+from rlkit2.progress import progress_bar
 from rlkit2.sweeps import Experiment, Sweep, load_sweep, run_sweep, sweep_runs, sweep_status
 from rlkit2.sweeps.search import BEST, Trial, run_search
 from rlkit2.training import Run
@@ -73,22 +74,20 @@ def sweep(
         def report(experiment: Experiment, status: str) -> None:
             nonlocal ended
             ended += status == "finished"
-            console.print(
-                f"{ended}/{len(plan.experiments)} {experiment.label or experiment.agent}: {status}",
-                soft_wrap=True,
-                markup=False,
-            )
+            output.say(f"{ended}/{len(plan.experiments)} {experiment.label or experiment.agent}: {status}", stderr=True)
 
         try:
-            statuses = run_sweep(
-                plan,
-                out=out,
-                engine=engine,
-                jobs=jobs,
-                device=device,
-                options=name_values(option, "--option"),
-                report=report,
-            )
+            with progress_bar(plan.name) as bar:
+                statuses = run_sweep(
+                    plan,
+                    out=out,
+                    engine=engine,
+                    jobs=jobs,
+                    device=device,
+                    options=name_values(option, "--option"),
+                    report=report,
+                    progress=bar,
+                )
             failed = any(status != "finished" for status in statuses.values())
         except KeyboardInterrupt:
             console.print(
@@ -117,7 +116,8 @@ def _search(plan: Sweep, file: Path, out: Path, dry_run: bool, **engine: Any) ->
         output.say(f"trial {trial.number}: {trial.state} at step {trial.step}{value} ({_chosen(trial)})", stderr=True)
 
     try:
-        trials = run_search(plan, out=out, report=report, **engine)
+        with progress_bar(plan.name) as bar:
+            trials = run_search(plan, out=out, report=report, progress=bar, **engine)
     except KeyboardInterrupt:
         again = join(["rlkit2", "sweep", str(file), "--out", str(out)])
         output.say(f"interrupted; the trials are saved, continue with the same command: {again}", stderr=True)

@@ -93,6 +93,7 @@ def run_benchmark(
     dry_run: bool = False,
     trust_env: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Benchmark:
     """Train every agent on every dataset where the results do not have it yet, then write `benchmark.md` and `benchmark.html` into `out`.
 
@@ -111,6 +112,7 @@ def run_benchmark(
         dry_run: train nothing; table and page of what there is.
         trust_env: see `rlkit2.train`.
         say: told in one line what is reused, and what each training has come to.
+        progress: see `rlkit2.sweeps.run_sweep`.
 
     Raises:
         ConfigError, DatasetError: an unknown agent, dataset or option, before anything is trained.
@@ -149,7 +151,7 @@ def run_benchmark(
         say(line)
     failed: dict[tuple[str, str], str] = {}
     if not dry_run:
-        engine_options = {"engine": engine, "jobs": jobs, "device": device, "options": options}
+        engine_options = {"engine": engine, "jobs": jobs, "device": device, "options": options, "progress": progress}
         cells, failed = _train(Path(out), file, places, training, data, anew, trust_env, say, engine_options)
     shown = [_place(p.dataset, specs[p.dataset], p.agent, hidden_sizes, data, training, wanted, cells, False) for p in places]  # fmt: skip
     board = Board(

@@ -22,7 +22,8 @@ from rlkit2.data.reading import ReadingOptions
 from rlkit2.errors import ConfigError, require
 from rlkit2.files import make_folder, write_json, writing
 from rlkit2.processes import preemptible
-from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, steps_done, sweep_status
+from rlkit2.progress import polled
+from rlkit2.sweeps.experiment import ENDED, Experiment, Sweep, share_done, steps_done, sweep_status
 from rlkit2.sweeps.worker import SETTINGS, SlurmWork, carry_out, train_experiment, work_name
 from rlkit2.training.groups import available_cores
 from rlkit2.training.loggers import check_loggers
@@ -42,6 +43,7 @@ def run_sweep(
     options: Mapping[str, Any] | None = None,
     report: Callable[[Experiment, str], None] = lambda experiment, status: None,
     until: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[Experiment, str]:
     """Train every run of a sweep that is not finished; what was half done is resumed from its newest checkpoint.
 
@@ -54,6 +56,7 @@ def run_sweep(
         options: for `ray.init`, or for submitit's `update_parameters` (`partition`, `timeout_min`, ...).
         report: called with each experiment that has ended and its status.
         until: train up to this step only; a later call continues, to the same numbers.
+        progress: called about every second with thousandths of the updates of all runs that are done, and 1,000.
 
     Returns:
         The status of every experiment: `finished`, `failed`, `paused` (at `until`), or the error that ended it.
@@ -91,7 +94,8 @@ def run_sweep(
         report(folders[folder], text)
 
     width = max((len(folders[folder].seeds) for folder in waiting), default=1)
-    run_folders(train_experiment, waiting, engine=engine, jobs=jobs, width=width, options=options, report=ended)
+    with polled(lambda: sum(map(share_done, folders)) / len(folders), progress):
+        run_folders(train_experiment, waiting, engine=engine, jobs=jobs, width=width, options=options, report=ended)
     return {experiment: status[folder] for folder, experiment in folders.items()}
 
 

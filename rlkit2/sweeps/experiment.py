@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -62,6 +63,7 @@ MOST_TRIALS = 100_000
 
 SECTIONS = ("config", *OPTIONS)
 NAMES = ("agent", "dataset", "seeds", "env", "loggers", "recipes")
+TAIL = 65_536  # bytes at the end of a log in which its last line begins
 ENDED = "ended.json"  # in a run's folder of a sweep: how the last attempt ended
 
 
@@ -338,3 +340,15 @@ def steps_done(folder: Path) -> int:
     """The step of the newest checkpoint of the run in an experiment's folder; 0 without one."""
     run = find_run(folder)
     return 0 if run is None else max(run.checkpoints, default=0)
+
+
+def share_done(folder: Path) -> float:
+    """Which share of its updates the run in an experiment's folder has done, in [0, 1], by its last line of metrics; 1 if it has ended."""
+    run = find_run(folder)
+    if run is None or run.status in ("finished", "failed"):
+        return float(run is not None)
+    log = run.path / "metrics.jsonl"
+    with log.open("rb") if log.exists() else io.BytesIO() as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        steps = re.findall(rb'"step": (\d+)', file.read())
+    return min(1.0, int(steps[-1]) / run.config["training"]["steps"]) if steps else 0.0

@@ -17,8 +17,9 @@ from typing import Any
 
 from rlkit2.errors import RunError
 from rlkit2.files import write_atomically, write_json
+from rlkit2.progress import polled
 from rlkit2.sweeps.engines import run_sweep
-from rlkit2.sweeps.experiment import Experiment, Search, Sweep, find_run, trial_experiment
+from rlkit2.sweeps.experiment import Experiment, Search, Sweep, find_run, share_done, trial_experiment
 from rlkit2.sweeps.space import SAMPLERS, Result
 from rlkit2.training import Run
 from rlkit2.training.selection import SCORE, Goal, mean_over, score_lines
@@ -50,6 +51,7 @@ def run_search(
     *,
     out: str | os.PathLike[str] = "runs",
     report: Callable[[Trial], None] = lambda trial: None,
+    progress: Callable[[int, int], None] | None = None,
     **engine: Any,
 ) -> list[Trial]:
     """Carry out the search of a sweep file and write its best setting as a recipe, `out/<name>/best.toml`.
@@ -58,6 +60,8 @@ def run_search(
         sweep: from `load_sweep`, with a `search`.
         out: the runs are in `out/<name of the sweep>/<settings>/`.
         report: called with each trial that has ended.
+        progress: called about every second with thousandths of the updates of all trials that are done, and 1,000; a trial that is ended early
+            counts as done.
         **engine: `engine`, `jobs`, `device` and `options` of `run_sweep`.
 
     Returns:
@@ -74,6 +78,13 @@ def run_search(
     root = Path(out).resolve() / sweep.name
     sampler = SAMPLERS[search.method](search.space, search.seed, search.goal.rising)
     trials: list[Trial] = []
+
+    def share() -> float:
+        return (
+            sum(trial.state != "begun" or share_done(root / trial.experiment.folder) for trial in trials)
+            / search.trials
+        )
+
     while len(trials) < search.trials:
         chosen = sampler.ask(min(search.batch, search.trials - len(trials)))
         batch = [
@@ -81,7 +92,8 @@ def run_search(
             for number, values in enumerate(chosen, len(trials))
         ]
         trials += batch
-        _carry_out(batch, trials, sweep, search, root, engine | {"out": out}, report)
+        with polled(share, progress):
+            _carry_out(batch, trials, sweep, search, root, engine | {"out": out}, report)
         sampler.tell([trial.result for trial in batch])
     _write(trials, search, root)
     return trials
