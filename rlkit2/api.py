@@ -246,9 +246,9 @@ def train_online(
     given the same actions; where it does not, the episodes in progress are dropped, and that is said.
 
     Args:
-        agent: an offline run (or its folder), which stays as it is: its agent continues in a new run; or a run that learns in an environment
-            already: it is resumed, with more steps where `steps` is larger.
-        dataset: where the offline data of the run are now; default: where they were.
+        agent: an offline run (or its folder), which stays as it is: its agent continues in a new run; a run that learns in an environment
+            already: it is resumed, with more steps where `steps` is larger; or an agent as for `train`, which begins without a policy.
+        dataset: where the offline data of the run are now, default: where they were; for an agent, data to mix in from the first update on.
         steps: transitions of each seed.
         env: environment to act and be evaluated in, as for `train`; default: that of the run, else of its dataset.
         seeds: of an agent that begins from scratch; a run keeps its own.
@@ -265,35 +265,48 @@ def train_online(
         RunError: the folder cannot be written, is in use or damaged.
         KeyboardInterrupt: as for `train`.
     """
+    from rlkit2.agents import Agent, class_name, import_agent
     from rlkit2.evaluation.environments import evaluation_source
     from rlkit2.online.collector import try_source
-    from rlkit2.online.plan import begin_from, continuing, group_maker, needs_dataset, prolonged
+    from rlkit2.online.plan import begin_afresh, begin_from, continuing, group_maker, needs_dataset, prolonged
     from rlkit2.training.building import agent_config, agent_factory, prepare_dataset, run_class, stored_spec
 
     session = _Session(device, compile, loggers, progress, env, trust_env, until)
     values = {name: value for name, value in options.items() if value is not None}
     given = dict(zip(ONLINE_SECTIONS, read_options(values, ONLINE_SECTIONS), strict=True))
-    run = agent if isinstance(agent, Run) else Run(agent)  # type: ignore[arg-type]
-    begun = run if "online" in run.config else None
+    named = typed_again(env) if isinstance(env, str) else None
+    run = _as_run(agent)
+    begun = run if run is not None and "online" in run.config else None
+    raw = None
     if begun is not None:
         if values or overrides or seeds != 1:
             raise ConfigError(
-                f"{run.path} learns in an environment already; resume it without other options than steps"
+                f"{begun.path} learns in an environment already; resume it without other options than steps"
             )
-        plan = prolonged(run, steps)
+        plan = prolonged(begun, steps)
     elif steps is None:
         raise ConfigError("say for how many steps: --online STEPS (steps=... in Python)")
-    else:
-        named = typed_again(env) if isinstance(env, str) else None
+    elif run is not None:
         plan = begin_from(run, steps, overrides or {}, given, named)
+    else:
+        if isinstance(agent, str) and ":" in agent:
+            agent = import_agent(agent)
+        if isinstance(agent, type) and issubclass(agent, Agent):
+            agent = class_name(agent)
+        own = None
+        if dataset is not None:
+            raw = load_dataset(dataset, **ReadingOptions(**given["reading"]).arguments(), trust_env=trust_env)
+            own = _written(dataset, raw), raw
+        plan = begin_afresh(agent, steps, env, overrides or {}, given, seeds, named, own)
     spec = stored_spec(plan)
     source = evaluation_source(spec, session.source(plan), trust_env=trust_env)
     try_source(source, spec)
-    raw = _known_dataset(run.path, plan, dataset, {}, trust_env) if needs_dataset(plan) else None
+    if run is not None and needs_dataset(plan):
+        raw = _known_dataset(run.path, plan, dataset, {}, trust_env)
     prepared = None
     if raw is not None:
         prepared = prepare_dataset(raw, run_class(plan), agent_config(plan), DataOptions(**plan["data"]))
-    factory = agent_factory(plan)
+    factory = agent_factory(plan, prepared)
     if begun is None or not begun.checkpoints:
         factory = continuing(factory, plan)
     session.try_out(plan, factory, spec)
@@ -584,12 +597,11 @@ def _plan(
     if by_name and len(agent_classes(name)) > 1:
         kind = transitions.spec.action_kind
         config = make_config(name, kind, **read_config(name, fields, kind))
-    origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
     plan = run_config(
         agent=name,
         config=config,
         dataset=transitions,
-        source=str(Path(origin).resolve()) if Path(origin).exists() else origin,
+        source=_written(source, transitions),
         seeds=as_seeds(seeds),
         **chosen,
         env=typed_again(env) if isinstance(env, str) else None,
@@ -682,6 +694,20 @@ def _changed_code(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str | N
         return None
     name = plan.get("agent_source", plan["agent"])
     return f"the code of {name} is not what the run was trained with so far; steps from here on follow the new code"
+
+
+def _as_run(agent: Any) -> Run | None:
+    """The run that this is, or whose folder it names; None for an agent."""
+    if isinstance(agent, Run):
+        return agent
+    folder = isinstance(agent, os.PathLike) or (isinstance(agent, str) and (Path(agent) / "config.json").is_file())
+    return Run(agent) if folder else None
+
+
+def _written(source: Source, transitions: TransitionDataset) -> str:
+    """What a run's config says for `load_dataset` to find the dataset by again."""
+    origin = str(source) if isinstance(source, str | os.PathLike) else transitions.spec.id
+    return str(Path(origin).resolve()) if Path(origin).exists() else origin
 
 
 class _Session:

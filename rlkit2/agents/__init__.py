@@ -108,6 +108,7 @@ _REGISTRY = {
         },
     ),
     "rebrac": _Entry("rlkit2.agents.rebrac", "ReBRAC"),
+    "sac": _Entry("rlkit2.agents.sac", "SAC"),
     "sacn": _Entry("rlkit2.agents.sacn", "SACN"),
     "sdice": _Entry("rlkit2.agents.odice", "ODICE", {"gradient_rule": "semi"}),
     "sql": _Entry("rlkit2.agents.sql", "SQL"),

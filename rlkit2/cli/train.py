@@ -51,7 +51,7 @@ COMMAND = {
     "resume": ("RUN", "resume this run from its newest checkpoint; --steps N prolongs it to N in all"),
     "online": (
         "STEPS",
-        "let the agent of --resume RUN act in its environment and learn from that, for so many transitions of each seed, in a new run",
+        "act in the environment and learn from that, for so many transitions of each seed: the agent of --resume RUN in a new run, or a named one",
     ),
     "env": (
         "ENV",
@@ -99,9 +99,15 @@ def _online(agent: Any, dataset: str | None, given: dict[str, Any]) -> Run:
         raise ConfigError("--online says how many steps there are; leave --steps out")
     run = given.pop("resume", None)
     if run is None:
-        raise ConfigError(
-            "--online continues a run: rlkit2 train --resume RUN --online STEPS; an agent learns from data first: rlkit2 train AGENT --dataset ID"
-        )
+        if isinstance(agent, Path):
+            raise ConfigError(
+                "a recipe is for learning from data; name the agent instead: rlkit2 train AGENT --env ENV --online STEPS"
+            )
+        if agent is None:
+            raise ConfigError(
+                "name what is to act: rlkit2 train --resume RUN --online STEPS, or rlkit2 train sac --env Pendulum-v1 --online STEPS"
+            )
+        return train_online(agent, dataset, steps=steps, **given)
     if agent is not None and agent != Run(run).config["agent"]:
         raise ConfigError(f"{run} trains {Run(run).config['agent']}, not {agent}; resume it without naming an agent")
     return train_online(Run(run), dataset, steps=steps, **given)

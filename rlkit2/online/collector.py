@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -33,18 +33,23 @@ from rlkit2.online.replay import Replay
 ENDED, RETURNS, LENGTHS, LOWEST, HIGHEST = range(5)  # columns of a seed's tally
 
 
+def refuse_instance() -> NoReturn:
+    """Raise `ConfigError`: an environment that is there cannot serve several seeds and evaluation at once."""
+    raise ConfigError(
+        "training online makes environments, for every seed and for evaluation: give an id, file.py:NAME or a function that makes one, not an "
+        "environment that is there"
+    )
+
+
 def try_source(source: EnvSource, spec: DatasetSpec) -> None:
     """See that environments can be made and fit, before anything is written.
 
     Raises:
-        ConfigError: an environment that is there, which cannot serve several seeds and evaluation at once.
+        ConfigError: an environment that is there.
         EnvironmentUnavailableError: it cannot be made, or has other spaces.
     """
     if isinstance(named_source(source), gym.Env):
-        raise ConfigError(
-            "training online makes environments, for every seed and for evaluation: give an id, file.py:NAME or a function that makes one, not an "
-            "environment that is there"
-        )
+        refuse_instance()
     env = stacked_environment(source, spec)
     check_spaces(env, spec, source_name(source))
     env.close()

@@ -1,4 +1,4 @@
-"""What a run in an environment is to do: begun from an offline run, or prolonged."""
+"""What a run in an environment is to do: begun from an offline run or from scratch, or prolonged."""
 
 from __future__ import annotations
 
@@ -7,20 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlkit2.agents import Agent
+from rlkit2.agents import Agent, agent_class, make_config, read_config
+from rlkit2.agents.base import as_seeds
 from rlkit2.data.dataset import Lookahead, TransitionDataset
-from rlkit2.data.environments import EnvSource
+from rlkit2.data.environments import EnvSource, make_environment, named_source, source_name
 from rlkit2.data.normalizers import reward_rule
+from rlkit2.data.reading import ReadingOptions
+from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
+from rlkit2.online.collector import refuse_instance
 from rlkit2.online.group import OnlineGroup
-from rlkit2.training.building import AgentFactory, agent_config, own_agent, run_class, stored_config, stored_spec
+from rlkit2.training.building import (
+    AgentFactory,
+    agent_config,
+    agent_name,
+    own_agent,
+    run_class,
+    run_config,
+    stored_config,
+    stored_spec,
+)
 from rlkit2.training.options import DataOptions, OnlineOptions, TrainingOptions
 from rlkit2.training.run import Run, agent_state, fitting
 
+NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
 INHERITED = ("batch_size", "eval_episodes")  # of the training that a run in an environment continues
 
 
@@ -43,8 +58,7 @@ def begin_from(
     cls = run_class(run.config)
     if (refused := cls.online_refusal()) is not None:
         raise ConfigError(refused)
-    if given["training"].get("schedule", "constant") != "constant":
-        raise ConfigError("learning rates are constant online; leave schedule out")
+    _require_constant(given)
     for section in ("data", "reading"):
         for name, value in given[section].items():
             if run.config.get(section, {}).get(name) != value:
@@ -67,6 +81,97 @@ def begin_from(
         "env": run.config["env"] if env is None else env,
         "recipe": None,
     }
+
+
+def begin_afresh(
+    agent: Any,
+    steps: int,
+    source: EnvSource | None,
+    overrides: Mapping[str, Any],
+    given: Mapping[str, Mapping[str, Any]],
+    seeds: int | Sequence[int],
+    env: str | None,
+    dataset: tuple[str, TransitionDataset] | None,
+) -> dict[str, Any]:
+    """The config of a new run of an agent that begins without a policy.
+
+    Args:
+        agent: a registered name, the name of a class of the user's own, or a config object.
+        steps: transitions of each seed.
+        source: the environment; it may be left out where a dataset names it.
+        overrides: fields of the agent's config.
+        given: options by section.
+        seeds: as for `train`.
+        env: what the environment is called by.
+        dataset: offline data to mix in, and where they come from; None: none.
+
+    Raises:
+        ConfigError: an option needs data, or the agent cannot learn in an environment.
+        EnvironmentUnavailableError: the environment cannot be made.
+    """
+    data = DataOptions(**given["data"])
+    if dataset is None:
+        if source is None:
+            raise ConfigError(
+                "no environment is named; name one with --env ID or --env my_envs.py:make_env (env=... in Python)"
+            )
+        for name, value in given["data"].items():
+            if name in NEEDING_DATA and value != getattr(DataOptions(), name):
+                raise ConfigError(f"{name} needs data to begin with; leave it out, or give some with --dataset")
+        spec = environment_spec(source, given["reading"].get("observation_keys"))
+    else:
+        spec = dataset[1].spec
+    kind = spec.action_kind
+    cls = agent_class(agent, kind) if isinstance(agent, str) else agent_class(agent)
+    if (refused := cls.online_refusal()) is not None:
+        raise ConfigError(refused)
+    _require_constant(given)
+    if isinstance(agent, str):
+        config = make_config(agent, kind, **read_config(agent, overrides, kind))
+    else:
+        config = dataclasses.replace(agent, **read_fields(type(agent), overrides))
+    options = OnlineOptions(**given["online"])
+    options = options.settled(steps, scratch=True, data=dataset is not None)
+    plan = run_config(
+        agent=agent if isinstance(agent, str) else agent_name(agent),
+        config=config,
+        dataset=spec if dataset is None else dataset[1],
+        source="" if dataset is None else dataset[0],
+        seeds=as_seeds(seeds),
+        data=data,
+        training=TrainingOptions(**{**given["training"], "steps": steps}),
+        env=env,
+        recipe=None,
+        reading=ReadingOptions(**given["reading"]),
+    )
+    return {**plan, "online": dataclasses.asdict(options), "origin": None}
+
+
+def environment_spec(source: EnvSource, observation_keys: Sequence[str] | None = None) -> DatasetSpec:
+    """What an environment says of itself, as a dataset of it would.
+
+    Raises:
+        EnvironmentUnavailableError: it cannot be made.
+        UnsupportedSpaceError: its spaces cannot be learnt from.
+    """
+    if isinstance(named_source(source), gym.Env):
+        refuse_instance()
+    env = make_environment(source)
+    spec = DatasetSpec(
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        env_spec=env.spec,
+        id=source_name(source),
+        observation_keys=None if observation_keys is None else tuple(observation_keys),
+    )
+    env.close()
+    spec.flattener  # noqa: B018 - spaces that cannot be flattened are refused here
+    return spec
+
+
+def _require_constant(given: Mapping[str, Mapping[str, Any]]) -> None:
+    if given["training"].get("schedule", "constant") != "constant":
+        raise ConfigError("learning rates are constant online; leave schedule out")
 
 
 def prolonged(run: Run, steps: int | None) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def run_config(
     *,
     agent: str,
     config: Any,
-    dataset: TransitionDataset,
+    dataset: TransitionDataset | DatasetSpec,
     source: str,
     seeds: Sequence[int],
     data: DataOptions,
@@ -305,6 +305,7 @@ def run_config(
     """The content of `config.json`: all that decides the numbers of a run.
 
     Args:
+        dataset: what is learnt from; the specification of an environment alone where there are no data.
         source: what `load_dataset` can find the dataset by again.
         env: id of the environment to evaluate in, where it is not the dataset's.
         recipe: the file that the hyper-parameters came from.
@@ -312,17 +313,18 @@ def run_config(
 
     An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
+    spec, rows = (dataset, 0) if isinstance(dataset, DatasetSpec) else (dataset.spec, len(dataset))
     return {
         "format": 1,
         "agent": agent,
         **own_agent(agent_class(agent)),
         "config": dataclasses.asdict(config),
         "dataset": {
-            "id": dataset.spec.id,
+            "id": spec.id,
             "source": source,
-            "content_hash": dataset.spec.content_hash,
-            "transitions": len(dataset),
-            "observation_keys": dataset.spec.observation_keys,
+            "content_hash": spec.content_hash,
+            "transitions": rows,
+            "observation_keys": spec.observation_keys,
         },
         "seeds": list(seeds),
         "data": dataclasses.asdict(data),
@@ -330,5 +332,5 @@ def run_config(
         "reading": dataclasses.asdict(reading or ReadingOptions()),
         "env": env,
         "recipe": recipe,
-        "spec": dataset.spec.stacked(data.frame_stack).to_json(),
+        "spec": spec.stacked(data.frame_stack).to_json(),
     }

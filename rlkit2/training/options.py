@@ -108,11 +108,11 @@ class OnlineOptions(Checked):
     # transitions over which that share falls to `epsilon` from 1; default: none, and from scratch a tenth of the steps
     epsilon_steps: Natural | None = None
 
-    def settled(self, steps: int, *, scratch: bool) -> OnlineOptions:
+    def settled(self, steps: int, *, scratch: bool, data: bool = True) -> OnlineOptions:
         """The same with what follows from the length of the run, and from whether there is a trained policy and data."""
         warmup = min(5000, steps // 10) if self.warmup is None else self.warmup
         falling = (steps // 10 if scratch else 0) if self.epsilon_steps is None else self.epsilon_steps
-        share = 0.0 if scratch else self.offline_share
+        share = self.offline_share if data else 0.0
         return replace(self, warmup=warmup, epsilon_steps=falling, offline_share=share)
 
 

@@ -49,6 +49,8 @@ STUDY = (
 )
 OPTIONS: dict[str, Any] = {"eval_episodes": 2, "progress": False}
 SCHEDULE = {"steps": 60, "log_every": 7, "eval_every": 20, "checkpoint_every": 15, "batch_size": 8}
+ONLINE: dict[str, Any] = {"sacn": Walk, "td3bc": Walk, "rebrac": Walk, "sac": "Pendulum-v1", "dqn": "CartPole-v1"}
+"""Agents that act, and where."""
 Work = Callable[[Path], None]
 Contents = Callable[[Path], Any]
 
@@ -89,6 +91,10 @@ def prepare(shared: Path) -> None:
         *["--steps", "20", "--hidden-sizes", "8", "--no-starc"],
     )
     command(f"train bc --dataset {TINY} --steps 40 --hidden-sizes 8 --eval-every 0 --out", shared / "runs")
+    for name in ("sacn", "td3bc", "rebrac"):
+        command(
+            f"train {name} --dataset {TINY} --steps 20 --seeds 2 --hidden-sizes 8 --eval-every 0 --out", shared / "runs"
+        )
     rng = np.random.default_rng(0)
     ends = np.arange(1, 2001) % 50 == 0
     np.savez(
@@ -104,6 +110,7 @@ def prepare(shared: Path) -> None:
 def jobs(shared: Path, minari: Path) -> list[Job]:
     """Every kind of work."""
     found = [Job(f"train {name}", partial(_train, name, shared), _run) for name in list_agents()]
+    found += [Job(f"online {name}", partial(_online, name, shared), _run) for name in ONLINE]
     rebuild = ["data", "build", "--recipe", str(shared / "recipe.toml"), "--rebuild"]
     found.append(Job("data build", partial(_build, rebuild), partial(_dataset, minari, GRID)))
     found.append(Job("data import", partial(_import, shared, minari), partial(_dataset, minari, None)))
@@ -133,6 +140,27 @@ def _train(agent: str, shared: Path, folder: Path) -> None:
         **{name: place for name, place in places.items() if name in cls.config_class.__dataclass_fields__},
     }
     rlkit2.train(agent, dataset, seeds=2, out=folder, overrides=overrides, **SCHEDULE, **OPTIONS, **env)
+
+
+def _online(name: str, shared: Path, folder: Path) -> None:
+    """Begin a run in an environment in the folder, or resume the one that is there."""
+    options = {"env": ONLINE[name], **OPTIONS}
+    begun = sorted(folder.glob("*/config.json"))
+    if begun:
+        rlkit2.train(resume=begun[0].parent, env=ONLINE[name], progress=False)
+    elif name in ("sac", "dqn"):
+        rlkit2.train_online(
+            name,
+            seeds=2,
+            out=folder,
+            overrides={"hidden_sizes": (8,)},
+            num_envs=2,
+            warmup=20,
+            **{**SCHEDULE, **options},
+        )
+    else:
+        (run,) = (shared / "runs").glob(f"{name}-*")
+        rlkit2.train_online(run, out=folder, num_envs=2, warmup=10, **{**SCHEDULE, **options})
 
 
 def _run(folder: Path) -> Any:
