@@ -23,6 +23,7 @@ from rlkit2.nn import (
     StackedMLP,
     as_rows,
     choose_encoder,
+    lerp_,
     make_actor,
     make_network,
     named_tensors,
@@ -108,6 +109,7 @@ class Agent:
     critic_optimizer: Adam
     phases: int = 1
     phase: int = 0
+    policy_ema: float = 0.0
 
     def __init__(
         self,
@@ -260,6 +262,28 @@ class Agent:
         if schedule != "constant":
             for optimizer in self._optimizers.values():
                 optimizer.follow(schedule, steps, self.step)
+
+    def average_policy(self, decay: float) -> None:
+        """Let `policy` be a running mean of the trained policy's weights; to be called before the first update. 0 leaves the weights as they are.
+
+        The mean over all updates so far, from 1 / (1 - decay) updates on an exponential one: a policy that is played for thousands of steps
+        is at the mercy of the last few minibatches otherwise (Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992).
+        """
+        if decay > 0.0:
+            self.policy_ema = decay
+            self._trained_policy, self._average = self.policy.actor, target_copy(self.policy.actor)
+            self.policy = Policy(self._average, self.normalizer, self.seeds)
+            self._register({"policy_average": self._average})
+
+    def learn(self, batch: Batch) -> Mapping[str, Tensor]:
+        """One `update`, and the running mean of the policy where there is one."""
+        metrics = self.update(batch)
+        if self.policy_ema:
+            rate = (1.0 / self.step[0].to(self.dtype)).clamp(min=1.0 - self.policy_ema)
+            lerp_(self._average, self._trained_policy, rate)
+            for old, new in zip(self._average.buffers(), self._trained_policy.buffers(), strict=True):
+                old.copy_(new)
+        return metrics
 
     @classmethod
     def depends_on_steps(cls, config: Any) -> bool:

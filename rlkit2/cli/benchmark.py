@@ -22,6 +22,7 @@ def benchmark(
     steps: int = 50_000,
     batch_size: int = 256,
     schedule: Schedule = "constant",
+    policy_ema: float = 0.0,
     hidden_sizes: tuple[int, ...] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -50,6 +51,7 @@ def benchmark(
         steps: updates per seed.
         batch_size: transitions per update and seed.
         schedule: learning rates of all networks: constant, or falling to zero along half a cosine or a line.
+        policy_ema: decay of the running mean of the policy's weights that is evaluated; 0: the weights as they are.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between two evaluations; default: a tenth of the steps.
         eval_episodes: episodes per evaluation and seed.
@@ -73,6 +75,7 @@ def benchmark(
             steps=steps,
             batch_size=batch_size,
             schedule=schedule,
+            policy_ema=policy_ema,
             hidden_sizes=hidden_sizes,
             eval_every=eval_every,
             eval_episodes=eval_episodes,

@@ -222,7 +222,8 @@ def study(name: Positional[Study], *, out: Path | None = None) -> int:
             fits = heteroscedastic.run_regression(progress=progress)
             rows, figure = [r.row() for r in fits], heteroscedastic.regression_figure(fits)
         elif name == "epistemic":
-            rows = [r.row() for r in epistemic.run_epistemic_study(progress=progress)]
+            sizes = epistemic.run_epistemic_study(progress=progress)
+            rows, figure = [r.row() for r in sizes], epistemic.epistemic_figure(sizes)
         elif name == "shape-weights":
             rows = heteroscedastic.run_shape_weighting()
         else:

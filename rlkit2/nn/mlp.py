@@ -487,7 +487,7 @@ def target_copy(module: Module) -> Module:
 
 
 @torch.no_grad()
-def lerp_(target: nn.Module, online: nn.Module, rate: float) -> None:
+def lerp_(target: nn.Module, online: nn.Module, rate: float | Tensor) -> None:
     """Polyak averaging in place: target <- (1 - rate) target + rate online, parameters only."""
     for old, new in zip(target.parameters(), online.parameters(), strict=True):
         old.lerp_(new, rate)

@@ -41,7 +41,7 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-TRAINING = ("steps", "batch_size", "schedule", "eval_every", "eval_episodes")
+TRAINING = ("steps", "batch_size", "schedule", "policy_ema", "eval_every", "eval_episodes")
 DIGITS = 3  # decimals of a score that are kept
 
 

@@ -79,6 +79,7 @@ def run_benchmark(
     steps: int = 50_000,
     batch_size: int = 256,
     schedule: Schedule = "constant",
+    policy_ema: float = 0.0,
     hidden_sizes: Sequence[int] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -101,7 +102,7 @@ def run_benchmark(
         out: folder of the runs (`out/runs`), the table and the page.
         datasets, agents: what `load_dataset` finds by name, and registered names.
         seeds: n for seeds 0 to n - 1, or the integers; those that the results have are not trained again.
-        steps, batch_size, schedule, eval_episodes: as for `rlkit2.train`, the same for all.
+        steps, batch_size, schedule, policy_ema, eval_episodes: as for `rlkit2.train`, the same for all.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between evaluations; default: a tenth of the steps.
         normalize_observations: standardise them over the dataset, as `rlkit2.train` does where it is told to; images are left as they are.
@@ -127,6 +128,7 @@ def run_benchmark(
         steps=steps,
         batch_size=batch_size,
         schedule=schedule,
+        policy_ema=policy_ema,
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         eval_episodes=eval_episodes,
     )
@@ -330,6 +332,7 @@ def _command(
     words += ["--batch-size", training.batch_size, "--eval-every", training.eval_every]
     words += ["--eval-episodes", training.eval_episodes, "--against", against]
     words += [] if training.schedule == "constant" else ["--schedule", training.schedule]
+    words += ["--policy-ema", training.policy_ema] if training.policy_ema else []
     words += [] if hidden_sizes is None else ["--hidden-sizes", *hidden_sizes]
     words += [] if normalize_observations else ["--no-normalize-observations"]
     words += [] if results is None else ["--results", results]

@@ -3,7 +3,7 @@
 Every dataset is drawn anew from the same problem, and one agent with D seeds learns from D of them, a seed from its own. At points drawn like the
 data,
 
-    ratio     root mean epistemic_sd^2 over datasets, to the standard deviation of q_mean over datasets
+    ratio     root mean epistemic_sd^2 over datasets, to the standard deviation of q_mean over datasets; its error by a jackknife over datasets
     coverage  share of (dataset, point) whose 90 % interval, `Uncertainty.interval(0.9)`, holds the true Q
     auroc     epistemic_sd of actions that no dataset holds, above that of actions which they do hold, where the data leave some out
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -167,10 +168,16 @@ class EpistemicResult:
     method: str
     rows: int
     ratio: float
+    ratio_error: float  # standard error, for the chance in the few datasets
     coverage: float
     auroc: float
     error: float  # root mean square error of q_mean
     spread: float  # deviation of q_mean over datasets
+
+    @property
+    def cell(self) -> str:
+        """What was trained on what."""
+        return f"{self.agent} on {self.problem}, {self.rows:,} rows"
 
     def row(self) -> dict[str, Any]:
         """For a table."""
@@ -181,7 +188,7 @@ class EpistemicResult:
 class Budget:
     """How much is trained: D datasets, M critics each, updates of the minibatch size, hidden width, Adam's step size."""
 
-    datasets: int = 8
+    datasets: int = 16
     members: int = 8
     steps: int = 800
     batch: int = 64
@@ -227,7 +234,7 @@ def run_epistemic(
     trained = _trained(world, agent, {**METHODS[method], **(options or {})}, rows, budget or Budget())
     found = trained.uncertainty(*world.points)
     q, deviation = (np.asarray(part, np.float64) for part in (found.q_mean, found.epistemic_sd))
-    spread = np.sqrt(q.var(0, ddof=1).mean())
+    ratio, ratio_error = _jackknifed(_ratio, q, deviation)
     coverage = error = score = np.nan
     if agent in world.truth:
         truth = world.truth[agent].numpy()
@@ -237,8 +244,42 @@ def run_epistemic(
     if world.missing is not None:
         unknown = trained.uncertainty(*world.missing).epistemic_sd
         score = float(np.mean([auroc(u, k) for u, k in zip(unknown, deviation, strict=True)]))
-    ratio = float(np.sqrt((deviation**2).mean()) / spread)
-    return EpistemicResult(problem, agent, method, rows, ratio, coverage, score, error, float(spread))
+    return EpistemicResult(problem, agent, method, rows, ratio, ratio_error, coverage, score, error, _spread(q))
+
+
+def epistemic_figure(results: Sequence[EpistemicResult]) -> Figure:
+    """Ratio and coverage of every cell and method, with what is wanted shaded; bars are two standard errors."""
+    figure = Figure(figsize=(11, 1.4 + 0.55 * len({r.cell for r in results})), layout="constrained")
+    cells = list(dict.fromkeys(r.cell for r in results))
+    sizes, shares = figure.subplots(1, 2, sharey=True)
+    for index, method in enumerate(dict.fromkeys(r.method for r in results)):
+        own = [r for r in results if r.method == method]
+        places = [cells.index(r.cell) + 0.2 * (index - 1) for r in own]
+        sizes.errorbar([r.ratio for r in own], places, xerr=[2 * r.ratio_error for r in own], fmt="o", label=method)
+        shares.plot([r.coverage for r in own], places, "o")
+    sizes.axvspan(0.8, 1.25, alpha=0.15, color="tab:green")
+    shares.axvspan(0.85, 0.95, alpha=0.15, color="tab:green")
+    sizes.set(yticks=range(len(cells)), yticklabels=cells, xlabel="epistemic_sd / spread of Q over datasets")
+    shares.set(xlim=(0, 1), xlabel="share of true Q in 90 % intervals")
+    sizes.invert_yaxis()
+    sizes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _spread(q: Array) -> float:
+    """Deviation of `q [D, P]` over datasets."""
+    return float(np.sqrt(q.var(0, ddof=1).mean()))
+
+
+def _ratio(q: Array, deviation: Array) -> float:
+    return float(np.sqrt((deviation**2).mean())) / _spread(q)
+
+
+def _jackknifed(statistic: Callable[..., float], *parts: Array) -> tuple[float, float]:
+    """A statistic of D datasets and its standard error, from leaving out one at a time (Efron and Tibshirani, 1993, equation 11.5)."""
+    count = len(parts[0])
+    left = np.array([statistic(*(np.delete(part, k, 0) for part in parts)) for k in range(count)])
+    return statistic(*parts), float(np.sqrt((count - 1) * left.var()))
 
 
 def _trained(world: Problem, name: str, options: dict[str, Any], rows: int, budget: Budget) -> UncertainAgent:

@@ -183,6 +183,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
             return_std=return_std,
         )
         agent = make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
+        agent.average_policy(training.policy_ema)
         if "online" not in run_config:  # there every learning rate stays what the config says
             agent.follow_schedule(training.schedule, training.steps)
         return agent

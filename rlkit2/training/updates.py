@@ -36,7 +36,7 @@ def choose_update(
     """
 
     def plain(rows: Tensor) -> Mapping[str, Tensor]:
-        return agent.update(dataset.gather(rows).to(device, non_blocking=True))
+        return agent.learn(dataset.gather(rows).to(device, non_blocking=True))
 
     if compile == "off" or (compile == "auto" and device.type != "cuda"):
         return plain, None
@@ -56,7 +56,7 @@ def choose_update(
 
 
 def _compiled(agent: Agent, dataset: TransitionDataset, device: torch.device) -> Update:
-    update = torch.compile(agent.update, dynamic=False)
+    update = torch.compile(agent.learn, dynamic=False)
     return lambda rows: update(dataset.gather(rows).to(device))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlkit2.studies.epistemic import Budget, run_epistemic, run_epistemic_study
+from rlkit2.studies.epistemic import Budget, _jackknifed, _ratio, epistemic_figure, run_epistemic, run_epistemic_study
 from rlkit2.studies.heteroscedastic import (
     WEIGHTED,
     regression_figure,
@@ -42,6 +42,21 @@ def test_weights_by_shape_help_where_the_scale_is_one_and_nowhere_else() -> None
     assert error["same deviation", "shape"] > 1.1 * error["same deviation", "none"]
     loud = [error["louder with lighter tails", weight] for weight in ("inverse variance", "none", "shape")]
     assert loud == sorted(loud)  # the shape says nothing of the deviation here, and misleads
+
+
+def test_the_error_of_the_ratio_is_that_of_its_datasets() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [_jackknifed(_ratio, rng.normal(size=(16, 5)), np.ones((16, 5))) for _ in range(200)]
+    assert np.mean([error for _, error in drawn]) == pytest.approx(np.std([ratio for ratio, _ in drawn]), rel=0.15)
+
+
+def test_the_figure_shows_every_cell() -> None:
+    budget = Budget(datasets=3, members=2, steps=2, width=4)
+    cells = [("one-step", "dqn", 50), ("lqr", "iql", 50)]
+    found = run_epistemic_study(cells, methods=("as released", "CALIBRATED"), budget=budget)
+    labels = [text.get_text() for text in epistemic_figure(found).axes[0].get_yticklabels()]
+    assert labels == ["dqn on one-step, 50 rows", "iql on lqr, 50 rows"]
+    assert all(r.ratio_error > 0.0 for r in found)
 
 
 @pytest.mark.slow
