@@ -141,7 +141,7 @@ def _bare(source: str) -> str:
 
 def make_setting(agent: str, config: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]) -> Any:
     """Agent, config, data options and those of training that the scores depend on, as JSON."""
-    named = {name: training[name] for name in TRAINING}
+    named = {name: training[name] for name in TRAINING if name in training}  # a run from before an option has none
     return json.loads(json.dumps({"agent": agent, "config": config, "data": data, "training": named}))
 
 
