@@ -266,7 +266,10 @@ def train_online(
         KeyboardInterrupt: as for `train`.
     """
     from rlkit2.agents import Agent, class_name, import_agent
+    from rlkit2.data.export import new_minari_folder
+    from rlkit2.data.folders import minari_root
     from rlkit2.evaluation.environments import evaluation_source
+    from rlkit2.online import record
     from rlkit2.online.collector import try_source
     from rlkit2.online.plan import begin_afresh, begin_from, continuing, group_maker, needs_dataset, prolonged
     from rlkit2.training.building import agent_config, agent_factory, prepare_dataset, run_class, stored_spec
@@ -310,10 +313,16 @@ def train_online(
     if begun is None or not begun.checkpoints:
         factory = continuing(factory, plan)
     session.try_out(plan, factory, spec)
+    kept = plan["online"].get("record")
+    if kept is not None and (begun is None or plan != begun.config or begun.status != "finished"):
+        new_minari_folder(kept)  # a taken or impossible id is said before anything is done
     with session.evaluator(plan) as evaluator:
         done = session.open(begun, plan, out, [])
         make_group = group_maker(done, source, raw, prepared, session.target, compile)
         session.fit(done, None, factory, evaluator, make_group)
+    if kept is not None and done.status == "finished" and not (minari_root() / kept).exists():
+        record(done, kept)
+        session.shown.message(f"what was collected is kept as {kept}")
     return done
 
 

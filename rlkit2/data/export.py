@@ -51,16 +51,8 @@ def to_minari(
         DatasetError: the id is taken or invalid, the folder cannot be written, or the next observation of a step is not the observation of
             the step after it; nothing is left half-written.
     """
-    try:
-        parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:
-        raise DatasetError(
-            f"{dataset_id!r} is not a dataset id; it must have the form namespace/name-v0, two letters or more each"
-        ) from error
+    folder = new_minari_folder(dataset_id)
     root = minari_root().absolute()
-    folder = root / dataset_id
-    if folder.exists():
-        raise DatasetError(f"{dataset_id} exists in {root}; choose another id or delete it")
     longest = int(dataset.episode_lengths.max())
     if data_format != "hdf5" and longest > MOST_STEPS:
         raise DatasetError(
@@ -95,6 +87,24 @@ def to_minari(
             raise
         raise DatasetError(f"{dataset_id} could not be written to {root}: {error}") from error
     return minari.MinariDataset(folder / "data")
+
+
+def new_minari_folder(dataset_id: str) -> Path:
+    """Where the new Minari dataset `dataset_id` will be.
+
+    Raises:
+        DatasetError: the id is taken or invalid.
+    """
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(
+            f"{dataset_id!r} is not a dataset id; it must have the form namespace/name-v0, two letters or more each"
+        ) from error
+    root = minari_root().absolute()
+    if (root / dataset_id).exists():
+        raise DatasetError(f"{dataset_id} exists in {root}; choose another id or delete it")
+    return root / dataset_id
 
 
 def write_minari(

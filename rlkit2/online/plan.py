@@ -69,7 +69,8 @@ def begin_from(
     config = stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)})
     inherited = {name: run.config["training"][name] for name in INHERITED if name in run.config["training"]}
     training = TrainingOptions(**{**inherited, **given["training"], "steps": steps})
-    options = OnlineOptions(**given["online"]).settled(steps, scratch=False)
+    options = check_options(OnlineOptions(**given["online"]), DataOptions(**run.config["data"]))
+    options = options.settled(steps, scratch=False)
     checkpoint = run.checkpoint(run.step)
     return {
         **run.config,
@@ -130,7 +131,7 @@ def begin_afresh(
         config = make_config(agent, kind, **read_config(agent, overrides, kind))
     else:
         config = dataclasses.replace(agent, **read_fields(type(agent), overrides))
-    options = OnlineOptions(**given["online"])
+    options = check_options(OnlineOptions(**given["online"]), data)
     options = options.settled(steps, scratch=True, data=dataset is not None)
     plan = run_config(
         agent=agent if isinstance(agent, str) else agent_name(agent),
@@ -185,6 +186,13 @@ def prolonged(run: Run, steps: int | None) -> dict[str, Any]:
         raise ConfigError(f"{run.path} is a run of {before} steps; it cannot be resumed with {steps}")
     training = {**run.config["training"], "steps": before if steps is None else steps}
     return {**run.config, **own_agent(run_class(run.config)), "training": training}
+
+
+def check_options(options: OnlineOptions, data: DataOptions) -> OnlineOptions:
+    """The options, or `ConfigError` where two of them do not go together."""
+    if options.record is not None and data.frame_stack > 1:
+        raise ConfigError("record keeps single observations; leave it out, or frame_stack at 1")
+    return options
 
 
 def needs_dataset(plan: Mapping[str, Any]) -> bool:

@@ -109,6 +109,8 @@ class OnlineOptions(Checked):
     epsilon: Fraction = 0.05
     # transitions over which that share falls to `epsilon` from 1; default: none, and from scratch a tenth of the steps
     epsilon_steps: Natural | None = None
+    # Minari id, such as own/walks-v0, under which everything that was collected is kept when the run is through
+    record: str | None = None
 
     def settled(self, steps: int, *, scratch: bool, data: bool = True) -> OnlineOptions:
         """The same with what follows from the length of the run, and from whether there is a trained policy and data."""

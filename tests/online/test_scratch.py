@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import rlkit2
 from rlkit2.agents.dqn import DQNConfig
 from rlkit2.agents.sac import SACConfig
-from rlkit2.errors import ConfigError, EnvironmentUnavailableError
+from rlkit2.errors import ConfigError, DatasetError, EnvironmentUnavailableError
+from rlkit2.online import collected
 from rlkit2.online.replay import online_dtype, replay_path
 from rlkit2.training import Run
 from rlkit2.training.building import stored_spec
@@ -115,6 +117,33 @@ def test_a_run_without_its_environment_is_asked_for_it(tmp_path):
         rlkit2.train_online(again, DATASET, env=LongWalk, steps=20, out=tmp_path, **QUICK).manifest["status"]
         == "finished"
     )
+
+
+def test_what_was_collected_is_kept_as_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    run = scratch(tmp_path / "runs", seeds=[3, 5], num_envs=2, record="own/walks-v0", eval_every=0)
+    dataset = rlkit2.load_dataset("own/walks-v0")
+    assert len(dataset) == 120
+    assert torch.equal(dataset.observations, collected(run).observations)
+    ends = dataset.episode_starts[1:] - 1
+    flags = dataset.terminations | dataset.truncations
+    assert flags[ends].all()
+    assert flags.sum() == len(ends) == dataset.num_episodes
+    rows = records(run)
+    own = torch.from_numpy(rows["rewards"][1::2].copy())  # seed 3, environment 1: behind its environment 0
+    assert torch.equal(dataset.rewards[30:60], own)
+    follows = (dataset.next_observations[:-1] == dataset.observations[1:]).all(1)
+    assert torch.equal(follows, ~flags[:-1])
+    again = rlkit2.train(resume=run, env=LongWalk, progress=False)  # finished and kept: nothing to do
+    assert again.status == "finished"
+    with pytest.raises(DatasetError, match="own/walks-v0 exists"):
+        scratch(tmp_path / "runs", record="own/walks-v0")
+    with pytest.raises(DatasetError, match="is not a dataset id"):
+        scratch(tmp_path / "runs", record="walks")
+    with pytest.raises(ConfigError, match="record keeps single observations"):
+        scratch(tmp_path / "runs", record="own/stacks-v0", frame_stack=2)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert len(rlkit2.train("bc", "own/walks-v0", steps=5, out=tmp_path, eval_every=0, progress=False).metrics()) > 0
 
 
 @pytest.mark.slow
