@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 TEST_EXTRAS := mujoco,robotics,box2d,trl,export,hub,video
 
-.PHONY: demo test test-slow test-wheel fuzz lint format docs bench clean test-kill audit
+.PHONY: demo test test-slow test-wheel test-oldest test-newest fuzz lint format docs bench clean test-kill audit
 
 # One stamp per set of extras: reinstalled when the dependencies change, otherwise free.
 $(VENV)/.made:
@@ -38,6 +38,18 @@ test-slow: $(VENV)/.dev
 test-wheel: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check 'hatchling>=1.25'
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
+
+# The fast tests with the oldest dependencies that pyproject.toml allows, and with the newest that there are.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m tests.bounds > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test,label]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -c constraints.txt -e '.[test,label]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 # Damages files of every kind and uses them, and gives odd arrays to functions; what ends in a traceback, hangs or takes too much memory is printed.
 MINUTES ?= 5
@@ -75,4 +87,4 @@ bench: $(VENV)/.dev
 	for name in data entanglement matmul starc startup training uncertainty; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -48,6 +48,7 @@ ROOMS = {
     "sweeps": ("rlkit2.sweeps",),
     "studies": ("rlkit2.studies.benchmark", "rlkit2.studies.preferences_to_regret", "rlkit2.studies.pair_ranking"),
     "testing": ("rlkit2.testing",),
+    "errors": ("rlkit2.errors",),
 }
 ONLY = {
     "rlkit2.studies.benchmark": "run_benchmark, Benchmark",

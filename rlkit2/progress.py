@@ -34,8 +34,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield show
     finally:
         for bar, _ in shown:
-            bar.stop()
-            if bar.console in live:
+            if not bar.disable:  # one that was never shown would print an empty line in older versions of rich
+                bar.stop()
                 live.remove(bar.console)
 
 
@@ -72,7 +72,7 @@ def _start(label: str) -> tuple[Any, Any]:
         transient=True,
         disable=asked.quiet or not (console.is_terminal or console.is_jupyter),
     )
-    bar.start()
     if not bar.disable:
+        bar.start()
         live.append(console)
     return bar, bar.add_task(label, total=None)

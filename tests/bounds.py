@@ -1,4 +1,4 @@
-"""The oldest versions that `pyproject.toml` allows, as constraints for pip: `python -m tests.bounds > constraints-oldest.txt`.
+"""The oldest versions that `pyproject.toml` allows, as constraints for pip; `make test-oldest` installs and tests them.
 
 torch stays at the version of `constraints.txt`: older ones are gigabytes each, and its own bound is for those who have one installed.
 """

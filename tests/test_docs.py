@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from docs.cells import KEPT, as_ipynb, code_of, notebooks, outputs
+from docs.links import SAME, pages
 from rlkit2.agents import agent_classes, list_agents, plain_name
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,15 @@ def test_papers_name_files_that_exist() -> None:
     named = re.findall(r"`(rlkit2/[\w/]+\.py)`", (ROOT / "docs/papers.md").read_text())
     assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_names_of_other_libraries_exist_and_lead_to_their_pages() -> None:
+    assert {name.split(".")[0] for name in pages()} >= {"torch", "numpy", "gymnasium", "minari"}
+    for name, address in pages().items():
+        assert re.fullmatch(r"https://[\w./-]+/[\w./-]*#[\w.]+", address)
+        module, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(module or "builtins"), last) or name in ("None", "minari.DataCollector")
+    assert set(SAME.values()) <= set(pages())
 
 
 def test_every_page_is_in_the_contents() -> None:

@@ -49,7 +49,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     )
     place, count = where.stdout.split()
     assert place.startswith(str(site))
-    assert int(count) > 3
+    assert int(count) == len(list((ROOT / "agents/odice").glob("*.toml"))) > 0
     rlkit2("train", "bc", "--dataset", "builtin/pendulum", "--steps", "20", "--eval-episodes", "1")
     assert "builtin/rooms" in rlkit2("data", "list")
     rlkit2("compare", *map(str, (tmp_path / "runs").glob("*")))
