@@ -13,6 +13,7 @@ The comment above a field is its help. Values from TOML, JSON, Python or the com
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -329,6 +330,7 @@ def show_fields(
     return show
 
 
+@functools.cache
 def _comments(cls: type[Any]) -> dict[str, str]:
     """Comments on field definitions, base classes first."""
     found: dict[str, str] = {}
