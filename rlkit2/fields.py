@@ -280,7 +280,7 @@ def describe_type(hint: Any) -> str:
 
 def describe_fields(cls: type[Any]) -> list[tuple[str, str, Any, str]]:
     """Name, type, default and meaning (the comment above it, or behind it, in the source) of every field of a config."""
-    comments = _comments(cls)
+    comments = _comments(cls)  # type: ignore[arg-type]  # a metaclass might have no hash
     hints = field_types(cls)
     rows = []
     for field in dataclasses.fields(cls):

@@ -26,6 +26,7 @@ settings.load_profile("rlkit2")
 
 REAL_DATASETS = os.environ.get("RLKIT2_TEST_DATASETS") or os.environ.get("MINARI_DATASETS_PATH")
 torch.set_num_threads(1)
+gc.disable()  # until the tests begin: nothing that is imported or collected goes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs the tests in the background does that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -66,6 +67,7 @@ def registry_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap() -> None:
     """What is imported by now is left out of garbage collections: transformers asks for a whole one after every training, over a million objects."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -133,7 +133,9 @@ def _parse(agent: str | None, arguments: Sequence[str]) -> dict[str, Any]:
     fields["trust_env"] = _option("", "build the environment as files say, which runs the code they name", bool)
     fields["logger"] = _option("NAME", "tensorboard, wandb, trackio; several may be named", tuple[str, ...])
     groups: dict[str, Any] = {title: _group(title, classes) for title, classes in _sections(agent)}
-    untold = tyro.conf.arg(help="")  # else tyro looks for a docstring of each in the source, which takes longer than all the rest
+    untold = tyro.conf.arg(
+        help=""
+    )  # else tyro looks for a docstring of each in the source, which takes longer than all the rest
     titled = {title: Annotated[group, OmitArgPrefixes, untold] for title, group in groups.items()}
     parser = TypedDict("parser", {**fields, **titled}, total=False)  # type: ignore[misc]
     prog = f"rlkit2 train {agent or 'AGENT'}"

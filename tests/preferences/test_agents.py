@@ -232,7 +232,7 @@ def test_labels_alone_teach_a_policy(tmp_path, name):
     if name == "p_iql":
         from rlkit2.preferences import fit_reward_model
 
-        model = fit_reward_model(labels, dataset, hidden_sizes=(32,), members=2, steps=600, learning_rate=3e-3)
+        model = fit_reward_model(labels, dataset, hidden_sizes=(32,), members=2, steps=300, learning_rate=3e-3)
         save_rewards(tmp_path / "rewards.safetensors", dataset, model.dataset_rewards(dataset)[0].mean(0), {})
         settings = {
             "hidden_sizes": (32, 32),
@@ -246,7 +246,7 @@ def test_labels_alone_teach_a_policy(tmp_path, name):
     run = train(
         name,
         dataset,
-        steps=1000,
+        steps=500,
         batch_size=64,
         out=tmp_path,
         eval_every=0,

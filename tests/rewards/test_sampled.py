@@ -216,7 +216,7 @@ def test_callables_on_a_continuous_problem() -> None:
     [PolynomialFeatures(2), FourierFeatures(24), NetworkFeatures(width=32, steps=400), "auto"],
 )
 def test_features_on_a_continuous_problem(features: Any) -> None:
-    batch, rewards = analytic_lqr(60, 1)
+    batch, rewards = analytic_lqr(40, 1)
     matrix = SampledStarc(features, discount=0.95, bootstrap=0).fit(batch, rewards)
     assert matrix.values[0, 1] < 0.2
     assert matrix.values[0, 2] == pytest.approx(np.sqrt(2), abs=0.15)
@@ -405,17 +405,17 @@ def test_intervals_hold_their_estimate(seed: int, units: int, shift: float) -> N
     assert bool((wider.high - wider.low >= found.high - found.low).all())
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
 @pytest.mark.parametrize("features", ["onehot", "linear"])
-def test_rewards_of_any_size(features: Any, scale: float) -> None:
+def test_rewards_of_any_size(features: Any) -> None:
     _, batch, rewards, _ = samples()
     starc = SampledStarc(features, discount=0.95, bootstrap=10)
     plain = starc.fit(batch, {"a": rewards[0], "b": rewards[2]})
-    found = starc.fit(batch, {"a": scale * rewards[0], "b": rewards[2] / scale})
-    np.testing.assert_allclose(found.values, plain.values, atol=1e-9)
+    for scale in (1e-300, 1e-160, 1e160, 1e300):
+        found = starc.fit(batch, {"a": scale * rewards[0], "b": rewards[2] / scale})
+        np.testing.assert_allclose(found.values, plain.values, atol=1e-9, err_msg=f"{scale}")
 
 
-@pytest.mark.parametrize("features", ["quadratic", FourierFeatures(16), NetworkFeatures(width=16, steps=150)])
+@pytest.mark.parametrize("features", ["quadratic", FourierFeatures(16), NetworkFeatures(width=16, steps=100)])
 def test_a_pair_does_not_depend_on_the_other_rewards(features: Any) -> None:
     """Constants, noise and huge rewards beside a pair move its distance by no more than its interval says."""
     batch, rewards = analytic_lqr(40, 5)
@@ -439,7 +439,7 @@ def test_a_pair_does_not_depend_on_the_other_rewards(features: Any) -> None:
 
 def test_features_that_cannot_express_a_reward_are_seen() -> None:
     """Tiles and straight lines on quadratic rewards: no interval misses the truth without a word, and a richer choice has a number."""
-    batch, rewards = analytic_lqr(95, 7)
+    batch, rewards = analytic_lqr(50, 7)
     exact = np.array([[0, 0, np.sqrt(2)], [0, 0, np.sqrt(2)], [np.sqrt(2), np.sqrt(2), 0]])
     for features in ("linear", "tile", CellFeatures(2), CellFeatures(4), CellFeatures(16)):
         matrix = SampledStarc(features, discount=0.95, bootstrap=20).fit(batch, rewards)  # type: ignore[arg-type]
