@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,7 @@ import torch
 from gymnasium.envs.registration import registry
 from hypothesis import HealthCheck, settings
 
-from tests.built import pytest_configure
-
-__all__ = ["pytest_configure"]
+from tests import built
 
 settings.register_profile(
     "rlkit2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -29,6 +28,42 @@ torch.set_num_threads(1)
 gc.disable()  # until the tests begin: nothing that is imported or collected goes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs the tests in the background does that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files that take longer than files with as many tests, and about how many tests of middling length that would be.
+LONG = {
+    "docs/data.md": 150,
+    "docs/preferences.md": 250,
+    "docs/starc.md": 130,
+    "docs/entanglement.md": 120,
+    "docs/judging_offline.md": 100,
+    "docs/uncertainty.md": 100,
+    "docs/images.md": 80,
+    "docs/evaluation.md": 80,
+    "tests/cli/test_offline.py": 120,
+    "tests/cli/test_prefs.py": 150,
+    "tests/cli/test_own_agent.py": 120,
+    "tests/evaluation/test_offline.py": 300,
+    "tests/evaluation/test_uncertainty.py": 100,
+    "tests/preferences/test_labelling.py": 150,
+    "tests/studies/test_demo.py": 120,
+    "tests/studies/test_preferences_to_regret.py": 250,
+    "tests/sweeps/test_sweeps.py": 300,
+    "tests/test_files.py": 120,
+    "tests/training/test_resume.py": 100,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See `tests.built`; and files are given to the workers of pytest-xdist in the order of the tests, not by their number."""
+    built.pytest_configure(config)
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker is left with one at the end."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    count = Counter(files)
+    items.sort(key=lambda item: -max(count[file := item.nodeid.partition("::")[0]], LONG.get(file, 0)))
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +105,13 @@ def frozen_heap() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def short_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole garbage collection looks at what the last hundred tests imported, too; transformers asks for several in every training."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda generation=1: collect(min(generation, 1)))
 
 
 @pytest.fixture

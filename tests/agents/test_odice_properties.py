@@ -349,7 +349,7 @@ def test_adaptive_scale_reaches_its_share_and_stays() -> None:
     agent.residual_scale.copy_(torch.tensor([0.05, 6.0]))
     shares = []
     for step in range(500):
-        batch = make_batch(2, seed=step, rows=512)
+        batch = make_batch(2, seed=step, rows=256)
         metrics = agent.update(batch)
         if step >= 400:
             shares.append(agent.terms(batch).weight_raw)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,17 @@ from tests.agents.test_interface import ACTIONS, OBSERVATIONS, made, samples
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 WITHOUT_EXTRA = ["torch.export", "torchscript", "safetensors"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators_are_read_once() -> Iterator[None]:
+    """torch.onnx reads the source of every operator it knows anew at each export, which is a quarter of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError, AttributeError):  # not public
+            from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+            patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 def onnx() -> None:

@@ -216,7 +216,7 @@ def test_callables_on_a_continuous_problem() -> None:
     [PolynomialFeatures(2), FourierFeatures(24), NetworkFeatures(width=32, steps=400), "auto"],
 )
 def test_features_on_a_continuous_problem(features: Any) -> None:
-    batch, rewards = analytic_lqr(40, 1)
+    batch, rewards = analytic_lqr(60, 1)
     matrix = SampledStarc(features, discount=0.95, bootstrap=0).fit(batch, rewards)
     assert matrix.values[0, 1] < 0.2
     assert matrix.values[0, 2] == pytest.approx(np.sqrt(2), abs=0.15)

@@ -18,7 +18,7 @@ from rlkit2.studies.noisy_mdp import noisy_mdp_figure, run_noisy_mdp
 
 def test_noisy_mdp() -> None:
     methods = ("squared error", "GGD, decoupled", "GGD, coupled")
-    results = run_noisy_mdp(noises=("ggd 0.7", "jackpots"), methods=methods, steps=500)
+    results = run_noisy_mdp(noises=("ggd 0.7", "jackpots"), methods=methods, steps=300)
     assert len(results) == 6
     rmse = {(r.noise, r.method): float(r.rmse.mean()) for r in results}
     assert rmse["ggd 0.7", "GGD, coupled"] < 0.6 * rmse["ggd 0.7", "squared error"]
