@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkit2.agents.base import Agent, as_seeds
+from rlkit2.agents.ppo import RolloutBatch
 from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.data.preferences import PreferenceBatch
 from rlkit2.data.sequences import SequenceBatch
@@ -48,7 +49,7 @@ class Problem:
 
     @property
     def from_transitions(self) -> bool:
-        """Whether its batches are transitions (else preferences or sequences)."""
+        """Whether its batches are transitions (else preferences, sequences or rollouts)."""
         return getattr(self.agent, "learns_from", "transitions") == "transitions"
 
     def build(self, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
@@ -471,12 +472,23 @@ def random_sequences(
     )
 
 
+def random_rollouts(
+    seeds: int, rows: int, observation_size: int, action_size: int, *, generator: int = 0, **options: Any
+) -> RolloutBatch:
+    """Transitions without structure with what one member would make of them."""
+    steps = random_batch(seeds, rows, observation_size, action_size, generator=generator, **options)
+    draw = torch.Generator().manual_seed(3000 + generator)
+    drawn = [torch.randn((seeds, *lead, rows), generator=draw).to(steps.rewards) for lead in ((), (), (1,))]
+    own = {field.name: getattr(steps, field.name) for field in dataclasses.fields(Batch)}
+    return RolloutBatch(**own, log_probs=drawn[0] - 2.0, advantages=drawn[1], returns=drawn[2])
+
+
 def batch_maker(agent: type[Agent]) -> Callable[..., Any]:
     """What makes random batches for an agent's class; arguments as for `random_batch`."""
     kind = getattr(agent, "learns_from", "transitions")
     if kind == "transitions":
         return partial(random_batch, next_actions=agent.needs_next_actions)
-    return {"preferences": random_preferences, "sequences": random_sequences}[kind]
+    return {"preferences": random_preferences, "sequences": random_sequences, "rollouts": random_rollouts}[kind]
 
 
 def map_batch(change: Callable[[Tensor], Tensor], batch: Any) -> Any:

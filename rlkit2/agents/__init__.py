@@ -107,6 +107,7 @@ _REGISTRY = {
             "policy_weight_decay": 1e-5,
         },
     ),
+    "ppo": _Entry("rlkit2.agents.ppo", "PPO"),
     "rebrac": _Entry("rlkit2.agents.rebrac", "ReBRAC"),
     "sac": _Entry("rlkit2.agents.sac", "SAC"),
     "sacn": _Entry("rlkit2.agents.sacn", "SACN"),

@@ -261,6 +261,13 @@ def examples(agent: str) -> str:
     known = [name for name in here if name in builtin_recipes()]
     dataset = "builtin/pendulum/mixed-v0" if not known or "builtin/pendulum/mixed-v0" in known else known[0]
     names = field_types(agent_class(agent).config_class)
+    if getattr(agent_class(agent), "learns_from", "transitions") == "rollouts":
+        play = f"rlkit2 train {agent} --env"
+        lines = [
+            f"{play} CartPole-v1 --online 50000 --num-envs 4",
+            f"{play} Pendulum-v1 --online 200000 --discount 0.9",
+        ]
+        return "\n".join(["Examples:", *(f"  {line}" for line in lines)])
     lines, inputs = [], ""
     if {"preferences", "rewards"} & set(names):
         lines.append(f"rlkit2 prefs label {dataset} --teacher oracle --count 200 --length 16 --out labels")

@@ -22,6 +22,7 @@ from rlkit2.errors import ConfigError, RunError
 from rlkit2.fields import read_fields
 from rlkit2.online.collector import refuse_instance
 from rlkit2.online.group import OnlineGroup
+from rlkit2.online.rollouts import RolloutGroup
 from rlkit2.training.building import (
     AgentFactory,
     agent_config,
@@ -35,6 +36,7 @@ from rlkit2.training.building import (
 from rlkit2.training.options import DataOptions, OnlineOptions, TrainingOptions
 from rlkit2.training.run import Run, agent_state, fitting
 
+REPLAYING = ("offline_share", "warmup", "capacity", "update_ratio", "exploration_noise", "epsilon", "epsilon_steps")
 NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
 INHERITED = ("batch_size", "eval_episodes")  # of the training that a run in an environment continues
 
@@ -133,6 +135,8 @@ def begin_afresh(
         config = dataclasses.replace(agent, **read_fields(type(agent), overrides))
     options = check_options(OnlineOptions(**given["online"]), data)
     options = options.settled(steps, scratch=True, data=dataset is not None)
+    if getattr(cls, "learns_from", "transitions") == "rollouts":
+        _check_rollouts(cls, config.rollout_steps, given["online"], options.num_envs, dataset)
     plan = run_config(
         agent=agent if isinstance(agent, str) else agent_name(agent),
         config=config,
@@ -146,6 +150,18 @@ def begin_afresh(
         reading=ReadingOptions(**given["reading"]),
     )
     return {**plan, "online": dataclasses.asdict(options), "origin": None}
+
+
+def _check_rollouts(cls: type[Agent], rollout: int, given: Mapping[str, Any], envs: int, dataset: object) -> None:
+    """Raise `ConfigError` where an agent that learns from what it has just done is given data, options about old transitions, or part of a step."""
+    odd = [name for name in REPLAYING if name in given]
+    if dataset is not None or odd:
+        what = f"{odd[0]} is about older transitions" if odd else "data are of other policies"
+        raise ConfigError(f"{cls.__name__} learns from what it has just done itself, and {what}: leave that out")
+    if rollout % envs:
+        raise ConfigError(
+            f"rollout_steps = {rollout} cannot be shared out over {envs} environments; choose a multiple of them"
+        )
 
 
 def environment_spec(source: EnvSource, observation_keys: Sequence[str] | None = None) -> DatasetSpec:
@@ -254,8 +270,10 @@ def group_maker(
     def reward(rewards: Tensor) -> Tensor:
         return change(rewards) * data.reward_scale
 
+    kind: Any = RolloutGroup if getattr(cls, "learns_from", "transitions") == "rollouts" else OnlineGroup
+
     def make(agent: Agent) -> OnlineGroup:
-        return OnlineGroup(
+        group: OnlineGroup = kind(
             agent,
             offline=prepared,
             spec=stored_spec(plan),
@@ -270,5 +288,6 @@ def group_maker(
             lookahead=lookahead,
             reward=reward,
         )
+        return group
 
     return make

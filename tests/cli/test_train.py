@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import fields
 
+import gymnasium
 import pytest
 
 from rlkit2.agents import agent_class, agent_classes, list_agents
@@ -13,7 +14,7 @@ from rlkit2.cli.main import main
 from rlkit2.cli.train import COMMAND, _parse, examples
 from rlkit2.envs.builtin import builtin_recipes
 from rlkit2.testing import Problem
-from rlkit2.training import DataOptions, Run, TrainingOptions
+from rlkit2.training import DataOptions, OnlineOptions, Run, TrainingOptions
 from tests.training.tiny_problem import tiny_dataset
 
 QUICK = ["--dataset", "tiny/walk-v0", "--steps", "6", "--eval-episodes", "2", "--env", "TinyWalk-v0"]
@@ -181,7 +182,7 @@ def test_help_explains_every_field_of_every_agent(capsys, agent):
     assert end.value.code == 0
     text = capsys.readouterr().out
     own = dict.fromkeys(field.name for cls in agent_classes(agent) for field in fields(cls.config_class))
-    names = [*(field.name for cls in (TrainingOptions, DataOptions) for field in fields(cls)), *own]
+    names = [*(field.name for cls in (TrainingOptions, DataOptions, OnlineOptions) for field in fields(cls)), *own]
     assert len({*names, *COMMAND, "logger"}) == len(names) + len(COMMAND) + 1  # no option hides another
     for name in (*names, *COMMAND, "logger"):
         assert f"--{name.rstrip('_').replace('_', '-')}" in text
@@ -206,6 +207,10 @@ def test_examples_are_of_the_agent_and_work_on_a_fresh_machine(agent, monkeypatc
         words = shlex.split(line)[2:]
         given = _parse(agent, words[1:] if words[0] == agent else words)
         if "resume" in given:
+            continue
+        if "online" in given:
+            discrete = isinstance(gymnasium.make(given["env"]).action_space, gymnasium.spaces.Discrete)
+            Problem(agent_class(agent), "discrete" if discrete else "continuous").build(1)
             continue
         assert given["dataset"] in builtin_recipes()
         discrete = any(name in given["dataset"] for name in ("cartpole", "gridworld"))

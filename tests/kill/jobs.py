@@ -49,8 +49,16 @@ STUDY = (
 )
 OPTIONS: dict[str, Any] = {"eval_episodes": 2, "progress": False}
 SCHEDULE = {"steps": 60, "log_every": 7, "eval_every": 20, "checkpoint_every": 15, "batch_size": 8}
-ONLINE: dict[str, Any] = {"sacn": Walk, "td3bc": Walk, "rebrac": Walk, "sac": "Pendulum-v1", "dqn": "CartPole-v1"}
+ONLINE: dict[str, Any] = {
+    "sacn": Walk,
+    "td3bc": Walk,
+    "rebrac": Walk,
+    "sac": "Pendulum-v1",
+    "dqn": "CartPole-v1",
+    "ppo": "CartPole-v1",
+}
 """Agents that act, and where."""
+ONLINE_ALONE = ("ppo",)
 Work = Callable[[Path], None]
 Contents = Callable[[Path], Any]
 
@@ -109,7 +117,9 @@ def prepare(shared: Path) -> None:
 
 def jobs(shared: Path, minari: Path) -> list[Job]:
     """Every kind of work."""
-    found = [Job(f"train {name}", partial(_train, name, shared), _run) for name in list_agents()]
+    found = [
+        Job(f"train {name}", partial(_train, name, shared), _run) for name in list_agents() if name not in ONLINE_ALONE
+    ]
     found += [Job(f"online {name}", partial(_online, name, shared), _run) for name in ONLINE]
     rebuild = ["data", "build", "--recipe", str(shared / "recipe.toml"), "--rebuild"]
     found.append(Job("data build", partial(_build, rebuild), partial(_dataset, minari, GRID)))
@@ -148,6 +158,9 @@ def _online(name: str, shared: Path, folder: Path) -> None:
     begun = sorted(folder.glob("*/config.json"))
     if begun:
         rlkit2.train(resume=begun[0].parent, env=ONLINE[name], progress=False)
+    elif name == "ppo":
+        small = {"hidden_sizes": (8,), "rollout_steps": 16, "epochs": 3}
+        rlkit2.train_online(name, seeds=2, out=folder, overrides=small, num_envs=2, **{**SCHEDULE, **options})
     elif name in ("sac", "dqn"):
         rlkit2.train_online(
             name,
