@@ -266,6 +266,7 @@ def train_online(
         KeyboardInterrupt: as for `train`.
     """
     from rlkit2.agents import Agent, class_name, import_agent
+    from rlkit2.agents.base import as_seeds
     from rlkit2.data.export import new_minari_folder
     from rlkit2.data.folders import minari_root
     from rlkit2.evaluation.environments import evaluation_source
@@ -290,6 +291,8 @@ def train_online(
     elif steps is None:
         raise ConfigError("say for how many steps: --online STEPS (steps=... in Python)")
     elif run is not None:
+        if seeds != 1 and list(as_seeds(seeds)) != run.config["seeds"]:
+            raise ConfigError(f"{run.path} has seeds {run.config['seeds']}, which all continue; leave --seeds out")
         plan = begin_from(run, steps, overrides or {}, given, named)
     else:
         if isinstance(agent, str) and ":" in agent:

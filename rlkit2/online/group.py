@@ -73,7 +73,10 @@ class OnlineGroup(SeedGroup):
         self.mixture = Mixture(offline, self.replay, batch_size, options.offline_share)
         self.indices = MixedIndices(self.mixture, agent.seeds, batch_size)  # type: ignore[arg-type]
         self.metrics = MetricRows(len(agent.seeds))
-        self.update, self.note = choose_update(agent, self.mixture, batch_size, device, compile)  # type: ignore[arg-type]
+        how = (
+            compile if device.type == "cpu" else "off"
+        )  # a graph on a GPU reads rows that lie there; the replay does not
+        self.update, self.note = choose_update(agent, self.mixture, batch_size, device, how)  # type: ignore[arg-type]
 
     def updates_before(self, step: int) -> int:
         """Updates that are done when `step` steps are."""

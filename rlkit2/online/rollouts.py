@@ -95,12 +95,12 @@ class RolloutGroup(OnlineGroup):
         """All epochs on the last rollout."""
         rows = torch.arange(self.replay.oldest, self.replay.count).expand(len(self.agent.seeds), -1)
         done = self.replay.gather(rows)
-        batch = self.agent.rollout(
-            Batch(**{name: getattr(done, name) for name in Batch.__dataclass_fields__}), self.options.num_envs
-        )
-        seeds = torch.arange(len(rows)).unsqueeze(1)
+        transitions = Batch(**{name: getattr(done, name) for name in Batch.__dataclass_fields__})
+        batch = self.agent.rollout(transitions.to(self.agent.device), self.options.num_envs)
+        seeds = torch.arange(len(rows), device=self.agent.device).unsqueeze(1)
         for _ in range(self.agent.config.epochs):
-            for part in torch.split(self.orders.next(self.rollout), self.batch_size, 1):
+            order = self.orders.next(self.rollout).to(self.agent.device)
+            for part in torch.split(order, self.batch_size, 1):
                 self.metrics.add(self.agent.update(_rows_of(batch, seeds, part)))
 
     @property

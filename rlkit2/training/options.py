@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -122,7 +123,7 @@ class OnlineOptions(Checked):
 
 SECTIONS = {"training": TrainingOptions, "data": DataOptions, "reading": ReadingOptions}
 """Where the options of a run are written, each once: its keyword arguments, command line, recipe and `config.json` follow from these."""
-ONLINE_SECTIONS: dict[str, Any] = {**SECTIONS, "online": OnlineOptions}
+ONLINE_SECTIONS: Mapping[str, Any] = ChainMap({"online": OnlineOptions}, SECTIONS)  # theirs come first
 """The same for a run in an environment."""
 
 

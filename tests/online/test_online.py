@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,14 +13,16 @@ import pytest
 
 import rlkit2
 from rlkit2.agents import list_agents
+from rlkit2.agents.dqn import DQNConfig
 from rlkit2.cli.main import main
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError, EpisodeError, RunError
 from rlkit2.evaluation.environments import EnvironmentWarning
 from rlkit2.evaluation.rollouts import FIRST_EVALUATION_SEED
+from rlkit2.files import WriteError
 from rlkit2.online.collector import Collector
 from rlkit2.online.exploration import Explorer
 from rlkit2.online.group import OnlineGroup
-from rlkit2.online.replay import online_dtype, replay_path
+from rlkit2.online.replay import RecordFile, online_dtype, replay_path
 from rlkit2.training import Run
 from rlkit2.training.building import stored_spec
 from tests.online.walks import DATASET, Breaking, Forgetful, LongWalk, Narrow, Wide, offline_run, online
@@ -134,22 +137,23 @@ def test_deterministic_policies_act_with_noise_and_greedy_ones_at_random_now_and
 
 
 def greedy_run(folder, **options):
-    run = rlkit2.train(
-        "dqn", "builtin/gridworld", steps=5, out=folder, eval_every=0, progress=False, recipes=False, overrides={"hidden_sizes": (8,)}, batch_size=8
-    )  # fmt: skip
-    return rlkit2.train_online(run, steps=200, out=folder, progress=False, eval_every=0, warmup=200, **options)
+    """200 steps without an update."""
+    none = {"warmup": 0, "update_ratio": 0.004, "eval_every": 0, "progress": False}
+    return rlkit2.train_online(
+        DQNConfig(hidden_sizes=(8,)), env="CartPole-v1", steps=200, out=folder, **none, **options
+    )
 
 
 def test_a_greedy_policy_explores_by_its_share(tmp_path):
-    run = greedy_run(tmp_path, epsilon=0.3)
+    run = greedy_run(tmp_path, epsilon=0.3, epsilon_steps=0)
     rows, policy = records(run), run.policy
     differ = (policy(rows["observations"]) != rows["actions"]).mean()
-    assert 0.1 < differ < 0.35  # 0.3 of the steps, some of which take the best action
+    assert 0.08 < differ < 0.22  # half of 0.3: a random action is the best one in half of the steps
     everywhere = records(greedy_run(tmp_path, epsilon=0.0, epsilon_steps=400))
     early, late = (
         (policy(part["observations"]) != part["actions"]).mean() for part in (everywhere[:50], everywhere[-50:])
     )
-    assert early > 0.5 > late + 0.1
+    assert early > 0.35 > late
 
 
 def test_rewards_are_seen_as_the_offline_run_saw_them(offline, tmp_path, monkeypatch):
@@ -305,6 +309,34 @@ def test_a_failing_environment_is_one_line_and_nothing_is_lost(offline, tmp_path
     assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=Breaking, progress=False)) == whole
 
 
+def test_a_full_disk_ends_a_run_with_one_line_and_it_resumes(offline, tmp_path, monkeypatch):
+    start = offline(seeds=1)
+    whole = contents(online(start, tmp_path / "whole", eval_every=0))
+    append = RecordFile.append
+
+    def full(self, rows):
+        if self.length + len(rows) < 45:
+            return append(self, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                os,
+                "write",
+                lambda descriptor, data: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+            )
+            return append(self, rows)
+
+    monkeypatch.setattr(RecordFile, "append", full)
+    with pytest.raises(
+        WriteError,
+        match=r"seed-0.records: No space left on device.*; its checkpoints are intact; resume it with: rlkit2 train",
+    ):
+        online(start, tmp_path / "a", eval_every=0)
+    monkeypatch.setattr(RecordFile, "append", append)
+    (config,) = (tmp_path / "a").glob("*/config.json")
+    assert Run(config.parent).checkpoint().step == 30
+    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=LongWalk, progress=False)) == whole
+
+
 def test_environments_that_do_not_fit(offline, tmp_path):
     with pytest.raises(EnvironmentUnavailableError, match="takes actions in"):
         online(offline(), tmp_path, env=Wide)
@@ -324,6 +356,7 @@ def test_what_would_change_the_offline_part_is_refused(offline, tmp_path):
         ({"reward_scale": 2.0}, "has reward_scale = 1.0; what it learns online must be seen as what it has learnt"),
         ({"offline_shares": 0.5}, "did you mean offline_share"),
         ({"steps": None}, "say for how many steps"),
+        ({"seeds": 3}, r"has seeds \[0, 1\], which all continue"),
     ):
         with pytest.raises(ConfigError, match=message):
             online(offline(), tmp_path, **options)
