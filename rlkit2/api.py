@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from rlkit2.agents.interface import with_interface
+from rlkit2.agents.policy_interface import with_interface
 from rlkit2.data.actions import check_actions
 from rlkit2.data.audit.glance import glance
 from rlkit2.data.dataset import TransitionDataset

@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 
 from rlkit2.agents.base import ACTION_KINDS, Agent, as_seeds
-from rlkit2.agents.interface import make_interface
+from rlkit2.agents.policy_interface import make_interface
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, first_line

@@ -214,7 +214,7 @@ class Run:
         """The policy of all seeds: from `policy/` where training ended or was interrupted, else from the newest checkpoint; see also `at`."""
         if self.step is not None:
             return self.agent.policy
-        from rlkit2.agents.interface import with_interface
+        from rlkit2.agents.policy_interface import with_interface
         from rlkit2.nn.policy import PolicyMissingError, load_policy
 
         try:

@@ -16,7 +16,7 @@ from gymnasium.wrappers import FrameStackObservation
 import rlkit2
 from rlkit2.agents import make_agent
 from rlkit2.agents.bc import BCConfig
-from rlkit2.agents.interface import make_interface
+from rlkit2.agents.policy_interface import make_interface
 from rlkit2.data import DatasetSpec
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation import evaluate_policy

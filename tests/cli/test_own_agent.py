@@ -27,6 +27,7 @@ from rlkit2.sweeps.worker import carry_out
 from rlkit2.training.recipe import find_recipe
 from rlkit2.training.run import RunWarning
 from tests.agents import own
+from tests.warm import warm_engine
 
 ROOT = Path(own.__file__).parents[2]
 
@@ -113,6 +114,7 @@ def test_train_resume_evaluate_and_sweep(folder: Path) -> None:
 
 
 def test_a_sweep_runs_it_only_when_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_engine(monkeypatch)
     (folder / "sweep.toml").write_text(
         '[base]\nagent = "my_own.py:Own"\ndataset = "swings.hdf5"\n'
         '[base.training]\nsteps = 3\neval_every = 0\n[grid]\n"config.temperature" = [0.5]\n'
