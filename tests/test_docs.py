@@ -68,6 +68,17 @@ def test_papers_name_files_that_exist() -> None:
     named = re.findall(r"`(rlkit2/[\w/]+\.py)`", (ROOT / "docs/papers.md").read_text())
     assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).is_file()]
+    for cls in {cls for name in AGENTS for cls in agent_classes(name) if cls.__module__.startswith("rlkit2.")}:
+        assert cls.__module__.replace(".", "/") + ".py" in named, f"{cls.__name__} is of no paper in docs/papers.md"
+
+
+def test_papers_have_an_equation_or_the_place_of_one() -> None:
+    rows = [line for line in (ROOT / "docs/papers.md").read_text().splitlines() if line.startswith("| ")]
+    for row in rows:
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        assert len(cells) == 4
+        assert all(cells), row
+        assert cells[2].count("$") % 2 == 0
 
 
 def test_names_of_other_libraries_exist_and_lead_to_their_pages() -> None:
