@@ -26,8 +26,6 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 from docs.cells import CELL, cell_of, show
 from rlkit2.cli.main import main
-from rlkit2.sweeps.engines import ENGINES
-from rlkit2.sweeps.worker import carry_out
 from tests.built import give_built, named_in, pytest_configure
 
 __all__ = ["pytest_configure"]
@@ -56,6 +54,8 @@ def in_this_process(line: str) -> tuple[int, str]:
 
 def in_this_process_alone(work: str, folders: Sequence[Path], jobs: int, options: Any, report: Any) -> None:
     """The local engine of sweeps and studies without its processes, each of which would import everything again; `tests/sweeps` holds both alike."""
+    from rlkit2.sweeps.worker import carry_out
+
     for folder in folders:
         report(folder, carry_out(work, str(folder)))
 
@@ -95,11 +95,15 @@ def enter(namespace: dict[str, Any]) -> None:
         os.environ[name] = str(Path(folder.name, place))
     os.environ.setdefault("MPLBACKEND", "Agg")
     give_built(*namespace["_datasets"])
+    from rlkit2.sweeps.engines import ENGINES
+
     namespace["_engine"], ENGINES["local"] = ENGINES["local"], in_this_process_alone
 
 
 def leave(namespace: dict[str, Any]) -> None:
     """Back to where the page was entered."""
+    from rlkit2.sweeps.engines import ENGINES
+
     ENGINES["local"] = namespace["_engine"]
     folder, before, environment = namespace["_page"]
     os.chdir(before)

@@ -12,20 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from gymnasium.envs.registration import registry
-from hypothesis import HealthCheck, settings
 
 from tests import built
 
-settings.register_profile(
-    "rlkit2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-settings.load_profile("rlkit2")
-
 REAL_DATASETS = os.environ.get("RLKIT2_TEST_DATASETS") or os.environ.get("MINARI_DATASETS_PATH")
-torch.set_num_threads(1)
-gc.disable()  # until the tests begin: nothing that is imported or collected goes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs the tests in the background does that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,6 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """See `tests.built`; and files are given to the workers of pytest-xdist in the order of the tests, not by their number."""
     built.pytest_configure(config)
     config.option.loadscopereorder = False
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        prepare()
+
+
+def prepare() -> None:
+    """What a process needs that runs tests; the one that gives them out starts its workers the sooner for not importing this."""
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    torch.set_num_threads(1)
+    unhurried = [HealthCheck.function_scoped_fixture]
+    settings.register_profile("rlkit2", deadline=None, derandomize=True, suppress_health_check=unhurried)
+    settings.load_profile("rlkit2")
+    gc.disable()  # until the tests begin: nothing that is imported or collected goes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,6 +95,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def registry_as_before() -> Iterator[None]:
     """Arguments of registered environments stay: `gymnasium.make_vec` writes into the specification that it is given."""
+    from gymnasium.envs.registration import registry
+
     before = {name: copy.deepcopy(spec.kwargs) for name, spec in registry.items() if name.startswith("rlkit2/")}
     yield
     changed = [name for name, kwargs in before.items() if name in registry and registry[name].kwargs != kwargs]
