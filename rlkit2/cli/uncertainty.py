@@ -27,7 +27,7 @@ from rlkit2.evaluation.noise_map import NoiseMap, has_known_noise, noise_map
 from rlkit2.evaluation.return_coverage import LEVEL, LIMITS, ReturnCoverage, return_coverage
 from rlkit2.files import make_folder, save_figure, write_atomically
 from rlkit2.progress import progress_bar
-from rlkit2.training.building import look_ahead, reading_arguments, split_dataset
+from rlkit2.training.building import dataset_source, look_ahead, reading_arguments, split_dataset
 from rlkit2.training.options import DataOptions
 from rlkit2.training.run import Run
 
@@ -122,7 +122,7 @@ def _episodes(run: Run, dataset: str | None, reading: ReadingOptions) -> _Episod
             load_dataset(dataset, **arguments), DataOptions(**{**run.config["data"], "held_out": 0.0})
         )
         return _Episodes(whole, dataset != run.config["dataset"]["id"], f"all episodes of {dataset}")
-    training, held_out = split_dataset(load_dataset(run.config["dataset"]["source"], **arguments), options)
+    training, held_out = split_dataset(load_dataset(dataset_source(run.config), **arguments), options)
     if held_out is None:
         return _Episodes(training, False, f"all episodes of {run.config['dataset']['id']}")
     return _Episodes(held_out, True, f"{held_out.num_episodes} held-out episodes of {run.config['dataset']['id']}")

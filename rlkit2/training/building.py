@@ -145,6 +145,21 @@ def stored_spec(run_config: Mapping[str, Any]) -> DatasetSpec:
     return DatasetSpec.from_json(run_config["spec"])
 
 
+def dataset_source(run_config: Mapping[str, Any]) -> str:
+    """What `load_dataset` finds a run's dataset by.
+
+    Raises:
+        ConfigError: the run began in an environment, without data.
+    """
+    source = str(run_config["dataset"]["source"])
+    if not source:
+        name = run_config["dataset"]["id"]
+        raise ConfigError(
+            f"the run began in {name} without data; name some with --dataset ID (dataset=... in Python), such as what it collected with --record ID"
+        )
+    return source
+
+
 def reading_arguments(run_config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How a run's dataset was read, as keyword arguments of `load_dataset`; what is `given` of `ReadingOptions` goes before it."""
     keys = run_config["dataset"].get("observation_keys")

@@ -107,8 +107,10 @@ def test_sac_is_sacn_with_two_critics(tmp_path):
     assert all((states[0][name] == states[1][name]).all() for name in states[1])
 
 
-def test_a_run_without_its_environment_is_asked_for_it(tmp_path):
+def test_a_run_without_its_environment_or_data_is_asked_for_them(tmp_path):
     run = scratch(tmp_path, until=30)
+    with pytest.raises(ConfigError, match="the run began in LongWalk without data; name some with --dataset"):
+        rlkit2.offline_evaluate(run, methods=["own"])
     with pytest.raises(EnvironmentUnavailableError, match="names no environment; name one with --env"):
         rlkit2.train(resume=run, progress=False)
     assert isinstance(run, Run)

@@ -15,7 +15,7 @@ from rlkit2.errors import ConfigError
 from rlkit2.evaluation.offline.evaluate import Candidate
 from rlkit2.nn import Policy
 from rlkit2.nn.policy import holds_policy, load_policy
-from rlkit2.training.building import reading_arguments
+from rlkit2.training.building import dataset_source, reading_arguments
 from rlkit2.training.run import Run
 
 DISCOUNT = 0.99
@@ -66,7 +66,7 @@ def common_reading(runs: Sequence[Run | Policy], given: Mapping[str, Any]) -> di
 
 def common_dataset(runs: Sequence[Run | Policy]) -> str:
     """Where all runs found their dataset; `ConfigError` where they differ or there are policies alone."""
-    sources = {run.config["dataset"]["source"] for run in runs if isinstance(run, Run)}
+    sources = {dataset_source(run.config) for run in runs if isinstance(run, Run)}
     if len(sources) != 1 or any(isinstance(run, Policy) for run in runs):
         found = (
             "a policy alone names no dataset"
