@@ -43,12 +43,12 @@ test-wheel: $(VENV)/.dev
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) -m tests.bounds > .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test,label]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test,label]' 'gymnasium[classic-control]'
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -c constraints.txt -e '.[test,label]'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -c constraints.txt -e '.[test,label]' 'gymnasium[classic-control]'
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 # Damages files of every kind and uses them, and gives odd arrays to functions; what ends in a traceback, hangs or takes too much memory is printed.

@@ -81,6 +81,14 @@ def test_papers_have_an_equation_or_the_place_of_one() -> None:
         assert cells[2].count("$") % 2 == 0
 
 
+def test_what_is_made_elsewhere_are_targets_of_the_makefile() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    flow = (ROOT / ".github/workflows/tests.yml").read_text()
+    named = re.findall(r"target: \[?([\w-]+)", flow)
+    assert len(named) > 4
+    assert set(named) | set(re.findall(r"^make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.M)) <= set(targets)
+
+
 def test_names_of_other_libraries_exist_and_lead_to_their_pages() -> None:
     assert {name.split(".")[0] for name in pages()} >= {"torch", "numpy", "gymnasium", "minari"}
     for name, address in pages().items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from rlkit2.cli import output
 from rlkit2.cli.parsing import command
 from rlkit2.errors import ConfigError
 from rlkit2.files import write_atomically
+from rlkit2.progress import progress_bar
 from rlkit2.reporting.groups import open_runs, split_folders
 from rlkit2.reporting.report import report_page
 from rlkit2.reporting.watching import served, state_of
@@ -45,12 +46,20 @@ def report(
     if not paths and folders:
         raise ConfigError("a report needs at least one run besides the folders of measurements")
 
-    def page(stamp: str | None = None) -> str:
+    def page(stamp: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
         opened, left_out = open_runs(paths)
         if stamp is None:
             for line in left_out:
                 output.say(line, stderr=True)
-        return report_page(opened, baseline=baseline, title=title, folders=folders, left_out=left_out, stamp=stamp)
+        return report_page(
+            opened,
+            baseline=baseline,
+            title=title,
+            folders=folders,
+            left_out=left_out,
+            stamp=stamp,
+            progress=progress,
+        )
 
     if watch:
         page()  # what cannot be shown is said here, not in the browser
@@ -58,7 +67,9 @@ def report(
             output.say(f"{address} (Ctrl-C ends it)")
             _until_interrupted()
         return 0
-    write_atomically(out, page())
+    with progress_bar("report") as bar:
+        content = page(progress=bar)
+    write_atomically(out, content)
     output.say(f"wrote {out}")
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -57,27 +57,34 @@ def report_page(
     folders: Sequence[str | os.PathLike[str]] = (),
     left_out: Sequence[str] = (),
     stamp: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """The page of `write_report` as text. `left_out`: lines about what is not on it; `stamp`: see `page`."""
+    """The page of `write_report` as text. `left_out`: lines about what is not on it; `stamp`: see `page`; `progress`: (parts done, all)."""
     comparison = compare(runs, baseline=baseline)
     groups = comparison.groups
     series = {label: index for index, label in enumerate(dict.fromkeys(group.label for group in groups))}
     tables = Tables()
-    sections = [
-        ("Final scores", _notes(left_out) + scores_section(comparison, series, tables) + _notes(comparison.notes)),
-        ("", extra),
-        *_curve_sections(comparison, series),
-        ("Performance profiles", profiles_section(comparison, series)),
-        ("Probability of improvement", improvement_section(comparison, tables)),
-        ("What a budget of evaluations finds", budget_section(comparison, series)),
-        ("Settings", settings_section(groups, tables)),
-        ("Data", audit_section(groups, tables)),
-        ("Computing", compute_section(groups, tables)),
-        ("Diagnostics", diagnostics_section(groups, series, [Path(folder) for folder in folders], tables)),
-        *metrics_sections(groups, series),
-        ("Runs", runs_section(comparison, tables)),
+    parts: list[Callable[[], list[tuple[str, str]]]] = [
+        lambda: [
+            ("Final scores", _notes(left_out) + scores_section(comparison, series, tables) + _notes(comparison.notes))
+        ],
+        lambda: [("", extra)],
+        lambda: _curve_sections(comparison, series),
+        lambda: [("Performance profiles", profiles_section(comparison, series))],
+        lambda: [("Probability of improvement", improvement_section(comparison, tables))],
+        lambda: [("What a budget of evaluations finds", budget_section(comparison, series))],
+        lambda: [("Settings", settings_section(groups, tables))],
+        lambda: [("Data", audit_section(groups, tables))],
+        lambda: [("Computing", compute_section(groups, tables))],
+        lambda: [("Diagnostics", diagnostics_section(groups, series, [Path(folder) for folder in folders], tables))],
+        lambda: metrics_sections(groups, series),
+        lambda: [("Runs", runs_section(comparison, tables))],
     ]
-    return page(title, [(heading, body) for heading, body in sections if body], top=legend(list(series)), stamp=stamp)
+    sections = []
+    for number, part in enumerate(parts):
+        sections += [(heading, body) for heading, body in part() if body]
+        progress(number + 1, len(parts))
+    return page(title, sections, top=legend(list(series)), stamp=stamp)
 
 
 def _curve_sections(comparison: Comparison, series: dict[str, int]) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """Statistics against closed forms, scipy and the properties that define them."""
 
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,7 +104,10 @@ def test_one_stage_percentile_bootstrap_agrees_with_scipy():
     """With one episode per seed there is one stage, which scipy's percentile bootstrap also does."""
     scores = np.random.default_rng(0).gamma(2.0, 10.0, size=30)
     ours = bootstrap([scores], method="percentile", resamples=20_000)
-    theirs = stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    seeded = {
+        "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state": 1
+    }  # before SciPy 1.15
+    theirs = stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", **seeded).confidence_interval
     np.testing.assert_allclose([ours.low, ours.high], theirs, rtol=0.02)
 
 
