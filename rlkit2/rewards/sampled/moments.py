@@ -179,6 +179,7 @@ _AXES = {
     "d_d": ("v", "v"),
     "d_r": ("v", "k"),
 }
+PRODUCTS = ("phi_phi", *_AXES, "r_r")
 
 
 def _leading(sums: Tensor, sizes: list[int | None]) -> Tensor:
@@ -249,6 +250,29 @@ def chunks(
                 progress(done, whole)
 
 
+def runs(
+    rows: Rows, blocks: list[Tensor], progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[list[tuple[int, slice]], Tensor, Batch]]:
+    """`((block, its rows of the chunk), row indices, transitions)` of all blocks, many small ones in a chunk."""
+    chosen = [episode_rows(rows, block) for block in blocks]
+    everything = torch.cat(chosen)
+    owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor([len(part) for part in chosen]))
+    for start in range(0, len(everything), CHUNK):
+        part = everything[start : start + CHUNK]
+        numbers, lengths = torch.unique_consecutive(owner[start : start + CHUNK], return_counts=True)
+        ends = lengths.cumsum(0)
+        yield (
+            [
+                (n, slice(end - length, end))
+                for n, length, end in zip(numbers.tolist(), lengths.tolist(), ends.tolist(), strict=True)
+            ],
+            part,
+            rows.gather(part),
+        )
+        if progress is not None:
+            progress(start + len(part), len(everything))
+
+
 def gather(
     rows: Rows,
     rewards: RewardFunctions,
@@ -261,8 +285,9 @@ def gather(
     """One pass over the episodes of all blocks, for the features and the probes beside them."""
     maps = [features] if probes is None else [features, probes]
     sums: dict[str, Tensor] = {}
+    count = torch.zeros(len(blocks), dtype=torch.float64)
     ends, scale, own = torch.zeros(2, dtype=torch.int64), Scale(len(rewards.names)), (0, 0)
-    for number, chosen, batch in chunks(rows, blocks, progress):
+    for parts, chosen, batch in runs(rows, blocks, progress):
         terminated = batch.terminations.bool().cpu()
         phis = [part.state(batch.observations) for part in maps]
         psis = [part.pair(batch.observations, batch.actions) for part in maps]
@@ -271,34 +296,29 @@ def gather(
         after = torch.cat([part.state(batch.next_observations) for part in maps], 1)
         d = phi - discount * after.masked_fill(terminated[:, None], 0.0)
         r, factor = scale(rewards(batch, chosen))
-        new = {
-            "count": torch.tensor(float(len(chosen)), dtype=torch.float64),
-            "phi_phi": phi.mT @ phi,
-            "phi_d": phi.mT @ d,
-            "phi_r": phi.mT @ r,
-            "psi_psi": psi.mT @ psi,
-            "psi_d": psi.mT @ d,
-            "psi_r": psi.mT @ r,
-            "d_d": d.mT @ d,
-            "d_r": d.mT @ r,
-            "r_r": r.mT @ r,
-        }
-        for name, part in new.items():
+        columns = {"phi": phi, "psi": psi, "d": d, "r": r}
+        for name in PRODUCTS:
+            these, those = (columns[side] for side in name.split("_"))
             if name not in sums:
-                sums[name] = torch.zeros(len(blocks), *part.shape, dtype=torch.float64)
+                sums[name] = torch.zeros(len(blocks), these.shape[1], those.shape[1], dtype=torch.float64)
             if name.endswith("_r"):
                 sums[name] *= factor if name != "r_r" else factor * factor[:, None]
-            sums[name][number] += part
+            for number, own_rows in parts:
+                sums[name][number].addmm_(these[own_rows].mT, those[own_rows])
+        for number, own_rows in parts:
+            count[number] += own_rows.stop - own_rows.start
         ends += torch.stack([terminated.sum(), batch.truncations.bool().cpu().sum()])
     check_finite(sums["psi_psi"], sums["d_d"])
-    total = sums["count"].sum()
+    total = count.sum()
     phi_basis, v = _whitening(sums.pop("phi_phi").sum(0) / total, own[0])
     psi_basis, g = _whitening(sums["psi_psi"].sum(0) / total, own[1])
     bases = {"v": phi_basis, "g": psi_basis}
     for name, (left, right) in _AXES.items():
         moment = bases[left].mT @ sums.pop(name)  # one after the other, to save memory
         sums[name] = moment @ bases[right] if right in bases else moment
-    return Gathered(Moments(**sums), (v, g), ends, scale.value, (phi_basis[: own[0], :v], psi_basis[: own[1], :g]))
+    return Gathered(
+        Moments(count=count, **sums), (v, g), ends, scale.value, (phi_basis[: own[0], :v], psi_basis[: own[1], :g])
+    )
 
 
 def check_finite(*sums: Tensor) -> None:
