@@ -62,6 +62,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
         if not target.startswith(("http://", "https://", "generated/", "../generated/")):
             assert (page.parent / target).exists(), target
+            if page.is_relative_to(ROOT / "docs"):  # what lies outside has no page on the site
+                assert (page.parent / target).resolve().is_relative_to(ROOT / "docs"), target
+        elif found := re.fullmatch(r"(?:\.\./)?generated/agents/(\w+)\.md", target):
+            assert found[1] in [*AGENTS, "index"], target
 
 
 def test_papers_name_files_that_exist() -> None:
