@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,8 @@ import pytest
 from rlkit2.cli.main import main
 from rlkit2.preferences.reward_ensemble import RewardEnsemble
 from rlkit2.rewards import TabularMDP
+from rlkit2.rewards.sampled import estimator
+from rlkit2.rewards.sampled.network_features import NetworkFeatures
 from tests.reference import ROOT
 
 REWARDS = """
@@ -161,7 +164,16 @@ def test_simulator(capsys: pytest.CaptureFixture[str], tmp_path: Path, rewards: 
     assert again["values"] == found["values"]  # a mixture of uniform policies is the uniform policy
 
 
-def test_recorded_dataset(capsys: pytest.CaptureFixture[str], rewards: Path, real_datasets: Path) -> None:
+@pytest.mark.parametrize("steps", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_recorded_dataset(
+    capsys: pytest.CaptureFixture[str],
+    rewards: Path,
+    real_datasets: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    """Among the features that are tried are networks, here trained for fewer steps than usual."""
+    monkeypatch.setattr(estimator, "NetworkFeatures", partial(NetworkFeatures, steps=steps))
     found = run_json(
         capsys, "dataset", "zoo/pendulum/mixed-v0", "--true", f"--reward={rewards}:still", "--bootstrap", "5"
     )
