@@ -156,6 +156,8 @@ CELLS = (
     ("tabular", "cql", 1000),
     ("tabular, actions left out", "iql", 1000),
     ("lqr", "iql", 1000),
+    ("tabular", "iql", 20_000),
+    ("lqr", "iql", 20_000),
 )
 
 
@@ -302,7 +304,8 @@ def _trained(world: Problem, name: str, options: dict[str, Any], rows: int, budg
     agent = agent_class(name)(config, *sizes, seeds=budget.datasets, discrete=world.discrete)
     assert isinstance(agent, UncertainAgent)
     draws, which = torch.Generator().manual_seed(0), torch.arange(budget.datasets).unsqueeze(1)
-    for _ in range(budget.steps * world.effort):
+    longer = max(1, round((rows / 1000) ** 0.5))  # what is left to learn is small beside the noise of more rows
+    for _ in range(budget.steps * world.effort * longer):
         index = torch.randint(rows, (budget.datasets, budget.batch), generator=draws)
         observations, actions, rewards, after, ends = (part[which, index] for part in data)
         batch = RowBatch(
