@@ -22,12 +22,14 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "cells",
+    "formulas",
     "links",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "README.md"]
 html_theme = "furo"
+html_math_renderer = "drawn"
 html_title = f"rlkit2 {version}"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"

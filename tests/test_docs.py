@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from docs.cells import KEPT, as_ipynb, code_of, notebooks, outputs
+from docs.formulas import drawn
 from docs.links import SAME, pages
 from rlkit2.agents import agent_classes, list_agents, plain_name
 
@@ -83,6 +84,26 @@ def test_papers_have_an_equation_or_the_place_of_one() -> None:
         assert len(cells) == 4
         assert all(cells), row
         assert cells[2].count("$") % 2 == 0
+
+
+def test_formulas_are_pictures_that_need_no_network() -> None:
+    found = {
+        line.strip().replace("\\|", "|")
+        for page in PAGES
+        for formula in re.findall(
+            r"(?<!\$)\$([^$\n]+)\$(?!\$)", re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+        )
+        for line in formula.split("\\\\")
+        if page.is_relative_to(ROOT / "docs")
+    }
+    assert len(found) > 20
+    for formula in found:
+        picture = drawn(formula)
+        assert picture.startswith("<svg ")
+        assert "currentColor" in picture
+        assert "<path" in picture
+    with pytest.raises(ValueError, match="Unknown symbol"):
+        drawn("\\nothing")
 
 
 def test_what_is_made_elsewhere_are_targets_of_the_makefile() -> None:
