@@ -73,9 +73,8 @@ class OnlineGroup(SeedGroup):
         self.mixture = Mixture(offline, self.replay, batch_size, options.offline_share)
         self.indices = MixedIndices(self.mixture, agent.seeds, batch_size)  # type: ignore[arg-type]
         self.metrics = MetricRows(len(agent.seeds))
-        how = (
-            compile if device.type == "cpu" else "off"
-        )  # a graph on a GPU reads rows that lie there; the replay does not
+        # a graph on a GPU reads rows that lie there, and the replay does not
+        how = compile if device.type == "cpu" else "off"
         self.update, self.note = choose_update(agent, self.mixture, batch_size, device, how)  # type: ignore[arg-type]
 
     def updates_before(self, step: int) -> int:
