@@ -76,6 +76,25 @@ def test_it_resumes_bit_for_bit(tmp_path, kind):
     assert contents(rlkit2.train(resume=part, dataset=dataset, progress=False, **named)) == contents(whole)
 
 
+@pytest.mark.parametrize(
+    ("agent", "env", "package"), [("sac", "Hopper-v5", "mujoco"), ("dqn", "LunarLander-v3", "Box2D")]
+)
+def test_simulators_come_back_to_where_they_were(tmp_path, agent, env, package):
+    """In the middle of an episode, by its seed and its actions alone."""
+    pytest.importorskip(package)
+    options = {
+        "env": env,
+        "steps": 100,
+        "warmup": 95,
+        "num_envs": 2,
+        "eval_every": 0,
+        "overrides": {"hidden_sizes": (8,)},
+    }
+    whole = scratch(tmp_path / "a", agent, **options)
+    part = scratch(tmp_path / "b", agent, until=61, **options)
+    assert contents(rlkit2.train(resume=part, progress=False)) == contents(whole)
+
+
 def test_what_needs_data_or_an_environment_says_so(tmp_path):
     for options, message in (
         ({"normalize_observations": True}, "normalize_observations needs data to begin with"),
