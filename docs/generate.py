@@ -199,19 +199,23 @@ def _metric_table(name: str) -> Iterator[str]:
         yield f"| `{metric}` | {_cell(meaning)} | {_cell(worry)} |"
 
 
+# What other options than the defaults add to an agent's metrics, where it has them.
+VARIANTS = ({}, {"critic": "ggd", "num_critics": 3, "sample_weighting": "biev"})
+
+
 def metrics_of(name: str) -> list[str]:
-    """Names of the metrics that two updates with the default options report."""
-    found: dict[type, set[str]] = {}
-    for kind in ("continuous", "discrete"):
-        cls = agent_class(name, kind)
-        try:
-            problem = Problem(cls, kind)
-            agent = problem.build(1)
-        except ConfigError:
-            continue
-        if cls not in found:
-            found[cls] = {key for batch in problem.batches(2) for key in agent.update(batch)}
-    return sorted(set().union(*found.values()))
+    """Names of the metrics that two updates report, with the default options and with a noise model."""
+    found: set[str] = set()
+    for cls in {agent_class(name, kind): None for kind in ("continuous", "discrete")}:
+        for options in VARIANTS:
+            known = {field.name for field in dataclasses.fields(cls.config_class)}
+            if known.issuperset(options):
+                with suppress(ConfigError):  # not for these actions, or these options exclude each other
+                    small = Problem(cls, cls.action_kinds[0])
+                    problem = Problem(cls, small.kind, dataclasses.replace(small.config, **options))
+                    agent = problem.build(1)
+                    found |= {key for batch in problem.batches(2) for key in agent.update(batch)}
+    return sorted(found)
 
 
 def explained(metric: str) -> tuple[str, str] | None:
