@@ -21,19 +21,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs the t
 
 # Files that take longer than files with as many tests, and about how many tests of middling length that would be.
 LONG = {
-    "docs/data.md": 150,
-    "docs/preferences.md": 250,
-    "docs/starc.md": 130,
-    "docs/entanglement.md": 120,
-    "docs/judging_offline.md": 100,
-    "docs/uncertainty.md": 100,
-    "docs/images.md": 80,
-    "docs/evaluation.md": 80,
-    "docs/notebooks/entangled.md": 100,
-    "docs/notebooks/odice_rooms.md": 100,
-    "docs/notebooks/starc_two_rewards.md": 100,
-    "docs/notebooks/td_noise.md": 100,
-    "docs/online.md": 80,
     "tests/cli/test_offline.py": 120,
     "tests/cli/test_prefs.py": 150,
     "tests/cli/test_own_agent.py": 120,
