@@ -181,12 +181,13 @@ def _improvement(row: Row) -> Number:
 
 
 def _grid(board: Board, *, last: bool, shown: Callable[[Row], Number]) -> str:
-    """Datasets by agents in Markdown; the highest mean of a dataset is bold."""
+    """Datasets by agents in Markdown; the highest mean of a dataset is bold where there is another to be higher than."""
     rows = {(row.dataset, row.label): row for row in board.comparison(last=last).rows}
     lines = []
     for dataset in board.datasets:
         own = [rows[dataset, agent] for agent in board.agents if (dataset, agent) in rows]
-        best = max((row.mean.value for row in own if np.isfinite(row.mean.value)), default=np.nan)
+        means = [row.mean.value for row in own if np.isfinite(row.mean.value)]
+        best = max(means) if len(means) > 1 else np.nan
         cells = []
         for agent in board.agents:
             row = rows.get((dataset, agent))

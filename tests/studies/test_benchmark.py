@@ -101,6 +101,7 @@ def test_cells_that_fit_are_trained_once_and_grow_by_seeds(tmp_path: Path, datas
     # two more seeds: those alone are trained
     said.clear()
     more = run_benchmark(tmp_path / "one", datasets=[CONTINUOUS], agents=["bc"], seeds=3, say=said.append, **SMALL)
+    assert "**" not in more.markdown.read_text()  # alone it is not the best of anything
     assert "there, but for seed 1, 2: bc on tiny/walk-v0" in said
     cell = more.board.cells[CONTINUOUS, "bc"]
     assert isinstance(cell, cells_module.Cell)
