@@ -21,7 +21,7 @@ class Halving:
     def __init__(self, start: float) -> None:
         self.weight = torch.full((1,), start)
 
-    def update(self, batch: Any) -> dict[str, torch.Tensor]:
+    def learn(self, batch: Any) -> dict[str, torch.Tensor]:
         self.weight.mul_(0.5)
         return {"weight/size": self.weight.clone()}
 
