@@ -50,7 +50,7 @@ class Problem:
     @property
     def from_transitions(self) -> bool:
         """Whether its batches are transitions (else preferences, sequences or rollouts)."""
-        return getattr(self.agent, "learns_from", "transitions") == "transitions"
+        return self.agent.learns_from == "transitions"
 
     def build(self, seeds: Any = 1, dtype: torch.dtype = torch.float64) -> Agent:
         """The agent, small."""
@@ -485,7 +485,7 @@ def random_rollouts(
 
 def batch_maker(agent: type[Agent]) -> Callable[..., Any]:
     """What makes random batches for an agent's class; arguments as for `random_batch`."""
-    kind = getattr(agent, "learns_from", "transitions")
+    kind = agent.learns_from
     if kind == "transitions":
         return partial(random_batch, next_actions=agent.needs_next_actions)
     return {"preferences": random_preferences, "sequences": random_sequences, "rollouts": random_rollouts}[kind]

@@ -96,6 +96,7 @@ class Agent:
     # those of `ACTION_KINDS` that it learns; `_likelihood_actor` has heads for all three
     action_kinds: ClassVar[tuple[str, ...]] = ("continuous", "discrete")
     sees_images: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "transitions"  # or "preferences", "sequences", "rollouts"
     several_steps: ClassVar[bool] = False  # its targets may span several steps: it bootstraps by `discounts`
     needs_next_actions: ClassVar[bool] = False  # of the data, in a `LookaheadBatch`
     counts_rewards: ClassVar[bool] = False  # while it acts: its data must have the environment's own
@@ -264,25 +265,37 @@ class Agent:
                 optimizer.follow(schedule, steps, self.step)
 
     def average_policy(self, decay: float) -> None:
-        """Let `policy` be a running mean of the trained policy's weights; to be called before the first update. 0 leaves the weights as they are.
+        """Let `policy` be a running mean of the trained policy's weights; to be called before the first update and after `replace_network`.
+
+        `decay` in [0, 1); 0 leaves the weights as they are.
 
         The mean over all updates so far, from 1 / (1 - decay) updates on an exponential one: a policy that is played for thousands of steps
         is at the mercy of the last few minibatches otherwise (Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992).
         """
         if decay > 0.0:
             self.policy_ema = decay
-            self._trained_policy, self._average = self.policy.actor, target_copy(self.policy.actor)
-            self.policy = Policy(self._average, self.normalizer, self.seeds)
-            self._register({"policy_average": self._average})
+            self._trained, average = self.policy, target_copy(self.policy.actor)
+            self.policy = Policy(average, self.normalizer, self.seeds)
+            self._register({"policy_average": average})
+
+    @property
+    def acting_policy(self) -> Policy:
+        """The policy that is trained, and that collects where the agent learns in an environment; `policy` may be a running mean of it."""
+        return self._trained if self.policy_ema else self.policy
+
+    @torch.no_grad()
+    def follow_policy(self, rate: float | Tensor = 1.0) -> None:
+        """Move the running mean by this share towards the trained policy; 1: start it anew there."""
+        old, new = self.policy.actor, self._trained.actor
+        lerp_(old, new, rate)
+        for old_buffer, new_buffer in zip(old.buffers(), new.buffers(), strict=True):
+            old_buffer.copy_(new_buffer)
 
     def learn(self, batch: Batch) -> Mapping[str, Tensor]:
         """One `update`, and the running mean of the policy where there is one."""
         metrics = self.update(batch)
         if self.policy_ema:
-            rate = (1.0 / self.step[0].to(self.dtype)).clamp(min=1.0 - self.policy_ema)
-            lerp_(self._average, self._trained_policy, rate)
-            for old, new in zip(self._average.buffers(), self._trained_policy.buffers(), strict=True):
-                old.copy_(new)
+            self.follow_policy((1.0 / self.step[0].to(self.dtype)).clamp(min=1.0 - self.policy_ema))
         return metrics
 
     @classmethod

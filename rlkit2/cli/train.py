@@ -261,7 +261,7 @@ def examples(agent: str) -> str:
     known = [name for name in here if name in builtin_recipes()]
     dataset = "builtin/pendulum/mixed-v0" if not known or "builtin/pendulum/mixed-v0" in known else known[0]
     names = field_types(agent_class(agent).config_class)
-    if getattr(agent_class(agent), "learns_from", "transitions") == "rollouts":
+    if agent_class(agent).learns_from == "rollouts":
         play = f"rlkit2 train {agent} --env"
         lines = [
             f"{play} CartPole-v1 --online 50000 --num-envs 4",

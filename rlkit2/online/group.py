@@ -68,7 +68,7 @@ class OnlineGroup(SeedGroup):
         capacity = envs * max(1, math.ceil(min(options.capacity, steps) / envs))
         self.replay = Replay(spec, agent.seeds, envs, capacity, run, lookahead, reward)
         random_steps = options.warmup or 0 if scratch else 0
-        self.explorer = Explorer(agent.policy, agent.seeds, options, random_steps)
+        self.explorer = Explorer(agent.acting_policy, agent.seeds, options, random_steps)
         self.collector = Collector(source, spec, agent.seeds, self.replay, self.explorer)
         self.mixture = Mixture(offline, self.replay, batch_size, options.offline_share)
         self.indices = MixedIndices(self.mixture, agent.seeds, batch_size)  # type: ignore[arg-type]

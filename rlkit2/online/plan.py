@@ -38,7 +38,7 @@ from rlkit2.training.run import Run, agent_state, fitting
 
 REPLAYING = ("offline_share", "warmup", "capacity", "update_ratio", "exploration_noise", "epsilon", "epsilon_steps")
 NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
-INHERITED = ("batch_size", "eval_episodes")  # of the training that a run in an environment continues
+INHERITED = ("batch_size", "eval_episodes", "policy_ema")  # of the training that a run in an environment continues
 
 
 def begin_from(
@@ -135,7 +135,7 @@ def begin_afresh(
         config = dataclasses.replace(agent, **read_fields(type(agent), overrides))
     options = check_options(OnlineOptions(**given["online"]), data)
     options = options.settled(steps, scratch=True, data=dataset is not None)
-    if getattr(cls, "learns_from", "transitions") == "rollouts":
+    if cls.learns_from == "rollouts":
         _check_rollouts(cls, config.rollout_steps, given["online"], options.num_envs, dataset)
     plan = run_config(
         agent=agent if isinstance(agent, str) else agent_name(agent),
@@ -237,8 +237,14 @@ def continuing(factory: AgentFactory, plan: Mapping[str, Any]) -> AgentFactory:
     def make(chosen: Sequence[int], device: torch.device | str) -> Agent:
         agent = factory(chosen, device)
         places = [seeds.index(seed) for seed in chosen]
+        own = agent.state_dict()
+        averaged = {name for name in own if name.startswith("policy_average.")}
+        begun = {name for name in state if name.startswith("policy_average.")}
         with fitting(checkpoint, run.path):
-            agent.load_state_dict({name: tensor[places] for name, tensor in state.items()})
+            loaded = {name: tensor[places] for name, tensor in state.items() if name in averaged or name not in begun}
+            agent.load_state_dict({name: own[name] for name in averaged} | loaded)
+        if averaged and not begun:
+            agent.follow_policy()
         return agent
 
     return make
@@ -270,7 +276,7 @@ def group_maker(
     def reward(rewards: Tensor) -> Tensor:
         return change(rewards) * data.reward_scale
 
-    kind: Any = RolloutGroup if getattr(cls, "learns_from", "transitions") == "rollouts" else OnlineGroup
+    kind: Any = RolloutGroup if cls.learns_from == "rollouts" else OnlineGroup
 
     def make(agent: Agent) -> OnlineGroup:
         group: OnlineGroup = kind(

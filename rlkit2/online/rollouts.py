@@ -71,7 +71,7 @@ class RolloutGroup(OnlineGroup):
         self.agent, self.options, self.step, self.note = agent, options, 0, None
         self.batch_size, self.rollout = batch_size, agent.config.rollout_steps
         self.replay = Replay(spec, agent.seeds, options.num_envs, self.rollout, run, reward=reward)
-        self.explorer = Explorer(agent.policy, agent.seeds, options, 0)
+        self.explorer = Explorer(agent.acting_policy, agent.seeds, options, 0)
         self.collector = Collector(source, spec, agent.seeds, self.replay, self.explorer)
         self.orders = Orders(agent.seeds)
         self.indices = self.orders  # type: ignore[assignment]
@@ -101,7 +101,7 @@ class RolloutGroup(OnlineGroup):
         for _ in range(self.agent.config.epochs):
             order = self.orders.next(self.rollout).to(self.agent.device)
             for part in torch.split(order, self.batch_size, 1):
-                self.metrics.add(self.agent.update(_rows_of(batch, seeds, part)))
+                self.metrics.add(self.agent.learn(_rows_of(batch, seeds, part)))
 
     @property
     def reward_bounds(self) -> dict[str, float]:
