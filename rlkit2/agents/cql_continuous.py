@@ -119,25 +119,10 @@ class ContinuousCQL(SACN):
         targets, spread = self.regression(batch)  # what the critics learn from, by the policy before its step
         sampled = self.sampled_actions(batch)
 
-        actions, log_prob = self._sample(batch.observations, "action")
-        value = self.action_value(batch.observations, actions)
-        temperature = self.temperature().detach()
-        policy_loss = (temperature * log_prob - value).mean(1)
-        policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
-        entropy = -log_prob.detach().mean(1)
-        self.temperature_optimizer.minimize(self.temperature.log_value.squeeze(1) * (entropy - self.target_entropy))
-
-        metrics = self.conservative_step(batch, targets, spread, *sampled)
+        metrics = self.policy_step(batch) | self.conservative_step(batch, targets, spread, *sampled)
         lerp_(self.critic_target, self.critic, self.config.target_update_rate)
         self.step += 1
-        return {
-            "policy/loss": policy_loss.detach(),
-            "policy/grad_norm": policy_gradient_norm,
-            "policy/entropy": entropy,
-            "policy/value": value.detach().mean(1),
-            "policy/temperature": temperature.squeeze(1),
-            **metrics,
-        }
+        return metrics
 
     def conservative_step(
         self, batch: Batch, targets: Tensor, spread: Tensor | None, actions: Tensor, log_densities: Tensor

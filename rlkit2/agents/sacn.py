@@ -168,6 +168,13 @@ class SACN(UncertainAgent):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Steps of the policy, the temperature and the critics, then of the targets."""
         batch = self.normalize(batch)
+        metrics = self.policy_step(batch) | self.critic_step(batch)
+        lerp_(self.critic_target, self.critic, self.config.target_update_rate)
+        self.step += 1
+        return metrics
+
+    def policy_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the policy and of the temperature, both by the same sampled actions."""
         actions, log_prob = self._sample(batch.observations, "action")
         value = self.action_value(batch.observations, actions)
         temperature = self.temperature().detach()
@@ -176,17 +183,12 @@ class SACN(UncertainAgent):
 
         entropy = -log_prob.detach().mean(1)
         self.temperature_optimizer.minimize(self.temperature.log_value.squeeze(1) * (entropy - self.target_entropy))
-
-        metrics = self.critic_step(batch)
-        lerp_(self.critic_target, self.critic, self.config.target_update_rate)
-        self.step += 1
         return {
             "policy/loss": policy_loss.detach(),
             "policy/grad_norm": policy_gradient_norm,
             "policy/entropy": entropy,
             "policy/value": value.detach().mean(1),
             "policy/temperature": temperature.squeeze(1),
-            **metrics,
         }
 
     def critic_step(self, batch: Batch) -> dict[str, Tensor]:
