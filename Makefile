@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
+# Compiled tests and sources are kept also where the environment says otherwise: every process that runs tests compiles all of them again without.
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
 TEST_EXTRAS := mujoco,robotics,box2d,trl,export,hub,video
 
 .PHONY: demo test test-slow test-wheel test-oldest test-newest fuzz lint format docs bench clean test-kill audit
@@ -29,10 +31,10 @@ demo: $(VENV)/.core
 	$(BIN)/rlkit2 demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+	$(TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 # The wheel in an environment of its own.
 test-wheel: $(VENV)/.dev
@@ -44,12 +46,12 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) -m tests.bounds > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test,label]' 'gymnasium[classic-control]'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
+	$(TESTS) .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -c constraints.txt -e '.[test,label]' 'gymnasium[classic-control]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
+	$(TESTS) .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 # Damages files of every kind and uses them, and gives odd arrays to functions; what ends in a traceback, hangs or takes too much memory is printed.
 MINUTES ?= 5
