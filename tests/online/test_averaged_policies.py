@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -24,20 +26,32 @@ def differ(left, right):
     return any(not torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Offline runs by agent and decay, each trained once."""
+    return cache(lambda agent, decay: offline_run(tmp_path_factory.mktemp("begun"), agent, policy_ema=decay))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, begun):
+    """The weights of an agent's policy where nothing is averaged, offline or online."""
+    return cache(
+        lambda agent: parts(online(begun(agent, 0.0), tmp_path_factory.mktemp("plain"), eval_every=0), "policy")
+    )
+
+
 @pytest.mark.parametrize("agent", ["sacn", "td3bc", "iql"])
 @pytest.mark.parametrize(
     ("before", "asked", "after"), [(0.9, None, 0.9), (0.9, 0.0, 0.0), (0.0, 0.9, 0.9), (0.9, 0.5, 0.5)]
 )
-def test_every_way_from_offline_to_online(tmp_path, agent, before, asked, after):
-    begun = offline_run(tmp_path, agent, policy_ema=before)
+def test_every_way_from_offline_to_online(tmp_path, begun, plain, agent, before, asked, after):
     given = {} if asked is None else {"policy_ema": asked}
-    run = online(begun, tmp_path, **given)
+    run = online(begun(agent, before), tmp_path, eval_every=0, **given)
     assert run.config["training"]["policy_ema"] == after
     assert bool(parts(run, "policy_average")) == (after > 0.0)
     if after:
         assert differ(parts(run, "policy_average"), parts(run, "policy"))
-    plain = online(offline_run(tmp_path, agent), tmp_path)
-    assert not differ(parts(run, "policy"), parts(plain, "policy"))  # it neither acts nor is trained
+    assert not differ(parts(run, "policy"), plain(agent))  # it neither acts nor is trained
 
 
 def test_a_mean_that_begins_online_begins_at_the_trained_policy(tmp_path):

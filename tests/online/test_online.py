@@ -25,6 +25,7 @@ from rlkit2.online.group import OnlineGroup
 from rlkit2.online.replay import RecordFile, online_dtype, replay_path
 from rlkit2.training import Run
 from rlkit2.training.building import stored_spec
+from tests.built import give_built
 from tests.online.walks import DATASET, Breaking, Forgetful, LongWalk, Narrow, Wide, offline_run, online
 from tests.training.tiny_problem import contents
 
@@ -39,6 +40,21 @@ def offline(tmp_path_factory):
         if key not in runs:
             runs[key] = offline_run(folder, agent, **options)
         return runs[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def whole(offline, tmp_path_factory):
+    """What an uninterrupted run leaves, by the options of `offline` and of `online`; each is trained once."""
+    found = {}
+
+    def get(agent="sacn", data=(), **options):
+        key = (agent, repr(data), repr(options))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("whole")
+            found[key] = contents(online(offline(agent, **dict(data)), folder, **options))
+        return found[key]
 
     return get
 
@@ -197,10 +213,10 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0])
-def test_an_interruption_leaves_no_trace(offline, tmp_path, monkeypatch, kind):
+def test_an_interruption_leaves_no_trace(offline, whole, tmp_path, monkeypatch, kind):
     agent, data, options = kind
     start = offline(agent, **data)
-    whole = contents(online(start, tmp_path, **options))
+    expected = whole(agent, data, **options)
     for step in (4, 31):
         interrupt(monkeypatch, step)
         with pytest.raises(KeyboardInterrupt):
@@ -208,7 +224,7 @@ def test_an_interruption_leaves_no_trace(offline, tmp_path, monkeypatch, kind):
         (config,) = (tmp_path / str(step)).glob("*/config.json")
         run = Run(config.parent)
         assert step <= run.checkpoint().step < 60
-        assert contents(rlkit2.train(resume=run, dataset=DATASET, env=LongWalk, progress=False)) == whole
+        assert contents(rlkit2.train(resume=run, dataset=DATASET, env=LongWalk, progress=False)) == expected
 
 
 def forget_the_noise(monkeypatch):
@@ -224,14 +240,14 @@ def forget_where_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", [forget_the_noise, forget_where_it_was])
-def test_the_check_sees_what_a_resume_forgets(offline, tmp_path, monkeypatch, mistake):
-    whole = contents(online(offline(), tmp_path))
+def test_the_check_sees_what_a_resume_forgets(offline, whole, tmp_path, monkeypatch, mistake):
+    expected = whole()
     interrupt(monkeypatch, 31)
     with pytest.raises(KeyboardInterrupt):
         online(offline(), tmp_path / "a")
     (config,) = (tmp_path / "a").glob("*/config.json")
     mistake(monkeypatch)
-    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=LongWalk, progress=False)) != whole
+    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=LongWalk, progress=False)) != expected
 
 
 def test_an_environment_that_does_not_come_back_begins_a_new_episode_and_that_is_said(
@@ -293,9 +309,8 @@ def test_a_damaged_replay_is_one_line(offline, tmp_path):
         ({"observation": float("nan")}, r"the observation holds values that are not numbers"),
     ],
 )
-def test_a_failing_environment_is_one_line_and_nothing_is_lost(offline, tmp_path, monkeypatch, fault, message):
-    start = offline(seeds=1)
-    whole = contents(online(start, tmp_path / "whole", eval_every=0))
+def test_a_failing_environment_is_one_line_and_nothing_is_lost(offline, whole, tmp_path, monkeypatch, fault, message):
+    start, expected = offline(seeds=1), whole(data={"seeds": 1}, eval_every=0)
     for name, value in {"steps": 0, "reward": None, "observation": None, **fault}.items():
         monkeypatch.setattr(Breaking, name, value)
     with pytest.raises(
@@ -306,12 +321,11 @@ def test_a_failing_environment_is_one_line_and_nothing_is_lost(offline, tmp_path
     assert Run(config.parent).status == "died"
     assert Run(config.parent).checkpoint().step == 48  # the step at which it failed, not the last regular one
     monkeypatch.setattr(Breaking, "steps", 1000)  # mended
-    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=Breaking, progress=False)) == whole
+    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=Breaking, progress=False)) == expected
 
 
-def test_a_full_disk_ends_a_run_with_one_line_and_it_resumes(offline, tmp_path, monkeypatch):
-    start = offline(seeds=1)
-    whole = contents(online(start, tmp_path / "whole", eval_every=0))
+def test_a_full_disk_ends_a_run_with_one_line_and_it_resumes(offline, whole, tmp_path, monkeypatch):
+    start, expected = offline(seeds=1), whole(data={"seeds": 1}, eval_every=0)
     append = RecordFile.append
 
     def full(self, rows):
@@ -334,7 +348,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_resumes(offline, tmp_path, 
     monkeypatch.setattr(RecordFile, "append", append)
     (config,) = (tmp_path / "a").glob("*/config.json")
     assert Run(config.parent).checkpoint().step == 30
-    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=LongWalk, progress=False)) == whole
+    assert contents(rlkit2.train(resume=config.parent, dataset=DATASET, env=LongWalk, progress=False)) == expected
 
 
 def test_environments_that_do_not_fit(offline, tmp_path):
@@ -394,6 +408,7 @@ def test_a_seed_that_diverges_leaves_the_others_alone(offline, tmp_path, monkeyp
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    give_built("builtin/pendulum")
     small = "--batch-size 8 --eval-every 0 --hidden-sizes 8"
     assert main(f"train sacn --dataset builtin/pendulum --num-critics 2 --steps 5 {small}".split()) == 0
     run = "runs/sacn-builtin-pendulum-mixed-v0-001"
