@@ -620,3 +620,48 @@ def test_a_reader_of_a_user_is_found_by_its_entry_point(tmp_path: Path, monkeypa
             with pytest.raises(ConfigError, match=message):
                 read(tmp_path / "own.counts")
     all_sources.readers.cache_clear()
+
+
+@given(
+    lengths=st.lists(st.integers(2, 4), min_size=1, max_size=5),
+    lots=st.lists(st.integers(0, 4), max_size=20),
+    same=st.booleans(),
+)
+def test_rows_of_an_episode_that_lie_apart_are_refused(lengths: list[int], lots: list[int], same: bool) -> None:
+    """Logs of several environments in any order of their rows are read as they were, or refused; a number may be used again for one that is over."""
+    left = [[(number, step) for step in range(length)] for number, length in enumerate(lengths)]
+    order = [left[lot].pop(0) for lot in lots if lot < len(left) and left[lot]]
+    order += [row for rest in left for row in rest]
+    truth = np.array([number for number, _ in order])
+    values = {
+        "observations": np.array(order, np.float32),
+        "actions": np.zeros((len(order), 1)),
+        "rewards": np.zeros(len(order)),
+        "terminals": np.array([same and step == lengths[number] - 1 for number, step in order]),
+        "episodes": truth % 2 if same else truth,
+    }
+    apart = any(np.ptp(np.flatnonzero(truth == number)) >= length for number, length in enumerate(lengths))
+    if apart and not same:
+        with pytest.raises(CorruptDatasetError, match="comes back at row"):
+            read_dataset(values)
+    elif not apart:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = read_dataset(values)
+        found = [set(dataset.episode(k)["observations"][:, 0].tolist()) for k in range(dataset.num_episodes)]
+        assert found == [{number} for number in dict.fromkeys(truth.tolist())]
+
+
+def test_numbers_of_episodes_that_cannot_be(tmp_path: Path) -> None:
+    values = {"observations": np.zeros((4, 1)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4)}
+    with pytest.raises(CorruptDatasetError, match="episode 7 comes back at row 2 after rows of others"):
+        read_dataset({**values, "episodes": np.array([7, 8, 7, 8])})
+    for wrong in (np.array([0, 0, np.nan, np.nan]), np.zeros((4, 2))):
+        with pytest.raises(CorruptDatasetError, match="one number per row, and none may be missing"):
+            read_dataset({**values, "episodes": wrong})
+    with pytest.raises(CorruptDatasetError, match="nothing that ends an episode; it takes terminals"):
+        read_dataset(values)
+    path = tmp_path / "log.csv"
+    path.write_text("o_0;a;r;episode\n0,5;1,5;0;1\n")
+    with pytest.raises(CorruptDatasetError, match="parted by semicolons"):
+        read_dataset(path)

@@ -24,12 +24,14 @@ Flags = NDArray[np.bool_]
 
 def check_rows(arrays: Mapping[str, Any], name: str, options: ReadOptions) -> int:
     """The number of rows; `CorruptDatasetError` where an array is missing, they have unequal lengths, or ends cannot be told."""
+    present = ", ".join(sorted(arrays)) or "no arrays"
     missing = [key for key in REQUIRED if key not in arrays]
-    ends = [key for key in (*TERMINATIONS, *TRUNCATIONS, "episodes") if key in arrays]
-    missing += [] if ends or options.max_episode_steps else ["terminals"]
     if missing:
+        raise CorruptDatasetError(f"{name} lacks {', '.join(missing)}; it has {present}")
+    if not options.max_episode_steps and not {*TERMINATIONS, *TRUNCATIONS, "episodes"} & set(arrays):
         raise CorruptDatasetError(
-            f"{name} lacks {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'no arrays'}"
+            f"{name} has {present} and nothing that ends an episode; it takes terminals, timeouts or episodes "
+            "(tables: --columns terminations=NAME, ...), or --max-episode-steps N"
         )
     told = {"next_observations", "episodes", *TRUNCATIONS} & set(arrays)
     if not told and not options.max_episode_steps and not options.never_terminates:
@@ -66,8 +68,8 @@ def cut_rows(arrays: Mapping[str, Any], name: str, options: ReadOptions) -> Iter
         notes["terminations_taken_as_cuts"] = int(terminations.sum())
         terminations, truncations = np.zeros(total, bool), truncations | terminations
     if "episodes" in arrays:
-        ids = np.asarray(arrays["episodes"][:]).reshape(-1)
-        truncations[:-1] |= (ids[1:] != ids[:-1]) & ~terminations[:-1]
+        changes = _changes_of_episode(arrays["episodes"], terminations | truncations, name)
+        truncations[:-1] |= changes & ~terminations[:-1]
     ends = terminations | truncations
     following = arrays.get("next_observations")
     after_end = np.zeros(total, bool)
@@ -107,6 +109,30 @@ def cut_rows(arrays: Mapping[str, Any], name: str, options: ReadOptions) -> Iter
             notes,
         )
         notes = {}
+
+
+def _changes_of_episode(episodes: Any, ends: Flags, name: str) -> Flags:
+    """Rows after which another episode stands, `[N - 1]`; `CorruptDatasetError` where that does not say which rows belong together.
+
+    An episode that comes back after others had not ended (logs of several environments, row by row) or its number was given twice (files
+    that were joined): nothing tells which.
+    """
+    ids = np.asarray(episodes[:])
+    if ids.size != len(ends) or (ids.dtype.kind == "f" and not np.isfinite(ids).all()):
+        raise CorruptDatasetError(f"{name}: episodes must be one number per row, and none may be missing")
+    ids = ids.reshape(-1)
+    changes = np.asarray(ids[1:] != ids[:-1])
+    starts = np.flatnonzero(np.concatenate([[True], changes]))
+    stops = np.concatenate([starts[1:], [len(ids)]]) - 1
+    order = np.argsort(ids[starts], kind="stable")  # stretches of one number stand together, in the order of the rows
+    again = (ids[starts][order][1:] == ids[starts][order][:-1]) & ~ends[stops][order][:-1]
+    if again.any():
+        row = int(starts[order][1:][again].min())
+        raise CorruptDatasetError(
+            f"{name}: episode {ids[row]} comes back at row {row} after rows of others and had not ended; put the rows of an episode side by side "
+            "(sort by episode, then by time), or give joined files episodes of different numbers"
+        )
+    return changes
 
 
 def _count(notes: dict[str, int], what: str, number: int) -> None:

@@ -123,8 +123,14 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
             return pyarrow.parquet.read_table(path)
-        options = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        return pyarrow.csv.read_csv(path, parse_options=options)
+        with path.open("rb") as file:
+            header = file.readline(1 << 16)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        if delimiter.encode() not in header and b";" in header:
+            raise CorruptDatasetError(
+                f"{path}: its columns are parted by semicolons; save it with commas between them and points in its numbers, or as Parquet"
+            )
+        return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
     except (OSError, pyarrow.ArrowException) as error:
         raise CorruptDatasetError(f"{path} cannot be read as a table ({first_line(error)})") from error
 
