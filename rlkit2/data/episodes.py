@@ -166,6 +166,9 @@ class EpisodePacker:
             self._count("episodes_without_end_flag")
             truncations = truncations.copy()
             truncations[steps - 1] = True
+        inside = int((terminations | truncations)[: steps - 1].sum())
+        if inside:
+            self._count("flags_in_mid_episode", inside)
         rows = slice(0, steps)
         # The next observation of step t is observation t + 1; the last observation is never the start of a transition.
         self.writer.add(

@@ -13,6 +13,7 @@ NOTES = {
     "non_finite_values": "values are NaN or infinite",
     "missing_values_filled": "missing observations were filled as asked",
     "episodes_without_end_flag": "episodes were cut off without a flag; they count as truncated",
+    "flags_in_mid_episode": "steps in mid-episode are flagged as ends and kept so: values stop there, episodes go on",
     "episodes_without_final_observation": "terminated episodes lack their final observation; the last one stands in, nothing is bootstrapped from it",
     "last_steps_dropped_for_want_of_a_next_observation": "last steps were left out because the observation after them was never stored",
     "episodes_dropped": "episodes were left out because their only step lacks a next observation",

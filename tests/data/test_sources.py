@@ -14,7 +14,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit2.data import TransitionDataset, local_datasets, read_dataset
+from rlkit2.data import DatasetWarning, TransitionDataset, local_datasets, read_dataset
 from rlkit2.errors import ConfigError, CorruptDatasetError, DatasetError, DatasetNotFoundError
 from tests.data.make import FAMILIES, Ending, box, make_minari
 
@@ -366,3 +366,14 @@ def test_recorded_datasets_equal_their_cards(real_datasets: Path, dataset_id: st
         np.testing.assert_array_equal(mine["next_observations"].numpy(), rows[1:])
         np.testing.assert_array_equal(mine["actions"].numpy(), episode.actions)
         np.testing.assert_array_equal(mine["rewards"].numpy(), episode.rewards.astype(np.float32))
+
+
+@pytest.mark.parametrize("flag", ["terminations", "truncations"])
+def test_flags_in_mid_episode_are_said(flag: str) -> None:
+    made = make_minari(ENDINGS, *FAMILIES["box32"])
+    with h5py.File(minari_file(made), "a") as file:
+        file["episode_1"][flag][0] = True
+    with pytest.warns(DatasetWarning, match="1 steps in mid-episode are flagged as ends"):
+        dataset = read_dataset(made.spec.dataset_id)
+    assert dataset.spec.notes["flags_in_mid_episode"] == 1
+    assert getattr(dataset, flag)[int(dataset.episode_starts[1])]
