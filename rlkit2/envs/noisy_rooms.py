@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from scipy.special import gammaincinv, gammaln
 
+from rlkit2.envs.noisy_rewards import noise_at, scale_of
 from rlkit2.envs.rooms import Rooms, RoomsEnv, RoomsVectorEnv
 
 Array = NDArray[Any]
@@ -33,9 +33,7 @@ def noise_shape(positions: Array) -> Array:
 
 def noise_scale(positions: Array) -> Array:
     """True scale at positions [..., 2]: std / sqrt(Gamma(3 / shape) / Gamma(1 / shape)), float64 [...]."""
-    shape = noise_shape(positions)
-    ratio: Array = np.exp(0.5 * (gammaln(1 / shape) - gammaln(3 / shape)))
-    return noise_std(positions) * ratio
+    return scale_of(noise_std(positions), noise_shape(positions))
 
 
 class NoisyRooms(Rooms):
@@ -49,12 +47,10 @@ class NoisyRooms(Rooms):
         super().__init__(reward, **task)
 
     def rewards(self, positions: Array, next_positions: Array, generators: Sequence[Generator]) -> Array:
-        # One uniform number per step and generator, through the inverse distribution function: |x / scale|^shape is Gamma(1 / shape).
-        uniform = 2 * np.array([generator.random() for generator in generators]) - 1
-        shape = noise_shape(positions)
-        noise: Array = (
-            np.sign(uniform) * noise_scale(positions) * gammaincinv(1 / shape, np.abs(uniform)) ** (1 / shape)
-        )
+        uniform = (
+            2 * np.array([generator.random() for generator in generators]) - 1
+        )  # one number per step and generator
+        noise = noise_at(uniform, noise_scale(positions), noise_shape(positions))
         return super().rewards(positions, next_positions, generators) + noise
 
 

@@ -15,6 +15,7 @@ from scipy.stats import gennorm, kstest
 
 import rlkit2.envs
 from rlkit2.envs import four_rooms_tables
+from rlkit2.envs.noisy_rewards import NoisyRewards
 from rlkit2.envs.noisy_rooms import noise_scale, noise_shape, noise_std
 from rlkit2.envs.rooms import GOAL_RADIUS, SPEED, is_free, move
 from rlkit2.errors import ConfigError
@@ -138,6 +139,33 @@ def test_noisy_rewards_follow_the_stated_distribution_and_leave_the_transitions_
     uniform = gennorm.cdf(np.array(standardized), np.array(shapes))
     assert kstest(uniform, "uniform").pvalue > 0.01
     assert np.ptp(shapes) > 2
+
+
+@pytest.mark.parametrize("shape", [0.8, 2.0, 4.0])
+def test_any_environment_may_have_noise_of_a_known_shape_on_its_rewards(shape: float) -> None:
+    plain, noisy = (gymnasium.make("Pendulum-v1") for _ in range(2))
+    noisy = NoisyRewards(noisy, std=3.0, shape=shape)
+    noises, firsts = [], []
+    for seed in (*range(10), 0):
+        np.testing.assert_array_equal(plain.reset(seed=seed)[0], noisy.reset(seed=seed)[0])
+        own: list[float] = []
+        for step in range(200):
+            action = np.array([np.sin(step)], np.float32)
+            observation, reward, *_ = plain.step(action)
+            same, with_noise, _, _, info = noisy.step(action)
+            np.testing.assert_array_equal(observation, same)
+            assert info["reward_without_noise"] == reward
+            own.append(float(with_noise) - float(reward))
+        noises.append(own)
+        firsts.append(own[0])
+    assert noises[0] == noises[-1]  # the seed decides
+    assert len(set(firsts)) == 10
+    drawn = np.ravel(noises[:10])
+    assert kstest(gennorm.cdf(drawn, shape, scale=noisy.scale), "uniform").pvalue > 0.01
+    assert gennorm.std(shape, scale=noisy.scale) == pytest.approx(3.0)
+    assert gymnasium.make(noisy.spec).get_wrapper_attr("shape") == shape
+    with pytest.raises(ConfigError, match="must be positive numbers, not 0 and 2"):
+        NoisyRewards(plain, std=0, shape=2)
 
 
 @given(position=points)
