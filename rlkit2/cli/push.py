@@ -32,7 +32,7 @@ def push(
     Args:
         run: folder of a run, or of a saved policy.
         repository: where to; made if it is missing.
-        checkpoints: the newest checkpoint, too, so that the run can be resumed.
+        checkpoints: the newest checkpoint, too, and what an online run has collected, so that the run can be resumed.
         private: of a repository that is made.
         message: of the commit.
         revision: the branch; default: the main one.

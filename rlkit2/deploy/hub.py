@@ -34,7 +34,7 @@ RUN_FILES = (
     *("config.json", "manifest.json", "evaluations.jsonl", "metrics.jsonl", "metrics.csv"),
     *(f"policy/{name}" for name in POLICY_FILES),
 )
-CHECKPOINT = re.compile(r"checkpoints/\d+/(state\.safetensors|checkpoint\.json)")
+RESUMING = re.compile(r"checkpoints/\d+/(state\.safetensors|checkpoint\.json)|replay/seed-\d+\.records")
 REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 Progress = Callable[[int, int], None]
 
@@ -54,7 +54,7 @@ def push(
     Args:
         run_or_policy: a run, or the folder or file of a saved policy.
         repository: `owner/name`.
-        checkpoints: the run's newest checkpoint, too, so that it can be resumed.
+        checkpoints: the run's newest checkpoint, too, and what it has collected where it learns online, so that it can be resumed.
         private: of a repository that is made.
         message: of the commit.
         revision: the branch; default: the main one.
@@ -171,6 +171,7 @@ def _gathered(
             f"checkpoints/{run.checkpoints[newest].name}/{one.name}"
             for one in sorted(run.checkpoints[newest].iterdir())
         ]
+        places += [f"replay/{one.name}" for one in sorted((run.path / "replay").glob("*.records"))]
     files = {place: run.path / place for place in places}
     return run.path.name, "run", files, run_card(run, repository)
 
@@ -189,7 +190,7 @@ def _listed(file: Path, repository: str) -> tuple[str, dict[str, str]]:
     except Exception as error:
         raise HubError(f"{LIST} of {repository} is damaged ({first_line(error)}); nothing is left here") from error
     for name in files:
-        known = name in POLICY_FILES if kind == "policy" else name in RUN_FILES or CHECKPOINT.fullmatch(name)
+        known = name in POLICY_FILES if kind == "policy" else name in RUN_FILES or RESUMING.fullmatch(name)
         if not known:
             raise HubError(
                 f"{LIST} of {repository} names {name[:80]!r}, which is not a file of a {kind}; nothing is left here"

@@ -85,6 +85,20 @@ def test_with_checkpoints_it_is_resumed(run: Run, hub: Hub, tmp_path: Path) -> N
     assert on.checkpoint().step == 8
 
 
+def test_an_online_run_is_resumed_with_what_it_has_collected(hub: Hub, tmp_path: Path) -> None:
+    options = {"hidden_sizes": (8,)}
+    part = rlkit2.train_online(
+        "sac", env="Pendulum-v1", steps=40, warmup=10, until=25, out=tmp_path / "runs", overrides=options, eval_every=0, progress=False
+    )  # fmt: skip
+    rlkit2.push(part, NAME, hub=hub.address)
+    assert not any(name.startswith("replay") for name in hub.files(NAME))
+    rlkit2.push(part, NAME, hub=hub.address, checkpoints=True)
+    place = rlkit2.pull(NAME, tmp_path / "pulled", hub=hub.address)
+    ends = [rlkit2.train(resume=one, progress=False).checkpoint().tensors for one in (part, place)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(bool((ends[0][name] == ends[1][name]).all()) for name in ends[0])
+
+
 def test_a_policy_goes_there_and_comes_back(run: Run, hub: Hub, tmp_path: Path) -> None:
     one = run.policy.select_seed(1)
     one.save(tmp_path / "one.safetensors")
