@@ -32,6 +32,7 @@ ODICE = {
 }
 ROOMS = "builtin/rooms/expert-sparse-v0", "builtin/rooms-images/expert-sparse-v0"
 GRID = "builtin/gridworld/mixed-v0", "builtin/gridworld-images/mixed-v0"
+SEVERAL = ("iql", "odice")  # agents of several networks: once more with one encoder for all
 # agent, numbers, pictures, updates, options of the agent, options of the training on pictures
 ROWS: tuple[tuple[str, str, str, int, dict[str, Any], dict[str, Any]], ...] = (
     ("bc", *ROOMS, 500, {**SMALL, "learning_rate": 1e-3}, {}),
@@ -85,6 +86,12 @@ def main() -> None:
             before = score(agent, numbers, updates, options, given.seeds)
             began = time.process_time()
             found = score(agent, pictures, updates, options, given.seeds, **training)
+            taken = time.process_time() - began
+            shared: dict[str, float] = {}
+            if agent in SEVERAL:
+                began = time.process_time()
+                one = score(agent, pictures, updates, {**options, "shared_encoder": True}, given.seeds, **training)
+                shared = {"one encoder": one, "time of one encoder": (time.process_time() - began) / taken}
         rows.append(
             {
                 "what": f"{agent} {pictures}",
@@ -92,7 +99,8 @@ def main() -> None:
                 "numbers": before,
                 "pictures": found,
                 "difference": found - before,
-                "seconds": time.process_time() - began,
+                "seconds": taken,
+                **shared,
             }
         )
         print(rows[-1], flush=True)

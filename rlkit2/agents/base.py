@@ -65,6 +65,8 @@ class EncoderOptions(Checked):
     encoder: Literal["auto", "none", "nature", "impala"] = "auto"
     # move the images of a minibatch at random by up to so many pixels, edges repeated (for 84 x 84: 4); 0: not at all
     random_shift: Natural = 0
+    # one encoder serves all networks, trained by one of them alone: the policy where it is trained by the likelihood of actions, else the critics
+    shared_encoder: bool = False
 
 
 class Agent:
@@ -143,6 +145,8 @@ class Agent:
         self._optimizers: dict[str, Adam] = {}
         self._buffers: dict[str, Tensor] = {"step": self.step}
         self._build()
+        if self.encoder is not None and getattr(config, "shared_encoder", False):
+            self._share_encoder()
 
     @classmethod
     def refusal(cls, kind: str, *, images: bool = False) -> str | None:
@@ -218,6 +222,19 @@ class Agent:
         self.policy_optimizer = Adam(actor, learning_rate, **options)
         self._register({"policy": actor}, {"policy": self.policy_optimizer})
         return actor
+
+    def _share_encoder(self) -> None:
+        """Let every trained network look through one encoder.
+
+        A policy that clones says from the first minibatch on what of an image matters, while critics of sparse rewards have nothing to tell yet; a
+        policy that climbs the critics knows no more than they do.
+        """
+        encoded = {part: getattr(self._modules[part], "network", self._modules[part]) for part in self._optimizers}
+        lender = encoded.get("policy" if isinstance(self.config, PolicyOptions) else "critic")
+        for part, network in encoded.items():
+            if network is not lender and isinstance(network, EncodedMLP) and isinstance(lender, EncodedMLP):
+                network.borrow(lender)
+                self.replace_network(part, network)
 
     def _register(
         self,

@@ -226,7 +226,6 @@ class ODICE(Agent):
         value_options = {"members": config.num_values, "layer_norm": config.value_layer_norm}
         self._build_value(config.value_widths, config.value_learning_rate, **value_options)
         self.value_target = target_copy(self.value_network)
-        self.layer_sizes = layer_sizes(self.value_network)
         actor = self._likelihood_actor(config.policy_widths)
         self.actor = self._build_policy(actor, config.policy_learning_rate, weight_decay=config.policy_weight_decay)
         self._register({"value_target": self.value_target})
@@ -326,7 +325,7 @@ class ODICE(Agent):
         dot, square = torch.linalg.vecdot(g_f, g_b), norm_f * norm_f
         c = coefficients(dot, square, self.config.projection_guard)
         if self.config.projection == "layer":
-            perpendicular = orthogonal_by_layer(g_f, g_b, self.layer_sizes, self.config.projection_guard)
+            perpendicular = orthogonal_by_layer(g_f, g_b, layer_sizes(self.value_network), self.config.projection_guard)
         else:
             perpendicular = torch.addcmul(g_b, g_f, c.unsqueeze(1), value=-1.0)
         metrics = {

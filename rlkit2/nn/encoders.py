@@ -244,6 +244,25 @@ def choose_encoder(name: str, images: Sequence[Image]) -> dict[str, Any] | None:
     return {"name": name, "images": [[image.start, list(image.shape)] for image in images]}
 
 
+class BorrowedEncoder(nn.Module):
+    """The encoder of another network: it is looked through, and trained and kept there."""
+
+    def __init__(self, lender: nn.Module) -> None:
+        super().__init__()
+        self._lender = (lender,)  # a tuple, so that its parameters are not among those of this module
+
+    @property
+    def lender(self) -> nn.Module:
+        """The encoder itself."""
+        return self._lender[0]
+
+    @torch.no_grad()
+    def forward(self, planes: Tensor) -> Tensor:
+        """Its features, without gradient."""
+        found: Tensor = self.lender(planes)
+        return found
+
+
 class EncodedMLP(nn.Module):
     """Encoders of the images in a row, and a `StackedMLP` on their features and the other columns.
 
@@ -279,9 +298,18 @@ class EncodedMLP(nn.Module):
             parts.append(inputs[..., column:])
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0].contiguous()
 
+    def borrow(self, other: EncodedMLP) -> None:
+        """From now on look through the encoders of `other`, which alone trains them."""
+        self.encoders = nn.ModuleList(BorrowedEncoder(encoder) for encoder in other.encoders)
+
+    @property
+    def kept_encoders(self) -> nn.ModuleList:
+        """The encoders, those of other networks, too."""
+        return nn.ModuleList(part.lender if isinstance(part, BorrowedEncoder) else part for part in self.encoders)
+
     def named_views(self) -> dict[str, Tensor]:
         """The tensors of the encoders, then those of the head."""
-        encoders = {f"encoders.{name}": parameter.detach() for name, parameter in self.encoders.named_parameters()}
+        encoders = {f"encoders.{name}": parameter.detach() for name, parameter in self.kept_encoders.named_parameters()}
         return {**encoders, **{f"head.{name}": tensor for name, tensor in named_tensors(self.head).items()}}
 
 
@@ -334,7 +362,7 @@ def encoded_size(input_size: int, encoder: Mapping[str, Any] | None) -> int:
 def can_be_rebuilt(network: nn.Module) -> bool:
     """Whether a saved policy on this network needs no code but rlkit2's."""
     if isinstance(network, EncodedMLP):
-        return all(type(part) in ENCODERS.values() for part in network.encoders)
+        return all(type(part) in ENCODERS.values() for part in network.kept_encoders)
     return isinstance(network, StackedMLP | DecisionTransformer)
 
 

@@ -482,8 +482,9 @@ def unflatten(module: nn.Module, vector: Tensor) -> list[Tensor]:
 
 
 def target_copy(module: Module) -> Module:
-    """A frozen copy of `module`, to follow it by `lerp_`."""
-    return copy.deepcopy(module).requires_grad_(False)
+    """A frozen copy of `module`, to follow it by `lerp_`; an encoder that it borrows is borrowed by the copy, too."""
+    lent = [part.lender for part in module.modules() if hasattr(part, "lender")]
+    return copy.deepcopy(module, {id(lender): lender for lender in lent}).requires_grad_(False)
 
 
 @torch.no_grad()

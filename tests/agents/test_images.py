@@ -50,6 +50,10 @@ CASES = [
     ("crr", "continuous", {}),
     ("dqn", "discrete", {"critic": "ggd"}),
     ("cql", "discrete", {}),
+    ("iql", "discrete", {"shared_encoder": True}),
+    ("odice", "continuous", {"shared_encoder": True}),
+    ("odice", "discrete", {"shared_encoder": True, "projection": "layer"}),
+    ("td3bc", "continuous", {"shared_encoder": True}),
 ]
 
 
@@ -101,6 +105,35 @@ def test_a_saved_policy_acts_as_before(name: str, kind: str, options: dict[str, 
     assert torch.equal(agent.policy(seen), agent.policy(seen.flatten(2).float()))  # rows of numbers are as good
     sample = agent.policy(seen, deterministic=False, generator=torch.Generator().manual_seed(0))
     assert sample.shape == agent.policy(seen).shape
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("name", [name for name in list_agents() if agent_class(name).sees_images])
+def test_a_shared_encoder_is_trained_by_one_network_alone(name: str, kind: str) -> None:
+    if kind not in agent_class(name).action_kinds or agent_class(name).learns_from != "transitions":
+        pytest.skip("not for these actions or batches")
+    agents = [problem(name, kind, {"shared_encoder": shared}).build(2) for shared in (False, True)]
+    for step in range(3):
+        batch = images(2, kind == "discrete", torch.float64, step, agents[0].needs_next_actions)
+        for agent in agents:
+            agent.learn(batch)
+    own, shared = (agent.state_dict() for agent in agents)
+    encoders = [
+        key for key in own if ".encoders." in key and not key.startswith("optimizer.") and "_target." not in key
+    ]
+    lender = "policy" if hasattr(agents[0].config, "policy_head") else "critic"
+    trained = [
+        {key.split(".")[1] for key in state if key.startswith("optimizer.") and ".encoders." in key}
+        for state in (own, shared)
+    ]
+    assert trained[1] == {lender}
+    for key in encoders:
+        assert torch.equal(shared[key], shared[f"{lender}.{key.partition('.')[2]}"])
+    differ = any(not torch.equal(own[key], own[f"{lender}.{key.partition('.')[2]}"]) for key in encoders)
+    assert differ == (len(trained[0]) > 1)
+    moved = problem(name, kind, {"shared_encoder": True}).build(2)
+    moved.load_state_dict(shared)
+    assert all(torch.equal(a, shared[key]) for key, a in moved.state_dict().items())
 
 
 def test_learning_tells_a_bright_side_from_a_dark_one() -> None:
