@@ -16,6 +16,7 @@ import rlkit2
 from rlkit2.agents.bc import BCConfig
 from rlkit2.errors import ConfigError, EnvironmentUnavailableError, RunError
 from rlkit2.training import Run
+from tests import warm
 from tests.training.tiny_problem import Walk, tiny_dataset
 
 DATASET = tiny_dataset()
@@ -126,7 +127,7 @@ def test_a_config_object_of_ones_own_trains_and_is_found_again(tmp_path):
     assert run.path.name == "faulty-tiny-walk-v0-001"
     assert type(rlkit2.load_run(run.path).agent).__name__ == "Faulty"
     code = f"import rlkit2; rlkit2.load_run({str(run.path)!r}).agent"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-c", code])
     assert "Faulty of tests.training.tiny_problem is not loaded, and what a file names is not imported" in done.stderr
 
 

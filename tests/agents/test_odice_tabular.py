@@ -94,7 +94,7 @@ def test_the_agents_gradient_vanishes_there(mdp: str, name: str, lam: str) -> No
     exact = Exact(mdp, name, lam)
     states, actions = exact.d_data.shape
     d = exact.d_data.flatten()
-    counts = (d / d.min() * 1000).round().long() if not torch.allclose(d, d[0]) else torch.ones_like(d).long()
+    counts = (d / d.min() * 250).round().long() if not torch.allclose(d, d[0]) else torch.ones_like(d).long()
     rows = torch.repeat_interleave(torch.arange(states * actions), counts)
     zeros = torch.zeros(1, len(rows), dtype=torch.float64)
     batch = Batch(
@@ -110,7 +110,7 @@ def test_the_agents_gradient_vanishes_there(mdp: str, name: str, lam: str) -> No
         for value in (exact.at(f"{key}/V"), exact.at(f"{key}/V") + torch.arange(states)):
             agent = linear_agent(states, value, rule, name, float(lam), float(exact.discount))
             norms.append(per_state_gradient(agent, batch).norm() / agent.value_gradients(batch).forward[0].norm())
-        assert norms[0] < 1e-3, rule  # counts hold d to a thousandth of its smallest entry
+        assert norms[0] < 1e-3, rule  # counts hold d to a 500th of its smallest entry
         assert norms[1] > 0.1, rule
 
 

@@ -16,13 +16,13 @@ from rlkit2.preferences.options import FitOptions, RelabelOptions
 from rlkit2.preferences.relabelling import relabelled_rewards
 from tests.built import give_built
 
-DATASET = "builtin/rooms/stitch-dense-v0"
+DATASET, OTHER = "builtin/rooms/stitch-dense-v0", "builtin/rooms/random-dense-v0"
 FIT = ("--hidden-sizes", "8", "--steps", "20", "--no-starc")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return give_built(DATASET, root=tmp_path_factory.mktemp("builtin"))
+    return give_built(DATASET, OTHER, root=tmp_path_factory.mktemp("builtin"))
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
 def test_labels_of_another_dataset_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     typed(capsys, "label", DATASET, "--out", "labels", "--count", 10, "--length", 8)
-    _, err = typed(capsys, "fit", "labels", "--dataset", "builtin/rooms/random-dense-v0", "--out", "reward", status=2)
+    _, err = typed(capsys, "fit", "labels", "--dataset", OTHER, "--out", "reward", status=2)
     assert "these labels belong to builtin/rooms/stitch-dense-v0" in err
 
 
