@@ -1,15 +1,25 @@
-"""Stable-Baselines3's SAC for `online.py`, in an environment of its own: prints the processor seconds of every stretch of transitions."""
+"""Stable-Baselines3 for `online.py`, in an environment of its own.
+
+peer_sb3.py ENV ENVS STEPS: the processor seconds of every stretch of transitions of SAC
+peer_sb3.py --count ENV: millions of multiplications in the matrix products of one update of SAC
+peer_sb3.py --scores AGENT ENV STEPS SEED: JSON, returns of ten episodes of the policy's mode after each quarter, with all defaults
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
+import gymnasium
 import numpy as np
 import torch
-from stable_baselines3 import SAC
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from torch.utils.flop_counter import FlopCounterMode
 
 WARMUP, STRETCH = 200, 100
 torch.set_num_threads(1)
@@ -37,5 +47,30 @@ def main(env: str, envs: int, steps: int) -> None:
     sys.stdout.write(" ".join(map(str, np.diff(clock.times[WARMUP // STRETCH :]))) + "\n")
 
 
+def scores(agent: str, env: str, steps: int, seed: int) -> None:
+    model = {"sac": SAC, "ppo": PPO}[agent]("MlpPolicy", env, device="cpu", seed=seed)
+    judged = Monitor(gymnasium.make(env))
+    judged.reset(seed=10_000 + seed)
+    found = []
+    for _ in range(4):
+        model.learn(steps // 4, reset_num_timesteps=False)
+        found.append(evaluate_policy(model, judged, 10, return_episode_rewards=True)[0])
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def count(env: str) -> None:
+    model = SAC("MlpPolicy", env, device="cpu", seed=0, learning_starts=300)
+    model.learn(300)
+    with FlopCounterMode(display=False) as counter:
+        model.train(1, 256)
+    sys.stdout.write(f"{counter.get_total_flops() / 2e6}\n")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--count":
+        count(sys.argv[2])
+        sys.exit()
+    if sys.argv[1] == "--scores":
+        scores(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        sys.exit()
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
