@@ -81,9 +81,10 @@ def test_errors_shrink_with_the_data():
 def test_seeds_are_judged_as_if_alone():
     process = random_process(4, discount=0.8)
     behavior, policies = random_policy(process, 104, 0.5), [random_policy(process, k) for k in range(3)]
-    together = judged(process, behavior, policies, episodes=100)
+    few = dataclasses.replace(TABLES, steps=100)
+    together = judged(process, behavior, policies, episodes=100, options=few)
     for index, policy in enumerate(policies):
-        alone = judged(process, behavior, [policy], episodes=100)
+        alone = judged(process, behavior, [policy], episodes=100, options=few)
         for method in METHODS:
             np.testing.assert_allclose(
                 [together.estimates[method][index].value, together.estimates[method][index].high],
