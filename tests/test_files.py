@@ -21,7 +21,7 @@ import rlkit2
 from rlkit2 import files
 from rlkit2.cli.main import main
 from rlkit2.training import checkpoints
-from tests.training.tiny_problem import tiny_dataset
+from tests.training.tiny_problem import store_tiny, tiny_dataset
 
 DATASET = "tiny/walk-v0"
 SMALL = ["--hidden-sizes", "8", "--batch-size", "8"]
@@ -67,7 +67,7 @@ COMMANDS: dict[str, tuple[list[list[str]], list[str]]] = {
 @pytest.fixture(autouse=True)
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    tiny_dataset().to_minari(DATASET)
+    store_tiny(DATASET)
 
 
 def told(words: list[str], folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from rlkit2.cli.train import COMMAND, _parse, examples
 from rlkit2.envs.builtin import builtin_recipes
 from rlkit2.testing import Problem
 from rlkit2.training import DataOptions, OnlineOptions, Run, TrainingOptions
-from tests.training.tiny_problem import tiny_dataset
+from tests.training.tiny_problem import store_tiny
 
 QUICK = ["--dataset", "tiny/walk-v0", "--steps", "6", "--eval-episodes", "2", "--env", "TinyWalk-v0"]
 
@@ -24,7 +24,7 @@ QUICK = ["--dataset", "tiny/walk-v0", "--steps", "6", "--eval-episodes", "2", "-
 def place(roots, monkeypatch):
     """A folder to work in, with one dataset."""
     monkeypatch.chdir(roots)
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     return roots
 
 

@@ -23,7 +23,7 @@ from rlkit2.sweeps.space import SAMPLERS, Choice, RandomSampler, Range, read_spa
 from rlkit2.sweeps.worker import carry_out
 from rlkit2.training import Run, load_recipe
 from rlkit2.training.selection import Goal
-from tests.training.tiny_problem import contents, tiny_dataset
+from tests.training.tiny_problem import contents, store_tiny
 
 FILE = """
 name = "tiny"
@@ -52,7 +52,7 @@ prune = [7, 20]
 
 @pytest.fixture(autouse=True)
 def dataset(roots):
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
 
 
 @pytest.fixture(autouse=True)

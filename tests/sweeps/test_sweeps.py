@@ -21,7 +21,7 @@ from rlkit2.sweeps import ENGINES, load_sweep, run_folders, run_sweep, sweep_run
 from rlkit2.sweeps.engines import _ended
 from rlkit2.sweeps.experiment import find_run
 from rlkit2.sweeps.worker import carry_out, find_work, work_name
-from tests.training.tiny_problem import contents, tiny_dataset
+from tests.training.tiny_problem import contents, store_tiny
 from tests.warm import warm_engine
 
 FILE = """
@@ -131,7 +131,7 @@ def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatc
         run_sweep(sweep, out=tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         load_sweep(tmp_path / "nothing.toml")
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     for engine, module, extra in (("ray", "ray", "ray"), ("slurm", "submitit", "slurm")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingExtraError, match=rf"pip install 'rlkit2\[{extra}\]'"):
@@ -139,7 +139,7 @@ def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatc
 
 
 def test_loggers_named_in_the_file_change_no_folder(tmp_path, monkeypatch):
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     plain = load_sweep(written(tmp_path))
     with_loggers = load_sweep(written(tmp_path, FILE.replace("[base]", '[base]\nloggers = ["wandb"]')))
     assert [e.folder for e in plain.experiments] == [e.folder for e in with_loggers.experiments]
@@ -159,7 +159,7 @@ def single(tmp_path, learning_rate, **options):
 
 
 def test_local_runs_are_those_of_train_and_a_second_call_trains_nothing(tmp_path, capsys):
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     path, out = written(tmp_path), tmp_path / "runs"
     assert main(["sweep", str(path), "--out", str(out), "--jobs", "2", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("not begun") == 2
@@ -179,7 +179,7 @@ def test_local_runs_are_those_of_train_and_a_second_call_trains_nothing(tmp_path
 
 def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path, monkeypatch):
     warm_engine(monkeypatch)
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     text = (
         FILE.replace("steps = 30", "steps = 1000")
         .replace("checkpoint_every = 10", "checkpoint_every = 50")
@@ -217,7 +217,7 @@ def test_a_process_that_died_says_where_its_log_is(tmp_path):
 def test_slurm_jobs_by_submitit(tmp_path):
     """With submitit's own local cluster, which runs the same jobs without Slurm."""
     pytest.importorskip("submitit")
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     sweep = load_sweep(written(tmp_path, FILE.replace("[1e-3, 1e-2]", "[1e-3]")))
     statuses = run_sweep(sweep, out=tmp_path / "runs", engine="slurm", options={"cluster": "local", "timeout_min": 5})
     assert list(statuses.values()) == ["finished"]
@@ -227,7 +227,7 @@ def test_slurm_jobs_by_submitit(tmp_path):
 
 def test_ray_tasks(tmp_path):
     ray = pytest.importorskip("ray")
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     sweep = load_sweep(written(tmp_path, FILE.replace("[1e-3, 1e-2]", "[1e-3]")))
     try:
         statuses = run_sweep(
@@ -261,7 +261,7 @@ def test_work_is_a_function_that_other_processes_find():
 
 def test_work_ends_with_the_process_that_began_it(tmp_path):
     """A killed sweep leaves nothing behind that would go on beside the sweep that is started in its place."""
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     text = FILE.replace("steps = 30", "steps = 1000000").replace("[1e-3, 1e-2]", "[1e-3]")
     sweep, out = load_sweep(written(tmp_path, text)), tmp_path / "runs"
     (experiment,) = sweep.experiments
@@ -310,7 +310,7 @@ def engine(request):
 def test_no_end_of_one_run_ends_another(engine, tmp_path, capsys, monkeypatch):
     """Workers that are killed, leave, or raise anything: the rest is trained, reasons are kept, and the same call resumes what ended."""
     warm_engine(monkeypatch)
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     (tmp_path / "cache").mkdir(exist_ok=True)
     agent = f"{Path(__file__).with_name('broken_agents.py')}:Ending"
     import_agent(agent)
@@ -359,7 +359,7 @@ def run_here(work, folders, jobs, options, report):
 
 
 def test_a_damaged_run_is_an_error_of_its_own(tmp_path, capsys, monkeypatch):
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     path, out = written(tmp_path), tmp_path / "runs"
     sweep = load_sweep(path)
     with monkeypatch.context() as patch:
@@ -382,7 +382,7 @@ def test_a_lost_node_of_a_ray_cluster_costs_what_it_did_since_its_checkpoint(tmp
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    tiny_dataset().to_minari("tiny/walk-v0")
+    store_tiny()
     text = FILE.replace("steps = 30", "steps = 20000").replace("checkpoint_every = 10", "checkpoint_every = 500")
     sweep, out = load_sweep(written(tmp_path, text)), tmp_path / "runs"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

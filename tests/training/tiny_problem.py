@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +23,7 @@ from gymnasium import spaces
 from rlkit2.agents import Agent
 from rlkit2.agents.bc import BC, BCConfig
 from rlkit2.data import Batch, DatasetSpec, TransitionDataset, dataset_from_arrays
+from rlkit2.data.folders import minari_root
 from rlkit2.evaluation import Evaluator
 from rlkit2.training import DataOptions, Run, Trainer, TrainingOptions
 from rlkit2.training.building import AgentFactory, agent_factory, agent_name, run_config
@@ -67,6 +73,20 @@ def tiny_dataset(seed: int = 0, episodes: int = 8, length: int = 25) -> Transiti
         truncations,
         DatasetSpec(observation_space=OBSERVATIONS, action_space=ACTIONS, id="tiny/walk-v0"),
     )
+
+
+def store_tiny(dataset_id: str = "tiny/walk-v0") -> None:
+    """`tiny_dataset()` as a Minari dataset in the folder that the test sees; written once, copied for every test."""
+    shutil.copytree(_stored_tiny(dataset_id), minari_root() / dataset_id)
+
+
+@cache
+def _stored_tiny(dataset_id: str) -> Path:
+    folder = Path(mkdtemp(prefix="tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder)):
+        tiny_dataset().to_minari(dataset_id)
+    return folder / dataset_id
 
 
 @dataclass(frozen=True)
