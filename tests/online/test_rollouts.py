@@ -162,6 +162,7 @@ def test_it_resumes_bit_for_bit(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a busy machine
 def test_it_learns_the_cart(tmp_path):
     config = PPOConfig(rollout_steps=1024, num_critics=3, critic="ggd")
     run = act(

@@ -168,6 +168,7 @@ def test_what_was_collected_is_kept_as_a_dataset(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a busy machine
 def test_sac_learns_the_pendulum_and_dqn_the_cart(tmp_path):
     wide = {"hidden_sizes": (64, 64), "critic_learning_rate": 1e-3}
     sac = rlkit2.train_online(
