@@ -3,7 +3,7 @@
 .venv/bin/python benchmarks/online.py [--rounds 3] [--steps 900] [--sb3-python /tmp/sb3/bin/python]
 .venv/bin/python benchmarks/online.py --count --sb3-python /tmp/sb3/bin/python
 .venv/bin/python benchmarks/online.py --scores --sb3-python /tmp/sb3/bin/python [--seeds 5] [--only TASK ...]
-.venv/bin/python benchmarks/online.py --curves [--seeds 5] [--only TASK ...]
+.venv/bin/python benchmarks/online.py --curves [--seeds 5] [--only TASK ...] [--models MODEL ...]
 
 Speed: two hidden layers of 256, batch 256, one update for every transition, one thread, evaluation off; every case in a process of its own, the cases
 taking turns. What counts is the processor time of a transition with its update, files and log lines included: the median over stretches of a hundred
@@ -16,8 +16,8 @@ Scores: the settings of Stable-Baselines3's defaults in both, the mean return of
 intervals over seeds, and the difference at the end with one. Ours train their seeds at once, theirs one after another. With `--only` the other
 tasks keep the rows that they have.
 
-Curves: agents whose values are fitted by squared error, Gaussian and generalized Gaussian likelihood (`coupling = "ggd"`), with networks of
-two layers of 64; the same returns after each eighth, and docs/images/online-curves.svg.
+Curves: agents whose values are fitted in the ways of `MODELS`, with networks of two layers of 64; the same returns after each eighth, and
+docs/images/online-curves.svg. What is not run (`--only`, `--models`) keeps its rows.
 """
 
 from __future__ import annotations
@@ -39,9 +39,18 @@ import numpy as np
 import torch
 from common import report
 
+from rlkit2.agents.error_model import RELEASED
+
 HERE = Path(__file__).parent
 WARMUP, STRETCH = 200, 100
-MODELS = ("mse", "gaussian", "ggd")
+# How values are fitted: by likelihoods, then as the paper's released code has it, then in our default, which leaves them a plain regression
+MODELS: dict[str, dict[str, Any]] = {
+    "mse": {"critic": "mse"},
+    "gaussian": {"critic": "gaussian", "coupling": "ggd"},
+    "ggd": {"critic": "ggd", "coupling": "ggd"},
+    "ggd, released": RELEASED,
+    "ggd, default": {"critic": "ggd"},
+}
 QUARTERS = ("1/4", "2/4", "3/4", "4/4")
 # agent, environment, steps, what of our defaults is not that of Stable-Baselines3; steps are whole rollouts where there are any
 SCORED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
@@ -169,7 +178,10 @@ def products_share(update: Callable[[], object]) -> float:
 def our_returns(
     agent: str, env: Any, steps: int, seeds: int, options: Mapping[str, Any], parts: int = 4
 ) -> np.ndarray[Any, Any]:
-    """Returns of ten episodes of every seed after each quarter (eighth, ...), `[parts, S, 10]`."""
+    """Returns of ten episodes of every seed after each quarter (eighth, ...), `[parts, S, 10]`, of the seeds that lasted.
+
+    A seed whose numbers diverge is stopped.
+    """
     import rlkit2
 
     with tempfile.TemporaryDirectory() as folder:
@@ -177,10 +189,9 @@ def our_returns(
             agent, env=env, steps=steps, seeds=seeds, out=folder, eval_every=steps // parts, progress=False, device="cpu", **options
         )  # fmt: skip
         lines = run.evaluations()
-    by_step = [
-        [line["returns"] for line in lines if line["step"] == step] for step in sorted({line["step"] for line in lines})
-    ]
-    return np.array(by_step)
+    every = {seed: [line["returns"] for line in lines if line["seed"] == seed] for seed in range(seeds)}
+    lasted = [own for own in every.values() if len(own) == parts]
+    return np.array(lasted).reshape(-1, parts, 10).swapaxes(0, 1)
 
 
 def their_returns(python: Path, agent: str, env: str, steps: int, seeds: int) -> np.ndarray[Any, Any]:
@@ -237,24 +248,26 @@ def noisy_pendulum() -> gymnasium.Env[Any, Any]:
     return NoisyRewards(gymnasium.make("Pendulum-v1"), std=NOISE_STD, shape=NOISE_SHAPE)
 
 
-def curves(seeds: int, only: Sequence[str]) -> None:
-    """Returns of the three error models, values fitted by their likelihoods."""
+def curves(seeds: int, only: Sequence[str], models: Sequence[str]) -> None:
+    """Returns of agents whose values are fitted in several ways."""
     path = HERE / "results" / "online_curves.json"
     known = json.loads(path.read_text()) if path.exists() else {"rows": [], "returns": {}}
     for task in only or CURVES:
         agent, env, steps, options = CURVES[task]
-        begun = time.process_time()
-        rows = []
-        for model in MODELS:
-            coupling = {} if model == "mse" else {"coupling": "ggd"}
-            overrides = {**options["overrides"], "critic": model, **coupling}
+        for model in models:
+            begun = time.process_time()
+            overrides = {**options["overrides"], **MODELS[model]}
             returns = our_returns(agent, env, steps, seeds, {**options, "overrides": overrides}, parts=8)
-            rows.append({"id": task, "task": title(task, seeds), "critic": model, **by_quarter(returns[1::2])})
-            known["returns"].setdefault(task, {})[model] = returns.tolist()
-        sys.stderr.write(f"{task}: {time.process_time() - begun:.0f} s of processor time\n")
-        known["rows"] = [row for row in known["rows"] if row["id"] != task] + rows
-        known["rows"].sort(key=lambda row: list(CURVES).index(row["id"]))
-        report("online_curves", known["rows"], returns=known["returns"])
+            row = {"id": task, "task": title(task, seeds), "critic": model}
+            if returns.shape[1]:
+                row |= by_quarter(returns[1::2])
+                known["returns"].setdefault(task, {})[model] = returns.tolist()
+            if returns.shape[1] < seeds:
+                row["seeds that lasted"] = returns.shape[1]
+            known["rows"] = [old for old in known["rows"] if (old["id"], old["critic"]) != (task, model)] + [row]
+            known["rows"].sort(key=lambda row: (list(CURVES).index(row["id"]), list(MODELS).index(row["critic"])))
+            report("online_curves", known["rows"], returns=known["returns"])
+            sys.stderr.write(f"{task}, {model}: {time.process_time() - begun:.0f} s of processor time\n")
 
 
 def title(task: str, seeds: int) -> str:
@@ -278,20 +291,23 @@ def draw() -> None:
     for task, axes in zip((name for name in CURVES if name in found), panels, strict=False):
         agent, env, steps, _ = CURVES[task]
         for number, model in enumerate(MODELS):
+            if model not in found[task]:
+                continue
             returns = np.array(found[task][model])
             at = steps * np.arange(1, len(returns) + 1) // len(returns)
             estimates = [bootstrap([part]) for part in returns]
             ends = np.array([[one.low, one.high] for one in estimates]).T
             axes.plot(at, [one.value for one in estimates], f"C{number}", marker=".", label=model)
             axes.fill_between(at, *ends, color=f"C{number}", alpha=0.15, linewidth=0)
-        seen = np.array(list(found[task].values())).mean(-1)  # intervals of five seeds reach beyond what there is
+        seen = np.concatenate([np.array(one).mean(-1).ravel() for one in found[task].values()])
         room = 0.1 * np.ptp(seen)
-        axes.set_ylim(seen.min() - room, seen.max() + room)
+        axes.set_ylim(seen.min() - room, seen.max() + room)  # intervals of five seeds reach beyond what there is
         axes.set_title(f"{agent}, {env if isinstance(env, str) else 'Pendulum-v1, noisy rewards'}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("return")
-    panels[0].legend(fontsize=7, frameon=False)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=8, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "online-curves"}):
         figure.savefig(HERE.parent / "docs" / "images" / "online-curves.svg", metadata={"Date": None})
 
@@ -306,6 +322,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*SCORED, *CURVES], default=[])
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mse", "gaussian", "ggd"])
     parser.add_argument("--case", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -317,7 +334,7 @@ def main() -> None:
     elif options.scores:
         scores(options.sb3_python, options.seeds, options.only)
     elif options.curves:
-        curves(options.seeds, options.only)
+        curves(options.seeds, options.only, options.models)
         draw()
     else:
         speed(options.sb3_python, options.rounds, options.steps)
