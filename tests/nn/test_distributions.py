@@ -23,6 +23,7 @@ from rlkit2.nn.distributions import (
     mixture_cdf,
     mixture_excess_kurtosis,
     mixture_icdf,
+    unit_variance,
 )
 from tests.reference import ROOT
 
@@ -327,3 +328,18 @@ def test_expanding_keeps_whether_arguments_are_checked(validate: bool) -> None:
             noise.log_prob(torch.tensor(math.nan))
     else:
         assert noise.log_prob(torch.tensor(math.nan)).isnan().all()
+
+
+def test_variances_that_leave_float32_stay_numbers_and_do_not_blow_up_a_mean() -> None:
+    """A seed whose metrics are no numbers is stopped: a row of a shape that the released code's form allows must not do that."""
+    shape = torch.tensor([0.01, 0.05, 0.3, 2.0], requires_grad=True)
+    variance = unit_variance(shape)
+    variance.sum().backward()
+    assert variance.isfinite().all()
+    assert variance.mean().isfinite()
+    assert shape.grad is not None
+    assert shape.grad.isfinite().all()
+    assert (variance[:2] > 1e30).all()
+    exact = unit_variance(shape.detach().double())
+    torch.testing.assert_close(variance[2:].double(), exact[2:], rtol=1e-5, atol=0.0)
+    assert exact[1] > 1e40
