@@ -163,6 +163,7 @@ def train(
         KeyboardInterrupt: after SIGINT, and as `Preempted` after SIGTERM, SIGUSR1 or SIGUSR2; the run is saved and can be resumed.
     """
     from rlkit2.agents import Agent, class_name, import_agent
+    from rlkit2.evaluation.scores import below_its_data
     from rlkit2.training.building import (
         agent_config,
         agent_factory,
@@ -214,9 +215,14 @@ def train(
         warnings.warn(change, RunWarning, stacklevel=2)
     with session.evaluator(plan) as evaluator:
         done = session.open(begun, plan, out, doubts)
+        returns, lengths = transitions.episode_returns.double(), transitions.episode_lengths.double()
+        done.update_manifest(data={"mean_return": float(returns.mean()), "mean_length": float(lengths.mean())})
         if seen := describe_images(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"]):
             session.shown.message(seen)
         session.fit(done, place_dataset(prepared, session.target), factory, evaluator)
+    if done.manifest["status"] == "finished" and (text := below_its_data(done)):
+        session.shown.message(f"warning: {text}")
+        done.update_manifest(warnings=[*done.manifest.get("warnings", []), text])
     return done
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from rlkit2.errors import RunError
 from rlkit2.evaluation.evaluation import summarize
+from rlkit2.evaluation.reference_scores import reference_scores
+from rlkit2.training.building import stored_spec
 from rlkit2.training.run import Run
 
 Array = NDArray[np.float64]
@@ -94,3 +96,25 @@ def score_summary(run: Run, *, last: int = 5) -> dict[str, Any]:
         "best": {"step": history.steps[history.best], "oracle": True, **summarize(history.scores[history.best])},
         "stopped": run.manifest.get("stopped", {}),
     }
+
+
+def below_its_data(run: Run) -> str | None:
+    """One line where the final policy earns less than the data's episodes do on average, beyond chance; None where it does not.
+
+    Nor where the two cannot be compared: no evaluation, another environment than the dataset's, no reference returns or a mean outside them (the
+    data's rewards are not the environment's then), or episodes in the data that go on beyond the environment's time limit.
+    """
+    data, spec = run.manifest.get("data"), stored_spec(run.config)
+    environment, known = spec.eval_env_spec or spec.env_spec, reference_scores(spec)
+    if not data or run.config.get("env") or environment is None or known is None or not run.evaluations():
+        return None
+    if data["mean_length"] > (environment.max_episode_steps or np.inf):
+        return None
+    found = summarize(score_history(run, unit="return").scores[-1])
+    high = found["interval"][1]
+    if high is None or not max(high, known.minimum) < data["mean_return"] <= known.maximum:
+        return None
+    return (
+        f"the policy's return is {found['mean']:.4g} (95 % interval up to {high:.4g}), but {data['mean_return']:.4g} on average in the data, by its "
+        "rewards: what was learnt is worse than what the data do; compare with agent bc, which copies them"
+    )

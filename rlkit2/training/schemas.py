@@ -44,6 +44,7 @@ MANIFEST: Schema = {
     "step": Natural,
     "seconds": float,
     "error": str | None,
+    "data": Object,
 }
 STOPPED: Schema = {"step": Natural, "metric": str}
 BEST: Schema = {"step": Natural, "score": float}
