@@ -4,7 +4,8 @@
 
 Per row and averaged over seeds and heads: the share of the least weights (0, or the floor), the
 mean weight (the whole dataset has mean 1), the residual and the value in
-units of reward, and the discounted return that really followed.
+units of reward, and the discounted return that really followed. Below the table: whether what decides the weights tells what follows, the
+correlation of e(s, a) (or R) with the return to go less V, over steps with 300 or more left (luck is large: 1 is out of reach, 0 is noise).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlkit2.agents.odice import ODICE
 from rlkit2.data.returns import discounted_returns
 from rlkit2.errors import ConfigError, RLKitError
 
+AHEAD = 300
 EDGES = (0, 1, 3, 6, 12, 25, 50, 100, 10**9)
 
 
@@ -32,7 +34,8 @@ def main(path: Path) -> None:
     if not isinstance(agent, ODICE):
         raise ConfigError(f"{path} is a run of {run.config['agent']}; this needs one of odice")
     dataset = load_dataset(run.config["dataset"]["source"])
-    terms = agent.terms(dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1)))
+    every = dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1))
+    terms = agent.terms(every)
     # the agent's V and R have units of their own: here both are in units of reward
     scale = (agent.residual_scale / agent.residual_spread).view(-1, 1, 1)
     mean, unit = 0.0, torch.ones(1, 1, 1)
@@ -67,7 +70,21 @@ def main(path: Path) -> None:
                 bound = "" if high == EDGES[-1] else f" to {high:.0f}"
                 cells = (f"{column[chosen].mean():.3g}" for column in rows.values())
                 table.add_row(f"{text} {low:.0f}{bound}", str(int(chosen.sum())), *cells)
-    Console(width=120).print(table)
+    console = Console(width=120)
+    console.print(table)
+    deciding = terms.residual_forward.mean(1)
+    if agent.config.weight_residual == "expected":
+        batch = agent.normalize(every)
+        with torch.no_grad():
+            deciding = agent.expected_residual(batch.observations, batch.actions)[:, 0]
+    long = left >= AHEAD
+    if long.any():
+        gain = rows["return to go"] - columns["value"].mean(1)
+        found = [
+            torch.corrcoef(torch.stack(pair))[0, 1]
+            for pair in zip(deciding[:, long].double(), gain[:, long], strict=True)
+        ]
+        console.print(f"correlation with what followed: {', '.join(f'{value:.3f}' for value in found)}")
 
 
 if __name__ == "__main__":
