@@ -19,17 +19,7 @@ import rlkit2
 SMALL = {"hidden_sizes": [64, 64]}
 FAST = {"critic_learning_rate": 1e-3, "value_learning_rate": 1e-3, "policy_learning_rate": 1e-3}
 VALUES = {**SMALL, "critic_learning_rate": 1e-3, "num_critics": 2, "target_update_rate": 0.02, "discount": 0.95}
-ODICE = {
-    **SMALL,
-    "value_learning_rate": 1e-3,
-    "policy_learning_rate": 1e-3,
-    "weight": "conjugate_grad",
-    "lambda_": 0.5,
-    "discount": 0.97,
-    "value_layer_norm": False,
-    "tanh_mean": True,
-    "target_update_rate": 0.05,
-}
+ODICE = {**SMALL, "value_learning_rate": 1e-3, "policy_learning_rate": 1e-3, "discount": 0.97}
 ROOMS = "builtin/rooms/expert-sparse-v0", "builtin/rooms-images/expert-sparse-v0"
 GRID = "builtin/gridworld/mixed-v0", "builtin/gridworld-images/mixed-v0"
 SEVERAL = ("iql", "odice")  # agents of several networks: once more with one encoder for all
@@ -37,7 +27,7 @@ SEVERAL = ("iql", "odice")  # agents of several networks: once more with one enc
 ROWS: tuple[tuple[str, str, str, int, dict[str, Any], dict[str, Any]], ...] = (
     ("bc", *ROOMS, 500, {**SMALL, "learning_rate": 1e-3}, {}),
     ("iql", *ROOMS, 500, {**SMALL, **FAST, "policy_cosine_steps": None}, {}),
-    ("odice", *ROOMS, 500, ODICE, {}),
+    ("odice", *ROOMS, 1000, ODICE, {}),
     ("iql", ROOMS[0], "builtin/rooms-images/expert-goal-v0", 1500, {**SMALL, **FAST, "policy_cosine_steps": None}, {}),
     ("dqn", *GRID, 3000, VALUES, {}),
     ("cql", *GRID, 1000, VALUES, {}),

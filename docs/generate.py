@@ -184,6 +184,7 @@ def _linked(text: str) -> str:
     """Links of a card as links of the site."""
     text = re.sub(r"\]\(\.\./(\w+)/README\.md(#[\w-]+)?\)", r"](\1.md\2)", text)
     text = re.sub(r"\]\(\.\./\.\./docs/([\w/]+)\.md(#[\w-]+)?\)", r"](../../\1.md\2)", text)
+    text = re.sub(r"\]\(\.\./\.\./docs/(images/[\w/.-]+)\)", r"](../../\1)", text)
     return re.sub(r"\]\(\.\./\.\./envs/[\w/.-]+\)", "](../../data.md)", text)
 
 
