@@ -215,6 +215,7 @@ class ODICE(Agent):
     config_class = ODICEConfig
     action_kinds = ACTION_KINDS
     sees_images = True
+    several_steps = True
     config: ODICEConfig
 
     def _build(self) -> None:
@@ -259,8 +260,14 @@ class ODICE(Agent):
         mean, std = self.normalizer.return_mean, self.normalizer.return_std
         if self.config.value_unit == "reward" or mean is None or std is None:
             return batch
-        kept = 1.0 - self.config.discount * (1.0 - batch.terminations)
-        return replace(batch, rewards=(batch.rewards - mean * kept) / std)
+        return replace(batch, rewards=(batch.rewards - mean * (1.0 - self.bootstrap(batch))) / std)
+
+    def bootstrap(self, batch: Batch) -> Tensor:
+        """gamma (1 - terminated) of a normalised batch, gamma^k for returns of k steps, `[S, B]`."""
+        discount = self.discounts(batch)
+        if isinstance(discount, Tensor):
+            return discount * (1.0 - batch.terminations)
+        return torch.rsub(batch.terminations, discount, alpha=discount)
 
     # The terms of the objective, on normalised batches. Tests and variants change the method by overriding one of these.
 
@@ -274,8 +281,7 @@ class ODICE(Agent):
         """R_f = r + gamma V_target(s') - V(s) and R_b = r + gamma V(s') - V_target(s), online heads apart; gamma counts as 0 at a termination."""
         rows = batch.rewards.shape[1]
         rewards = batch.rewards.unsqueeze(1)
-        discount = self.config.discount
-        bootstrap = torch.rsub(batch.terminations, discount, alpha=discount).unsqueeze(1)  # gamma (1 - terminated)
+        bootstrap = self.bootstrap(batch).unsqueeze(1)
         if self.config.gradient_rule == "semi":
             value, pullback = vjp(self.value_network, batch.observations)
             here, ahead = value.unsqueeze(0), self.target_value(batch.next_observations)

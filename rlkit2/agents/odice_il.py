@@ -127,6 +127,7 @@ class ODICEIL(ODICE):
 
     config_class = ODICEILConfig
     sees_images = False  # its discriminator reads plain rows
+    several_steps = False  # its reward is of single steps
     config: ODICEILConfig
 
     @classmethod

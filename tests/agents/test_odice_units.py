@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from rlkit2.agents import make_agent, make_config
 from rlkit2.agents.odice import ODICE, ODICEConfig
 from rlkit2.data import Batch, dataset_from_arrays
+from rlkit2.data.batch import LookaheadBatch
 from rlkit2.data.returns import discounted_returns, return_statistics
 from rlkit2.nn import Normalizer
 from rlkit2.training.building import agent_factory
@@ -210,3 +211,17 @@ def test_a_run_from_before_the_units_keeps_its_meaning() -> None:
     assert (config.value_unit, config.residual_unit, config.weight_residual) == ("reward", "value", "sampled")
     assert config.policy_widths == (1024, 1024)
     assert ODICEConfig.former({"value_unit": "return"}) == {"value_unit": "return"}
+
+
+@pytest.mark.parametrize("rule", ["orthogonal", "semi", "true"])
+def test_returns_of_several_steps_count_in_the_spread_of_returns_too(rule: str) -> None:
+    """Three steps at a discount of .9 are one at .729, whatever mean and deviation returns have."""
+    first, second = (agent(2.0, 3.0, discount=discount, gradient_rule=rule) for discount in (0.9, 0.9**3))
+    for step in range(3):
+        batch = make_batch(seed=step)
+        parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
+        steps = torch.full(batch.rewards.shape, 3)
+        first.update(LookaheadBatch(**{"rows": steps, **parts, "steps": steps, "discount": 0.9}))
+        second.update(batch)
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(tensor, second.state_dict()[name], rtol=1e-9, atol=1e-11, msg=name)
