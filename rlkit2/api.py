@@ -215,14 +215,16 @@ def train(
         warnings.warn(change, RunWarning, stacklevel=2)
     with session.evaluator(plan) as evaluator:
         done = session.open(begun, plan, out, doubts)
-        returns, lengths = transitions.episode_returns.double(), transitions.episode_lengths.double()
-        done.update_manifest(data={"mean_return": float(returns.mean()), "mean_length": float(lengths.mean())})
+        returns, lengths = transitions.episode_returns.double().mean(), transitions.episode_lengths.double().mean()
+        data_facts = {"mean_return": float(returns) if returns.isfinite() else None, "mean_length": float(lengths)}
+        done.update_manifest(data=data_facts)
         if seen := describe_images(trial, prepared, len(plan["seeds"]), plan["training"]["batch_size"]):
             session.shown.message(seen)
         session.fit(done, place_dataset(prepared, session.target), factory, evaluator)
     if done.manifest["status"] == "finished" and (text := below_its_data(done)):
         session.shown.message(f"warning: {text}")
-        done.update_manifest(warnings=[*done.manifest.get("warnings", []), text])
+        said = done.manifest.get("warnings", [])
+        done.update_manifest(warnings=said if text in said else [*said, text])
     return done
 
 

@@ -99,14 +99,21 @@ def score_summary(run: Run, *, last: int = 5) -> dict[str, Any]:
 
 
 def below_its_data(run: Run) -> str | None:
-    """One line where the final policy earns less than the data's episodes do on average, beyond chance; None where it does not.
+    """One line where the final policy earns less than the data's episodes do on average, by a 95 % interval; None where it does not.
 
     Nor where the two cannot be compared: no evaluation, another environment than the dataset's, no reference returns or a mean outside them (the
     data's rewards are not the environment's then), or episodes in the data that go on beyond the environment's time limit.
     """
     data, spec = run.manifest.get("data"), stored_spec(run.config)
     environment, known = spec.eval_env_spec or spec.env_spec, reference_scores(spec)
-    if not data or run.config.get("env") or environment is None or known is None or not run.evaluations():
+    if (
+        not data
+        or data["mean_return"] is None
+        or run.config.get("env")
+        or environment is None
+        or known is None
+        or not run.evaluations()
+    ):
         return None
     if data["mean_length"] > (environment.max_episode_steps or np.inf):
         return None
@@ -114,7 +121,8 @@ def below_its_data(run: Run) -> str | None:
     high = found["interval"][1]
     if high is None or not max(high, known.minimum) < data["mean_return"] <= known.maximum:
         return None
+    mend = "give it more updates" if run.config["agent"] == "bc" else "compare with agent bc, which copies them"
     return (
         f"the policy's return is {found['mean']:.4g} (95 % interval up to {high:.4g}), but {data['mean_return']:.4g} on average in the data, by its "
-        "rewards: what was learnt is worse than what the data do; compare with agent bc, which copies them"
+        f"rewards: what was learnt is worse than what the data do; {mend}"
     )
