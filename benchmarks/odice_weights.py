@@ -34,6 +34,8 @@ def main(path: Path) -> None:
     if not isinstance(agent, ODICE):
         raise ConfigError(f"{path} is a run of {run.config['agent']}; this needs one of odice")
     dataset = load_dataset(run.config["dataset"]["source"])
+    if agent.needs_episodes(agent.config):
+        dataset = dataset.looking_ahead(discount=agent.config.discount, episodes=True)
     every = dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1))
     terms = agent.terms(every)
     # the agent's V and R have units of their own: here both are in units of reward
@@ -73,7 +75,7 @@ def main(path: Path) -> None:
     console = Console(width=120)
     console.print(table)
     deciding = terms.residual_forward.mean(1)
-    if agent.config.weight_residual == "expected":
+    if agent.expects:
         batch = agent.normalize(every)
         with torch.no_grad():
             deciding = agent.expected_residual(batch.observations, batch.actions)[:, 0]

@@ -617,6 +617,9 @@ def _plan(
     if by_name and len(agent_classes(name)) > 1:
         kind = transitions.spec.action_kind
         config = make_config(name, kind, **read_config(name, fields, kind))
+    config, text = agent_class(config).settled(config, transitions)
+    if text:
+        shown.message(text)
     plan = run_config(
         agent=name,
         config=config,

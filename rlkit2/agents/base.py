@@ -332,6 +332,21 @@ class Agent:
         return dataset
 
     @classmethod
+    def settled(cls, config: Any, dataset: Any = None) -> tuple[Any, str | None]:
+        """The config with what it leaves to the data decided, and a line that says what was; the same config and None where there is nothing.
+
+        Args:
+            config: of the agent.
+            dataset: transitions that it will learn from; None: it learns from transitions as they come, in an environment.
+        """
+        return config, None
+
+    @classmethod
+    def needs_episodes(cls, config: Any) -> bool:
+        """Whether its batches must say what their episodes earned (`TransitionDataset.looking_ahead(episodes=True)`)."""
+        return False
+
+    @classmethod
     def return_discount(cls, config: Any) -> float | None:
         """Discount of the data's returns whose mean and deviation the agent wants as `normalizer.return_mean` and `return_std`; None: no wish."""
         return None
@@ -369,22 +384,35 @@ class Agent:
             ConfigError: returns of several steps for an agent that has no use for them, or discounted otherwise than it discounts; no next
                 actions for one that needs them.
         """
-        found = {}
-        if isinstance(batch, LookaheadBatch) and batch.steps is not None:
-            if not self.several_steps:
-                raise ConfigError(single_steps(type(self).__name__))
-            if batch.discount != self.config.discount:
-                raise ConfigError(
-                    f"the batch's returns are discounted by {batch.discount:g}, the agent discounts by {self.config.discount:g}"
-                )
-            found["steps"] = batch.steps.to(self.dtype)
-        if isinstance(batch, LookaheadBatch) and batch.next_actions is not None and batch.followed is not None:
-            found["next_actions"] = self.normalize_actions(batch.next_actions)
-            found["followed"] = batch.followed.to(self.dtype)
-        elif self.needs_next_actions:
+        if self.needs_next_actions and getattr(batch, "next_actions", None) is None:
             raise ConfigError(
                 f"{type(self).__name__} needs the data's next actions; take batches from dataset.looking_ahead(next_actions=True)"
             )
+        if not isinstance(batch, LookaheadBatch):
+            return {}
+        if batch.steps is not None and not self.several_steps:
+            raise ConfigError(single_steps(type(self).__name__))
+        if not (batch.steps is None and batch.returns_to_go is None) and batch.discount != self.config.discount:
+            raise ConfigError(
+                f"the batch's returns are discounted by {batch.discount:g}, the agent discounts by {self.config.discount:g}"
+            )
+        found = {}
+        for name in (
+            "steps",
+            "followed",
+            "returns_to_go",
+            "steps_to_go",
+            "first_returns",
+            "first_steps",
+            "final_terminations",
+        ):
+            if (value := getattr(batch, name)) is not None:
+                found[name] = value.to(self.dtype)
+        if batch.next_actions is not None:
+            found["next_actions"] = self.normalize_actions(batch.next_actions)
+        for name in ("first_observations", "final_observations"):
+            if (value := getattr(batch, name)) is not None:
+                found[name] = self.inputs(value)
         return found
 
     def discounts(self, batch: Batch) -> float | Tensor:

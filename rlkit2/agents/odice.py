@@ -19,10 +19,13 @@ That is the paper's rule, for a batch (`projection`; `rlkit2.agents.odice_projec
 By default every number is in the data's own units, so that one setting serves data of any reward size, horizon and discount: V counts in standard
 deviations of the data's returns around their mean, R in its own running spread, and the multiplier of E[w] = 1 is a quantile q of the batch:
 
-    w(s, a) = (1 - floor) max(0, e(s, a) - q) / mean + floor,
+    w = (1 - floor) max(0, A - q) / mean + floor.
 
-where e regresses R on (s, a): the theory takes R in expectation over s', and a single s' would reward luck. The floor clones everything a little:
-where V is a little too high, at the starts of episodes first, no action lies above the quantile, and the policy would never learn to begin.
+The floor clones everything a little: where V is a little too high, at the starts of episodes first, nothing lies above the quantile, and the policy
+would never learn to begin. What A is, `weight_residual` says. On the data of whole episodes it is what really followed, the return from s_t to the
+end of the episode less V(s_t): the R of a single step ranks actions by the errors of V, which are the same for the same action every time, so that
+the policy follows them; those of a whole return are not, and average out. A second factor weighs whole episodes by A at their first step.
+"expected" is the theory's R in expectation over s' where the environment is random, a regression e(s, a).
 
 Source: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient Update" (ICLR 2024), and its
 released code, which the preset `odice_released` reproduces number for number.
@@ -48,7 +51,7 @@ from rlkit2.agents.odice_diagnostics import (
     signs_of_trouble,
 )
 from rlkit2.agents.odice_projection import coefficients, orthogonal_by_layer, orthogonal_by_sample
-from rlkit2.data.batch import Batch
+from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.divergences import (
@@ -59,6 +62,9 @@ from rlkit2.losses.divergences import (
 )
 from rlkit2.nn import Adam, Critic, layer_sizes, lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback, StackedPullback
+
+SPARSE = 0.9
+"""Rewards of which so many are the same number are taken for sparse."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,12 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     weight_quantile: Inside = 0.6
     # share of the weight that "above_quantile" spreads evenly over the batch
     weight_floor: Fraction = 0.2
-    # R of the policy weight: "expected" over s' by a network e(s, a), or "sampled": that of the transition, luck included
-    weight_residual: Literal["expected", "sampled"] = "expected"
+    # what the policy weight ranks transitions by: the "return" to go less V; "mixed": its sum with R, each in its own spread; R "expected" over s' by
+    # a network e(s, a); R as "sampled", luck included; "auto": "mixed" where nine in ten rewards are the same number, else "return", and "expected"
+    # where transitions come without their episodes
+    weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "auto"
+    # how much whole episodes count ("return" and "mixed"): exp(this times the return above V at an episode's start, in deviations); 0: none
+    trajectory_weight: NonNegative = 1.0
     # upper bound of the policy weight
     weight_clamp: Positive | None = 100.0
     # "mean" divides a seed's weights by their batch mean before the clamp
@@ -238,7 +248,8 @@ class ODICE(Agent):
             self._register(buffers={"residual_scale": self.residual_scale})
         if config.residual_unit == "spread":
             self._register(buffers={"residual_spread": self.residual_spread})
-        if config.weight_residual == "expected":
+        self.expects = config.weight_residual in ("auto", "expected")
+        if self.expects:
             self._build_expected_residual()
 
     def _build_expected_residual(self) -> None:
@@ -250,6 +261,30 @@ class ODICE(Agent):
         self._register({"residual": self.expected_residual}, {"residual": self.expected_optimizer})
 
     @classmethod
+    def settled(cls, config: ODICEConfig, dataset: Any = None) -> tuple[ODICEConfig, str | None]:
+        """`weight_residual` by the data: see the field."""
+        kind = config.weight_residual
+        if dataset is None and kind in (
+            "return",
+            "mixed",
+        ):  # what is collected is learnt from before its episode has ended
+            return replace(config, weight_residual="sampled"), f"odice: {kind} -> weight_residual = 'sampled', online"
+        if dataset is None or kind != "auto":
+            return config, None
+        share = float(dataset.rewards.unique(return_counts=True)[1].max()) / len(dataset)
+        kind, name = ("mixed", "sparse") if share >= SPARSE else ("return", "dense")
+        text = (
+            f"odice: weight_residual = '{kind}', as for {name} rewards ({share:.0%} of them are the same number); "
+            "--weight-residual chooses another"
+        )
+        return replace(config, weight_residual=kind), text
+
+    @classmethod
+    def needs_episodes(cls, config: ODICEConfig) -> bool:
+        """Where what followed decides the weights."""
+        return config.weight_residual in ("return", "mixed")
+
+    @classmethod
     def return_discount(cls, config: ODICEConfig) -> float | None:
         """The discount where V counts in the spread of returns."""
         return config.discount if config.value_unit == "return" else None
@@ -257,8 +292,8 @@ class ODICE(Agent):
     def normalize(self, batch: Batch) -> Batch:
         """As for every agent, with rewards for V in its unit: (r - mean (1 - gamma (1 - terminated))) / sd changes R by the factor 1 / sd alone."""
         batch = super().normalize(batch)
-        mean, std = self.normalizer.return_mean, self.normalizer.return_std
-        if self.config.value_unit == "reward" or mean is None or std is None:
+        mean, std = self.value_units()
+        if isinstance(std, float):
             return batch
         return replace(batch, rewards=(batch.rewards - mean * (1.0 - self.bootstrap(batch))) / std)
 
@@ -362,8 +397,75 @@ class ODICE(Agent):
         g_f, g_b, g_1 = pullback(at_value, here), pullback(at_next, there), pullback(None, here)
         return self.orthogonal(g_f, g_b, g_1, mean_term)
 
-    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """w(R) before and after normalisation and clamp, `[S, M, B]`."""
+    def ranked_by(self, batch: Batch, residual: Tensor, expected: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `weight_residual` ranks a normalised batch by, `[S, 1 or M, B]`, and the weights of its episodes, `[S, 1, B]` (None: all the same).
+
+        Args:
+            batch: normalised.
+            residual: R_f, `[S, M, B]`.
+            expected: e(s, a), `[S, 1, B]`; None where it is not learnt.
+
+        Raises:
+            ConfigError: it needs the episodes of the batch, which does not know them.
+        """
+        kind = self.config.weight_residual
+        if not self.needs_episodes(self.config):
+            return residual if expected is None else expected, None
+        followed, whole = self.advantages(batch)
+        if kind == "mixed":
+            followed = in_spreads(followed) + in_spreads(residual.mean(1, keepdim=True))
+        return followed, self.episode_weights(whole)
+
+    def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What followed each row of a normalised batch, and what followed the first row of its episode, less V_target there, `[S, 1, B]` each.
+
+        Both to the end of the episode, from which V_target goes on where it was cut off.
+        """
+        if not isinstance(batch, LookaheadBatch) or batch.returns_to_go is None:
+            raise ConfigError(
+                f"weight_residual = '{self.config.weight_residual}' needs whole episodes: take batches from "
+                "dataset.looking_ahead(discount=..., episodes=True), or choose 'expected' or 'sampled'"
+            )
+        assert batch.first_observations is not None and batch.final_observations is not None  # noqa: PT018
+        assert batch.steps_to_go is not None and batch.first_steps is not None and batch.first_returns is not None  # noqa: PT018
+        assert batch.final_terminations is not None
+        rows = batch.rewards.shape[1]
+        three = torch.cat([batch.observations, batch.first_observations, batch.final_observations], 1)
+        here, first, final = self.target_value(three).split_with_sizes([rows, rows, rows], -1)
+        mean, std = self.value_units()
+        after = (mean + std * final[:, 0]) * (1.0 - batch.final_terminations)
+
+        def less(value: Tensor, earned: Tensor, steps: Tensor) -> Tensor:
+            total = (earned + self.config.discount**steps * after - mean) / std
+            return total.unsqueeze(1) - value
+
+        return (
+            less(here, batch.returns_to_go, batch.steps_to_go),
+            less(first, batch.first_returns, batch.first_steps),
+        )
+
+    def value_units(self) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation that V counts in, `[S, 1]`; 0 and 1 where it counts in rewards."""
+        mean, std = self.normalizer.return_mean, self.normalizer.return_std
+        if self.config.value_unit == "reward" or mean is None or std is None:
+            return 0.0, 1.0
+        return mean, std
+
+    def episode_weights(self, earned: Tensor) -> Tensor | None:
+        """exp(trajectory_weight A / sd) of the episodes' advantages `[S, 1, B]`, of mean 1 with the floor; None: all count the same.
+
+        Source: Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting" (ICLR 2023), with the spread of the
+        batch for their temperature and the floor of the other weights.
+        """
+        if self.config.trajectory_weight == 0.0:
+            return None
+        spread = in_spreads(earned) * self.config.trajectory_weight
+        weight = (spread - spread.amax(2, keepdim=True)).exp()
+        floor = self.config.weight_floor
+        return weight / weight.mean(2, keepdim=True) * (1.0 - floor) + floor
+
+    def weights(self, residual: Tensor, episodes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """w before and after normalisation and clamp, `[S, M, B]`, of what ranks the transitions and the weights of their episodes."""
         config = self.config
         if config.weight == "above_quantile":
             quantile = residual.flatten(1).quantile(config.weight_quantile, dim=1).view(-1, 1, 1)
@@ -375,6 +477,8 @@ class ODICE(Agent):
             raw = raw * (1.0 - config.weight_floor) + config.weight_floor
         else:
             raw = policy_weight(config.divergence, residual, None, kind=config.weight, alpha=config.alpha)
+        if episodes is not None:
+            raw = raw * episodes
         weight = raw
         if config.weight_normalization == "mean":
             finite = raw.clamp(max=torch.finfo(raw.dtype).max / raw[0].numel())  # so that their mean is finite
@@ -391,13 +495,12 @@ class ODICE(Agent):
         value_gradient_norm = torch.linalg.vector_norm(gradient, dim=1)
         if self.config.max_gradient_norm is not None:
             gradient = gradient * (self.config.max_gradient_norm / value_gradient_norm).clamp(max=1.0).unsqueeze(1)
+        expected = self.learn_expected_residual(batch, residuals.forward) if self.expects else None
+        ranked = self.ranked_by(batch, residuals.forward, expected)
         self.value_optimizer.step(gradient)
         lerp_(self.value_target, self.value_network, self.config.target_update_rate)
 
-        if self.config.weight_residual == "expected":
-            raw, weight = self.weights(self.learn_expected_residual(batch, residuals.forward))
-        else:
-            raw, weight = self.weights(residuals.forward)
+        raw, weight = self.weights(*ranked)
         log_prob = self.actor.log_prob(batch.observations, batch.actions)
         policy_loss = (log_prob * (weight.mean(1) * (-1.0 / log_prob.shape[1]))).sum(1)
         policy_gradient_norm = self.policy_optimizer.minimize(policy_loss)
@@ -459,11 +562,9 @@ class ODICE(Agent):
         """Residuals, weights and values of a raw batch, without an update."""
         batch = self.normalize(batch)
         residuals = self.residuals(batch)
-        weighed = residuals.forward
-        if self.config.weight_residual == "expected":
-            with torch.no_grad():
-                weighed = self.expected_residual(batch.observations, batch.actions)
-        raw, weight = self.weights(weighed)
+        with torch.no_grad():
+            expected = self.expected_residual(batch.observations, batch.actions) if self.expects else None
+            raw, weight = self.weights(*self.ranked_by(batch, residuals.forward, expected))
         return ODICETerms(residuals.forward, residuals.backward, raw, weight, residuals.value)
 
     def value_gradients(self, batch: Batch) -> ODICEGradients:
@@ -492,11 +593,8 @@ class ODICE(Agent):
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
         """min over heads of V at raw `observations [S, B, obs]`, as `[S, B]`, in units of the batch's rewards."""
-        value = self.raw_value(observations).amin(1)
-        mean, std = self.normalizer.return_mean, self.normalizer.return_std
-        if self.config.value_unit == "reward" or mean is None or std is None:
-            return value
-        return mean + std * value
+        mean, std = self.value_units()
+        return mean + std * self.raw_value(observations).amin(1)
 
     @torch.no_grad()
     def coadaptation(self, batch: Batch) -> dict[str, Tensor]:
@@ -508,6 +606,12 @@ class ODICE(Agent):
     def warnings(cls, config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
         """Dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
         return signs_of_trouble(config, metrics)
+
+
+def in_spreads(values: Tensor) -> Tensor:
+    """Values `[S, 1, B]` in units of their standard deviation over the batch; 0 where they are all the same but for rounding."""
+    spread, size = values.std(2, keepdim=True, correction=0), values.abs().amax(2, keepdim=True)
+    return torch.where(spread > 1e-6 * size, values / spread, 0.0)
 
 
 def _first(*sizes: tuple[int, ...] | None) -> tuple[int, ...]:

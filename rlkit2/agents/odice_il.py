@@ -91,7 +91,7 @@ class ODICEILConfig(ODICEConfig):
     # policy weight, see O-DICE
     weight: Literal["above_quantile", "positive_residual", "conjugate_grad"] = "positive_residual"
     # R of the policy weight, see O-DICE
-    weight_residual: Literal["expected", "sampled"] = "sampled"
+    weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "sampled"
     # "discriminator" (log-ratio of expert to offline data) or "zero" (expert data alone)
     reward: RewardSource = "discriminator"
     # id or path of the expert's dataset; None: the best episodes of the dataset itself

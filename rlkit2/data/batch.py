@@ -59,9 +59,20 @@ class LookaheadBatch(RowBatch):
 
     With the data's own next actions, `next_actions` (as `actions`) are those taken at `next_observations`; `followed`, bool `[S, B]`, is false where
     the episode ends and there is none (the last action of the episode then stands in, and must not count).
+
+    With whole episodes, `returns_to_go` are the discounted rewards from the row to the end of its episode and `steps_to_go` their number, `[S, B]`;
+    `first_returns`, `first_steps` and `first_observations` the same of the episode's first row, and its observation; `final_observations` and
+    `final_terminations` what the episode's last step led to.
     """
 
     steps: Tensor | None = None
     discount: float = 1.0
     next_actions: Tensor | None = None
     followed: Tensor | None = None
+    returns_to_go: Tensor | None = None
+    steps_to_go: Tensor | None = None
+    first_returns: Tensor | None = None
+    first_steps: Tensor | None = None
+    first_observations: Tensor | None = None
+    final_observations: Tensor | None = None
+    final_terminations: Tensor | None = None

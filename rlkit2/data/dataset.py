@@ -19,6 +19,7 @@ from rlkit2.data.flags import as_flags
 from rlkit2.data.infer import Request, SpaceLike, infer_spaces, parse_space
 from rlkit2.data.notes import say_notes
 from rlkit2.data.records import FIELDS, OBSERVATIONS, MemoryWriter, Records
+from rlkit2.data.returns import discounted_returns
 from rlkit2.data.spaces import action_bounds, action_layout, observation_bounds
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import ConfigError, DatasetError
@@ -31,6 +32,7 @@ class Lookahead:
     num_steps: int = 1
     discount: float = 1.0
     next_actions: bool = False
+    episodes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +174,20 @@ class TransitionDataset:
             final = self._final_rows[indices]
             after = self._words(torch.minimum(last + 1, final))
             found |= {"next_actions": self.records.views(after, ("actions",))["actions"], "followed": last < final}
+        if self.lookahead.episodes:
+            final = self._final_rows[indices]
+            first = self._piece_starts[torch.searchsorted(self._piece_starts, indices, right=True) - 1]
+            end = self._fields(final)
+            found |= {
+                "returns_to_go": self._returns_to_go[indices],
+                "steps_to_go": final - indices + 1,
+                "first_returns": self._returns_to_go[first],
+                "first_steps": final - first + 1,
+                "first_observations": self._fields(first)["observations"],
+                "final_observations": end["next_observations"],
+                "final_terminations": end["terminations"],
+                "discount": self.lookahead.discount,
+            }
         return found
 
     def _words(self, indices: Tensor) -> Tensor:
@@ -189,6 +205,19 @@ class TransitionDataset:
         ends[self.episode_starts[1:] - 1] = True
         rows = ends.nonzero().squeeze(1)
         return rows[torch.searchsorted(rows, torch.arange(len(self), device=self.device))]
+
+    @cached_property
+    def _piece_starts(self) -> Tensor:
+        """The rows after an end of `_final_rows`, and row 0: where an episode begins, or goes on after a flag in its middle."""
+        ends = torch.unique_consecutive(self._final_rows)
+        return torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+
+    @cached_property
+    def _returns_to_go(self) -> Tensor:
+        """Discounted rewards from every row to its final row, `[N]` (summed in float64)."""
+        borders = torch.cat([self._piece_starts, self._piece_starts.new_tensor([len(self)])])
+        found = discounted_returns(self.rewards, borders, self.lookahead.discount)
+        return found.to(self.rewards)
 
     @cached_property
     def _last_rows(self) -> Tensor:
@@ -319,7 +348,7 @@ class TransitionDataset:
         )
 
     def looking_ahead(
-        self, num_steps: int = 1, discount: float = 1.0, *, next_actions: bool = False
+        self, num_steps: int = 1, discount: float = 1.0, *, next_actions: bool = False, episodes: bool = False
     ) -> TransitionDataset:
         """The same transitions, whose batches are `LookaheadBatch`es: the fields of the dataset itself stay those of single steps.
 
@@ -327,13 +356,15 @@ class TransitionDataset:
             num_steps: returns of up to so many steps, never across the end of an episode; the steps between are those of the data's policy.
             discount: of those returns, in [0, 1]; the agent's own.
             next_actions: batches hold the data's own next actions.
+            episodes: batches hold what their episodes earned from each row, and from their first, to the end.
 
         Raises:
             DatasetError: a number out of range.
         """
         if num_steps < 1 or not 0.0 <= discount <= 1.0:
             raise DatasetError(f"num_steps {num_steps} must be at least 1 and discount {discount} between 0 and 1")
-        return replace(self, lookahead=Lookahead(num_steps, float(discount) if num_steps > 1 else 1.0, next_actions))
+        used = float(discount) if num_steps > 1 or episodes else 1.0
+        return replace(self, lookahead=Lookahead(num_steps, used, next_actions, episodes))
 
     def with_rewards(self, rewards: ArrayLike | Tensor) -> TransitionDataset:
         """The same transitions with other rewards `[N]` (finite; stored as float32); records are shared."""

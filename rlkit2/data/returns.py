@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlkit2.data.dataset import TransitionDataset
+if TYPE_CHECKING:
+    from rlkit2.data.dataset import TransitionDataset
 
 
 def discounted_returns(rewards: Tensor, episode_starts: Tensor, discount: float) -> Tensor:

@@ -68,7 +68,7 @@ def begin_from(
                     f"{run.path} has {name} = {run.config.get(section, {}).get(name)}; what it learns online must be seen as what it has learnt: "
                     "leave it out"
                 )
-    config = stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)})
+    config, _ = cls.settled(stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)}))
     inherited = {name: run.config["training"][name] for name in INHERITED if name in run.config["training"]}
     training = TrainingOptions(**{**inherited, **given["training"], "steps": steps})
     options = check_options(OnlineOptions(**given["online"]), DataOptions(**run.config["data"]))

@@ -71,10 +71,11 @@ def prepare_dataset(
 
 def look_ahead(dataset: TransitionDataset, agent: type[Agent], config: Any, options: DataOptions) -> TransitionDataset:
     """The dataset whose batches hold what the agent's targets need of the steps after their own."""
-    if options.num_steps == 1 and not agent.needs_next_actions:
+    episodes = agent.needs_episodes(config)
+    if options.num_steps == 1 and not (agent.needs_next_actions or episodes):
         return dataset
-    discount = config.discount if options.num_steps > 1 else 1.0
-    return dataset.looking_ahead(options.num_steps, discount, next_actions=agent.needs_next_actions)
+    discount = config.discount if options.num_steps > 1 or episodes else 1.0
+    return dataset.looking_ahead(options.num_steps, discount, next_actions=agent.needs_next_actions, episodes=episodes)
 
 
 def split_dataset(
