@@ -126,17 +126,17 @@ class OnlineBackwardResidual(ODICE):
 class SmallerHeadWeight(ODICE):
     """The policy weight comes from the smaller head (the larger residual)."""
 
-    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return super().weights(residual.amax(1, keepdim=True).expand_as(residual))
+    def weights(self, residual: Tensor, episodes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().weights(residual.amax(1, keepdim=True).expand_as(residual), episodes)
 
 
 class WeightAfterStep(ODICE):
     """The policy weight comes from V after its update."""
 
-    def weights(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, residual: Tensor, episodes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.batch is not None:
             residual = self.residuals(self.batch).forward
-        return super().weights(residual)
+        return super().weights(residual, episodes)
 
     batch: Batch | None = None
 

@@ -134,6 +134,68 @@ def test_a_flag_within_a_stored_episode_ends_the_steps(num_steps: int) -> None:
     check(together, num_steps, 0.9, by_hand(lives, num_steps, 0.9))
 
 
+EARNED = ("returns_to_go", "steps_to_go", "first_returns", "first_steps", "first_observations", "final_observations")
+
+
+def check_episodes(dataset: TransitionDataset, lives: TransitionDataset, discount: float, num_steps: int) -> None:
+    """Every row against a loop over the episode of `lives` that it belongs to."""
+    ahead = dataset.looking_ahead(num_steps, discount, episodes=True)
+    batch = ahead.gather(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(2)).view(1, -1))
+    assert isinstance(batch, LookaheadBatch)
+    assert batch.discount == discount
+    assert batch.final_terminations is not None
+    at = {int(row): i for i, row in enumerate(batch.rows[0])}
+    row = 0
+    for e in range(lives.num_episodes):
+        episode = lives.episode(e)
+        length = len(episode["rewards"])
+        earned = [
+            sum(discount ** (k - t) * float(episode["rewards"][k]) for k in range(t, length)) for t in range(length)
+        ]
+        for t in range(length):
+            i = at[row]
+            expected = (
+                earned[t],
+                length - t,
+                earned[0],
+                length,
+                episode["observations"][0],
+                episode["next_observations"][-1],
+            )
+            for name, value in zip(EARNED, expected, strict=True):
+                found = getattr(batch, name)[0, i]
+                torch.testing.assert_close(
+                    found, torch.as_tensor(value, dtype=found.dtype), rtol=1e-5, atol=1e-5, msg=name
+                )
+            assert bool(batch.final_terminations[0, i]) == bool(episode["terminations"][-1])
+            row += 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    num_steps=st.integers(1, 4),
+    discount=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    seen=st.sampled_from(list(SEEN)),
+    stack=st.integers(1, 3),
+)
+def test_whole_episodes_against_a_loop(
+    lengths: list[int], num_steps: int, discount: float, seen: str, stack: int
+) -> None:
+    dataset = make(lengths, seen).stacked(stack)
+    check_episodes(dataset, dataset, discount, num_steps)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), data=st.data())
+def test_whole_episodes_of_selections_new_rewards_and_several_lives(lengths: list[int], data: st.DataObject) -> None:
+    lives = make(lengths)
+    check_episodes(dataclasses.replace(lives, episode_starts=torch.tensor([0, len(lives)])), lives, 0.9, 1)
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
+    part = lives.looking_ahead(1, 0.9, episodes=True).with_rewards(torch.arange(float(len(lives)))).select(chosen)
+    check_episodes(part, part, 0.9, 1)
+
+
 def test_one_step_is_the_plain_batch() -> None:
     dataset = make([4, 2])
     assert type(dataset.looking_ahead().gather(torch.arange(6))) is RowBatch
