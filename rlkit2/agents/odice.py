@@ -268,15 +268,17 @@ class ODICE(Agent):
             "return",
             "mixed",
         ):  # what is collected is learnt from before its episode has ended
-            return replace(config, weight_residual="sampled"), f"odice: {kind} -> weight_residual = 'sampled', online"
+            text = f"odice learns from what it collects before an episode has ended: weight_residual = 'sampled' instead of '{kind}'"
+            return replace(config, weight_residual="sampled"), text
         if dataset is None or kind != "auto":
             return config, None
         share = float(dataset.rewards.unique(return_counts=True)[1].max()) / len(dataset)
-        kind, name = ("mixed", "sparse") if share >= SPARSE else ("return", "dense")
-        text = (
-            f"odice: weight_residual = '{kind}', as for {name} rewards ({share:.0%} of them are the same number); "
-            "--weight-residual chooses another"
+        kind, why = (
+            ("mixed", f"sparse rewards ({share:.0%} of them are the same number)")
+            if share >= SPARSE
+            else ("return", "dense rewards")
         )
+        text = f"odice: weight_residual = '{kind}', as for {why}; --weight-residual chooses another"
         return replace(config, weight_residual=kind), text
 
     @classmethod

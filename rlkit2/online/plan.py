@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from rlkit2.training.building import (
     stored_spec,
 )
 from rlkit2.training.options import DataOptions, OnlineOptions, TrainingOptions
-from rlkit2.training.run import Run, agent_state, fitting
+from rlkit2.training.run import Run, RunWarning, agent_state, fitting
 
 REPLAYING = ("offline_share", "warmup", "capacity", "update_ratio", "exploration_noise", "epsilon", "epsilon_steps")
 NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
@@ -68,7 +69,7 @@ def begin_from(
                     f"{run.path} has {name} = {run.config.get(section, {}).get(name)}; what it learns online must be seen as what it has learnt: "
                     "leave it out"
                 )
-    config, _ = cls.settled(stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)}))
+    config = _settled(cls, stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)}))
     inherited = {name: run.config["training"][name] for name in INHERITED if name in run.config["training"]}
     training = TrainingOptions(**{**inherited, **given["training"], "steps": steps})
     options = check_options(OnlineOptions(**given["online"]), DataOptions(**run.config["data"]))
@@ -84,6 +85,14 @@ def begin_from(
         "env": run.config["env"] if env is None else env,
         "recipe": None,
     }
+
+
+def _settled(cls: type[Agent], config: Any) -> Any:
+    """The config with what needs whole episodes replaced, which is said."""
+    config, text = cls.settled(config)
+    if text is not None:
+        warnings.warn(text, RunWarning, stacklevel=4)
+    return config
 
 
 def begin_afresh(
@@ -133,6 +142,7 @@ def begin_afresh(
         config = make_config(agent, kind, **read_config(agent, overrides, kind))
     else:
         config = dataclasses.replace(agent, **read_fields(type(agent), overrides))
+    config = _settled(cls, config)
     options = check_options(OnlineOptions(**given["online"]), data)
     options = options.settled(steps, scratch=True, data=dataset is not None)
     if cls.learns_from == "rollouts":

@@ -19,7 +19,7 @@ from rlkit2 import __version__
 from rlkit2.agents import agent_class, make_config
 from rlkit2.agents.base import as_seeds
 from rlkit2.api import load_dataset
-from rlkit2.data.spec import DatasetSpec
+from rlkit2.data.dataset import TransitionDataset
 from rlkit2.envs.builtin import builtin_id
 from rlkit2.errors import ConfigError, RunError
 from rlkit2.evaluation import Evaluator
@@ -139,14 +139,14 @@ def run_benchmark(
     names = tuple(dict.fromkeys(agents))
     for name in names:  # a wrong one is said first
         agent_class(name)
-    specs = {name: _spec(name, trust_env) for name in named}
+    opened = {name: _opened(name, trust_env) for name in named}
     make_folder(Path(out))
     file = Path(out) / "results.json" if results is None else Path(results)
     cells = read_cells(file)
     wanted = as_seeds(seeds)
     places = [
-        _place(name, spec, agent, hidden_sizes, data, training, wanted, cells, anew)
-        for name, spec in specs.items()
+        _place(name, transitions, agent, hidden_sizes, data, training, wanted, cells, anew)
+        for name, transitions in opened.items()
         for agent in names
     ]
     for line in _plan(places, file, wanted):
@@ -155,9 +155,9 @@ def run_benchmark(
     if not dry_run:
         engine_options = {"engine": engine, "jobs": jobs, "device": device, "options": options, "progress": progress}
         cells, failed = _train(Path(out), file, places, training, data, anew, trust_env, say, engine_options)
-    shown = [_place(p.dataset, specs[p.dataset], p.agent, hidden_sizes, data, training, wanted, cells, False) for p in places]  # fmt: skip
+    shown = [_place(p.dataset, opened[p.dataset], p.agent, hidden_sizes, data, training, wanted, cells, False) for p in places]  # fmt: skip
     board = Board(
-        {name: spec.action_kind for name, spec in specs.items()},
+        {name: transitions.spec.action_kind for name, transitions in opened.items()},
         names,
         {(p.dataset, p.agent): p.cell or p.refused or failed.get((p.dataset, p.agent), "not trained") for p in shown},
         against,
@@ -170,24 +170,27 @@ def run_benchmark(
     return Benchmark(board, table, sheet, file, failed)
 
 
-def _config(agent: str, kind: str, hidden_sizes: Sequence[int] | None) -> dict[str, Any]:
-    """The agent's default config for a kind of actions with the wanted sizes, as the fields that make it."""
-    names = field_types(agent_class(agent, kind).config_class)
+def _config(agent: str, dataset: TransitionDataset, hidden_sizes: Sequence[int] | None) -> dict[str, Any]:
+    """The agent's default config for a dataset with the wanted sizes, as the fields that make it."""
+    kind = dataset.spec.action_kind
+    cls = agent_class(agent, kind)
+    names = field_types(cls.config_class)
     sized = [name for name in names if name == "hidden_sizes"] or [n for n in names if n.endswith("hidden_sizes")]
     config = make_config(agent, kind, **({} if hidden_sizes is None else dict.fromkeys(sized, tuple(hidden_sizes))))
+    config, _ = cls.settled(config, dataset)
     return {name: getattr(config, name) for name in names}
 
 
-def _spec(dataset: str, trust_env: bool) -> DatasetSpec:
-    """The specification of a dataset, which must have an environment."""
-    spec = load_dataset(dataset, trust_env=trust_env).spec
-    Evaluator(spec, episodes=1, trust_env=trust_env).close()
-    return spec
+def _opened(dataset: str, trust_env: bool) -> TransitionDataset:
+    """A dataset, which must have an environment."""
+    opened = load_dataset(dataset, trust_env=trust_env)
+    Evaluator(opened.spec, episodes=1, trust_env=trust_env).close()
+    return opened
 
 
 def _place(
     dataset: str,
-    spec: DatasetSpec,
+    transitions: TransitionDataset,
     agent: str,
     hidden_sizes: Sequence[int] | None,
     data: DataOptions,
@@ -197,10 +200,11 @@ def _place(
     anew: bool,
 ) -> Place:
     """What is known of an agent on a dataset, and what is missing; `anew`: seeds of other code are missing, too."""
+    spec = transitions.spec
     kind = spec.action_kind
     cls = agent_class(agent, kind)
     setting = make_setting(
-        agent, _config(agent, kind, hidden_sizes), dataclasses.asdict(data), dataclasses.asdict(training)
+        agent, _config(agent, transitions, hidden_sizes), dataclasses.asdict(data), dataclasses.asdict(training)
     )
     code = code_digest(cls)
     if kind not in cls.action_kinds:

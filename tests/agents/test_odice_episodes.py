@@ -22,6 +22,7 @@ from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.data.returns import return_statistics
 from rlkit2.errors import ConfigError
 from rlkit2.testing import agent_checks, random_batch
+from rlkit2.training.run import RunWarning
 
 KINDS = ("return", "mixed")
 SMALL: dict[str, Any] = {"hidden_sizes": (16, 16)}
@@ -235,3 +236,11 @@ def test_a_run_says_what_it_took_and_keeps_it(tmp_path: Path, capsys: pytest.Cap
     assert resumed.config["config"]["weight_residual"] == "return"
     assert "--weight-residual" in capsys.readouterr().err
     assert replace(resumed.agent.config, hidden_sizes=None) == ODICEConfig(weight_residual="return")
+
+
+def test_online_it_learns_from_single_steps_and_says_so(tmp_path: Path) -> None:
+    """What is collected has no end yet; the state of the offline run fits."""
+    run = rlkit2.train("odice", "builtin/pendulum", steps=4, eval_every=0, batch_size=8, out=tmp_path, overrides=SMALL)
+    with pytest.warns(RunWarning, match="'sampled' instead of 'return'"):
+        online = rlkit2.train_online(run, steps=6, eval_every=0, batch_size=4, out=tmp_path)
+    assert online.config["config"]["weight_residual"] == "sampled"

@@ -119,6 +119,19 @@ def test_cells_that_fit_are_trained_once_and_grow_by_seeds(tmp_path: Path, datas
     assert "| tiny/walk-v0 | not trained |" in (tmp_path / "one/benchmark.md").read_text()
 
 
+def test_what_the_data_decide_is_part_of_the_setting(tmp_path: Path, datasets: list[str]) -> None:
+    """`odice` settles by the data what its weights come from: its cell is found again."""
+    said: list[str] = []
+    options: dict[str, Any] = {"datasets": [CONTINUOUS], "agents": ["odice"], "seeds": 1, "say": said.append, **SMALL}
+    done = run_benchmark(tmp_path, **options)
+    cell = done.board.cells[CONTINUOUS, "odice"]
+    assert isinstance(cell, cells_module.Cell)
+    assert cell.setting["config"]["weight_residual"] in ("return", "mixed")
+    said.clear()
+    run_benchmark(tmp_path, dry_run=True, **options)
+    assert "1 cells of 1 seeds: 1 reused, 0 to be trained, 0 that do not fit" in said
+
+
 def test_the_numbers_are_those_of_the_runs(tmp_path: Path, datasets: list[str]) -> None:
     done = run_benchmark(tmp_path, datasets=datasets, agents=["bc", "iql"], seeds=2, **SMALL)
     folder = next(path for path in (tmp_path / "runs").glob("iql-tiny-walk*/*") if path.is_dir())
