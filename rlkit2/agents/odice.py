@@ -421,7 +421,7 @@ class ODICE(Agent):
     def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What followed each row of a normalised batch, and what followed the first row of its episode, less V_target there, `[S, 1, B]` each.
 
-        Both to the end of the episode, from which V_target goes on where it was cut off.
+        Both to the end of the episode, plus V_target there where it was cut off.
         """
         if not isinstance(batch, LookaheadBatch) or batch.returns_to_go is None:
             raise ConfigError(

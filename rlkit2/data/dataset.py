@@ -208,7 +208,7 @@ class TransitionDataset:
 
     @cached_property
     def _piece_starts(self) -> Tensor:
-        """The rows after an end of `_final_rows`, and row 0: where an episode begins, or goes on after a flag in its middle."""
+        """The rows after an end of `_final_rows`, and row 0: where an episode begins, or what follows a flag in its middle."""
         ends = torch.unique_consecutive(self._final_rows)
         return torch.cat([ends.new_zeros(1), ends[:-1] + 1])
 
