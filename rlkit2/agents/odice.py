@@ -116,7 +116,7 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     weight_floor: Fraction = 0.2
     # what the policy weight ranks transitions by: the "return" to go less V; "mixed": its sum with R, each in its own spread; R "expected" over s' by
     # a network e(s, a); R as "sampled", luck included; "auto": "mixed" where nine in ten rewards are the same number, else "return", and "expected"
-    # where transitions come without their episodes
+    # where transitions come without their episodes, or for another weight than "above_quantile"
     weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "auto"
     # how much whole episodes count ("return" and "mixed"): exp(this times the return above V at an episode's start, in deviations); 0: none
     trajectory_weight: NonNegative = 1.0
@@ -144,6 +144,11 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
             raise ConfigError(
                 "target_effective_sample_share needs weight = 'conjugate_grad' (or 'positive_residual' without pearson): "
                 "the share of max(0, R) and of max(0, R - quantile) does not depend on the scale of R"
+            )
+        if self.weight_residual in ("return", "mixed") and self.weight != "above_quantile":
+            raise ConfigError(
+                f"weight_residual = '{self.weight_residual}' has no residual for weight = '{self.weight}'; choose 'expected' or 'sampled', "
+                "or weight = 'above_quantile'"
             )
         if self.projection != "batch" and self.gradient_rule != "orthogonal":
             raise ConfigError(f"gradient_rule = '{self.gradient_rule}' projects nothing; leave projection = 'batch'")
@@ -270,7 +275,7 @@ class ODICE(Agent):
         ):  # what is collected is learnt from before its episode has ended
             text = f"odice learns from what it collects before an episode has ended: weight_residual = 'sampled' instead of '{kind}'"
             return replace(config, weight_residual="sampled"), text
-        if dataset is None or kind != "auto":
+        if dataset is None or kind != "auto" or config.weight != "above_quantile":
             return config, None
         share = float(dataset.rewards.unique(return_counts=True)[1].max()) / len(dataset)
         kind, why = (

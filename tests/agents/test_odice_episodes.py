@@ -206,6 +206,15 @@ def test_what_is_said_is_kept(kind: str) -> None:
     assert (said is None) == (online == config)
 
 
+@pytest.mark.parametrize("weight", ["positive_residual", "conjugate_grad"])
+def test_weights_that_need_a_residual_take_one(weight: Any) -> None:
+    config = ODICEConfig(weight=weight)
+    assert ODICE.settled(config, data([4])) == (config, None)
+    for kind in KINDS:
+        with pytest.raises(ConfigError, match="has no residual"):
+            replace(config, weight_residual=kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_without_episodes_are_refused(kind: str) -> None:
     dataset = data([4, 4])
