@@ -50,6 +50,7 @@ from rlkit2.agents.odice_diagnostics import (
     sample_share,
     signs_of_trouble,
 )
+from rlkit2.agents.odice_episodes import advantages, episode_weights, in_spreads
 from rlkit2.agents.odice_projection import coefficients, orthogonal_by_layer, orthogonal_by_sample
 from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.errors import ConfigError
@@ -269,9 +270,8 @@ class ODICE(Agent):
     def settled(cls, config: ODICEConfig, dataset: Any = None) -> tuple[ODICEConfig, str | None]:
         """`weight_residual` by the data: see the field."""
         kind = config.weight_residual
-        if dataset is None and kind in (
-            "return",
-            "mixed",
+        if dataset is None and cls.needs_episodes(
+            config
         ):  # what is collected is learnt from before its episode has ended
             text = f"odice learns from what it collects before an episode has ended: weight_residual = 'sampled' instead of '{kind}'"
             return replace(config, weight_residual="sampled"), text
@@ -421,7 +421,7 @@ class ODICE(Agent):
         followed, whole = self.advantages(batch)
         if kind == "mixed":
             followed = in_spreads(followed) + in_spreads(residual.mean(1, keepdim=True))
-        return followed, self.episode_weights(whole)
+        return followed, episode_weights(whole, self.config.trajectory_weight, self.config.weight_floor)
 
     def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What followed each row of a normalised batch, and what followed the first row of its episode, less V_target there, `[S, 1, B]` each.
@@ -433,23 +433,7 @@ class ODICE(Agent):
                 f"weight_residual = '{self.config.weight_residual}' needs whole episodes: take batches from "
                 "dataset.looking_ahead(discount=..., episodes=True), or choose 'expected' or 'sampled'"
             )
-        assert batch.first_observations is not None and batch.final_observations is not None  # noqa: PT018
-        assert batch.steps_to_go is not None and batch.first_steps is not None and batch.first_returns is not None  # noqa: PT018
-        assert batch.final_terminations is not None
-        rows = batch.rewards.shape[1]
-        three = torch.cat([batch.observations, batch.first_observations, batch.final_observations], 1)
-        here, first, final = self.target_value(three).split_with_sizes([rows, rows, rows], -1)
-        mean, std = self.value_units()
-        after = (mean + std * final[:, 0]) * (1.0 - batch.final_terminations)
-
-        def less(value: Tensor, earned: Tensor, steps: Tensor) -> Tensor:
-            total = (earned + self.config.discount**steps * after - mean) / std
-            return total.unsqueeze(1) - value
-
-        return (
-            less(here, batch.returns_to_go, batch.steps_to_go),
-            less(first, batch.first_returns, batch.first_steps),
-        )
+        return advantages(batch, self.target_value, self.config.discount, *self.value_units())
 
     def value_units(self) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation that V counts in, `[S, 1]`; 0 and 1 where it counts in rewards."""
@@ -457,19 +441,6 @@ class ODICE(Agent):
         if self.config.value_unit == "reward" or mean is None or std is None:
             return 0.0, 1.0
         return mean, std
-
-    def episode_weights(self, earned: Tensor) -> Tensor | None:
-        """exp(trajectory_weight A / sd) of the episodes' advantages `[S, 1, B]`, of mean 1 with the floor; None: all count the same.
-
-        Source: Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting" (ICLR 2023), with the spread of the
-        batch for their temperature and the floor of the other weights.
-        """
-        if self.config.trajectory_weight == 0.0:
-            return None
-        spread = in_spreads(earned) * self.config.trajectory_weight
-        weight = (spread - spread.amax(2, keepdim=True)).exp()
-        floor = self.config.weight_floor
-        return weight / weight.mean(2, keepdim=True) * (1.0 - floor) + floor
 
     def weights(self, residual: Tensor, episodes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """w before and after normalisation and clamp, `[S, M, B]`, of what ranks the transitions and the weights of their episodes."""
@@ -613,12 +584,6 @@ class ODICE(Agent):
     def warnings(cls, config: ODICEConfig, metrics: Mapping[str, float]) -> dict[str, str]:
         """Dead or saturated weights, the offset of `true`, overflow, an unsettled projection."""
         return signs_of_trouble(config, metrics)
-
-
-def in_spreads(values: Tensor) -> Tensor:
-    """Values `[S, 1, B]` in units of their standard deviation over the batch; 0 where they are all the same but for rounding."""
-    spread, size = values.std(2, keepdim=True, correction=0), values.abs().amax(2, keepdim=True)
-    return torch.where(spread > 1e-6 * size, values / spread, 0.0)
 
 
 def _first(*sizes: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from rlkit2.data.spaces import DatasetWarning
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import CorruptDatasetError
 
-FORMAT = 3
+FORMAT = 4
 BLOCK = 4096  # bytes of a sampled block
 SAMPLES = 256  # blocks sampled from the files of a dataset
 STARTS = "episode_starts.npy"

@@ -24,6 +24,8 @@ NOTES = {
     "next_observations_within_rounding": "next observations differ from the observation after them by rounding only; they are taken as equal",
     "rows_after_a_termination": "rows recorded after a termination, while the episode went on, were left out",
     "steps_without_rewards": "steps have no rewards in the files; they are 0",
+    "long_arrow_episodes": "Arrow or Parquet episodes have more than 32,767 steps, whose order Minari's writer does not keep where Arrow has several "
+    "threads: they may be shuffled; hold them against their source, or store them as HDF5",
     "cameras_left_out": "cameras were left out; the other observations are read",
     "done_taken_as_termination": "episodes end with a done flag without a reason; it counts as a termination (--never-terminates: as a cut)",
     "action_spaces_inferred": "action space was inferred from the data; give another with action_space= or --action-space",

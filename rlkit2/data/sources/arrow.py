@@ -1,7 +1,8 @@
 """Minari's Arrow and Parquet episodes, read by their own files: a folder per episode with T + 1 rows, the last one padding but for the observation.
 
 Minari's own reader takes the batches of a scanner for episodes. A scanner cuts batches at 32,768 rows, so that from the first longer episode on the
-episodes are shifted without a word. Here every folder is read whole and held against the steps its `metadata.json` states.
+episodes are shifted without a word. Here every folder is read whole and held against the steps its `metadata.json` states. Minari's writer stores
+such an episode in pieces whose order is not kept where Arrow has several threads, which nothing in the file gives away: that is said.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def arrow_episodes(
             raise CorruptDatasetError(
                 f"{where} holds {steps} steps, its metadata say {told}; files are missing or damaged"
             )
-        yield Episode(where, *fields)
+        episode = Episode(where, *fields)
+        yield replace(episode, notes={"long_arrow_episodes": 1}) if steps > MOST_STEPS else episode
 
 
 def _table(folder: Path, suffix: str) -> Any:

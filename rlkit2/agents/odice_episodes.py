@@ -1,0 +1,68 @@
+"""What O-DICE's weights know of whole episodes: what followed every transition, and what its episode earned from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlkit2.data.batch import LookaheadBatch
+
+
+def advantages(
+    batch: LookaheadBatch,
+    value: Callable[[Tensor], Tensor],
+    discount: float,
+    mean: Tensor | float = 0.0,
+    std: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The discounted return to go less V, at each row and at the first row of its episode, `[S, 1, B]` each, in V's unit.
+
+    A return runs to the end of the episode, with V added there where that was cut off: for the row at t of an episode of T steps
+
+        A_t = sum_(k < T - t) gamma^k r_(t+k) + gamma^(T - t) (1 - terminated) V(s_T) - V(s_t).
+
+    Args:
+        batch: normalised, of a dataset that is `looking_ahead(discount=..., episodes=True)`; rewards as they are.
+        value: `[S, n, obs]` to `[S, 1, n]`.
+        discount: gamma, of the batch's returns.
+        mean, std: of the unit that `value` counts in, `[S, 1]` or numbers: V = mean + std value.
+    """
+    assert batch.returns_to_go is not None and batch.steps_to_go is not None  # noqa: PT018
+    assert batch.first_returns is not None and batch.first_steps is not None  # noqa: PT018
+    assert batch.first_observations is not None and batch.final_observations is not None  # noqa: PT018
+    assert batch.final_terminations is not None
+    rows = batch.returns_to_go.shape[1]
+    three = torch.cat([batch.observations, batch.first_observations, batch.final_observations], 1)
+    here, first, final = value(three).split_with_sizes([rows, rows, rows], -1)
+    after = (mean + std * final[:, 0]) * (1.0 - batch.final_terminations)
+
+    def less(known: Tensor, earned: Tensor, steps: Tensor) -> Tensor:
+        return ((earned + discount**steps * after - mean) / std).unsqueeze(1) - known
+
+    return less(here, batch.returns_to_go, batch.steps_to_go), less(first, batch.first_returns, batch.first_steps)
+
+
+def episode_weights(earned: Tensor, strength: float, floor: float) -> Tensor | None:
+    """Weights of the batch's episodes, `[S, 1, B]` of mean 1: (1 - floor) exp(strength A / sd) / mean + floor; None: all the same.
+
+    Source: Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting" (ICLR 2023), with the spread of the
+    batch for their temperature.
+
+    Args:
+        earned: A at the first row of each row's episode, `[S, 1, B]`.
+        strength: at least 0; 0: none.
+        floor: in [0, 1].
+    """
+    if strength == 0.0:
+        return None
+    spread = in_spreads(earned) * strength
+    weight = (spread - spread.amax(2, keepdim=True)).exp()
+    return weight / weight.mean(2, keepdim=True) * (1.0 - floor) + floor
+
+
+def in_spreads(values: Tensor) -> Tensor:
+    """Values `[S, 1, B]` in units of their standard deviation over the batch; 0 where they are all the same but for rounding."""
+    spread, size = values.std(2, keepdim=True, correction=0), values.abs().amax(2, keepdim=True)
+    return torch.where(spread > 1e-6 * size, values / spread, 0.0)
