@@ -195,10 +195,13 @@ def our_returns(
 
 
 def their_returns(python: Path, agent: str, env: str, steps: int, seeds: int) -> np.ndarray[Any, Any]:
-    """The same of Stable-Baselines3 with its defaults."""
+    """The same of Stable-Baselines3 with its defaults, in episodes that begin as ours do."""
+    from rlkit2.evaluation import evaluation_seeds
+
     found = []
     for seed in range(seeds):
-        program = [str(python), str(HERE / "peer_sb3.py"), "--scores", agent, env, str(steps), str(seed)]
+        words = [agent, env, steps, seed, *evaluation_seeds(0, 10)]
+        program = [str(python), str(HERE / "peer_sb3.py"), "--scores", *map(str, words)]
         found.append(json.loads(subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True).stdout))
     return np.array(found).swapaxes(0, 1)
 

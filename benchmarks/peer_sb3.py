@@ -2,7 +2,8 @@
 
 peer_sb3.py ENV ENVS STEPS: the processor seconds of every stretch of transitions of SAC
 peer_sb3.py --count ENV: millions of multiplications in the matrix products of one update of SAC
-peer_sb3.py --scores AGENT ENV STEPS SEED: JSON, returns of ten episodes of the policy's mode after each quarter, with all defaults
+peer_sb3.py --scores AGENT ENV STEPS SEED EPISODE...: JSON, returns of the policy's mode after each quarter, with all defaults, in episodes that begin
+    from these environment seeds
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
 from torch.utils.flop_counter import FlopCounterMode
 
 WARMUP, STRETCH = 200, 100
@@ -47,15 +46,25 @@ def main(env: str, envs: int, steps: int) -> None:
     sys.stdout.write(" ".join(map(str, np.diff(clock.times[WARMUP // STRETCH :]))) + "\n")
 
 
-def scores(agent: str, env: str, steps: int, seed: int) -> None:
+def scores(agent: str, env: str, steps: int, seed: int, episodes: list[int]) -> None:
     model = {"sac": SAC, "ppo": PPO}[agent]("MlpPolicy", env, device="cpu", seed=seed)
-    judged = Monitor(gymnasium.make(env))
-    judged.reset(seed=10_000 + seed)
+    judged = gymnasium.make(env)
     found = []
     for _ in range(4):
         model.learn(steps // 4, reset_num_timesteps=False)
-        found.append(evaluate_policy(model, judged, 10, return_episode_rewards=True)[0])
+        found.append([play(model, judged, episode) for episode in episodes])
     sys.stdout.write(json.dumps(found) + "\n")
+
+
+def play(model: SAC | PPO, env: gymnasium.Env, seed: int) -> float:
+    """The return of one episode of the policy's mode."""
+    observation, _ = env.reset(seed=seed)
+    earned, ended = 0.0, False
+    while not ended:
+        observation, reward, terminated, truncated, _ = env.step(model.predict(observation, deterministic=True)[0])
+        earned += float(reward)
+        ended = terminated or truncated
+    return earned
 
 
 def count(env: str) -> None:
@@ -71,6 +80,6 @@ if __name__ == "__main__":
         count(sys.argv[2])
         sys.exit()
     if sys.argv[1] == "--scores":
-        scores(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        scores(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), [int(word) for word in sys.argv[6:]])
         sys.exit()
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -243,13 +243,10 @@ class TransitionDataset:
             words = self._words(torch.maximum(indices - lag, first))
             seen.append(self.records.views(words, ("observations",))["observations"])
         now, after = fields["observations"], fields["next_observations"]
-        flat = self.spec.flattener
 
         def joined(steps: list[Tensor]) -> Tensor:
-            rows = torch.stack([step.reshape(*indices.shape, -1) for step in steps], -2)
-            n = self.stack
-            parts = [rows[..., leaf.start // n : leaf.stop // n].flatten(-2) for leaf in flat.leaves]
-            return torch.cat(parts, -1).view(*indices.shape, *flat.shape)
+            frames = torch.stack([step.reshape(*indices.shape, -1) for step in steps], -2)
+            return self.spec.flattener.joined(frames)
 
         return {"observations": joined([*seen, now]), "next_observations": joined([*seen[1:], now, after])}
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlkit2.errors import ConfigError, UnsupportedSpaceError
 
@@ -221,6 +223,18 @@ class SpaceFlattener:
         for leaf, part in zip(self.leaves, parts, strict=True):
             out[:, leaf.start : leaf.stop] = part
         return out
+
+    def joined(self, frames: Tensor) -> Tensor:
+        """Rows `[..., *shape]` of a stack from the flattened observations in it, `[..., n, size / n]`, oldest first."""
+        n = frames.shape[-2]
+        parts = [frames[..., leaf.start // n : leaf.stop // n].flatten(-2) for leaf in self.leaves]
+        return torch.cat(parts, -1).view(*frames.shape[:-2], *self.shape)
+
+    def parted(self, rows: NDArray[Any], count: int) -> NDArray[Any]:
+        """The inverse of `joined`: the `count` observations in each of the rows `[..., *shape]`, `[..., count, size / count]`."""
+        columns = rows.reshape(*rows.shape[: rows.ndim - len(self.shape)], self.size)
+        parts = [columns[..., leaf.start : leaf.stop].reshape(*columns.shape[:-1], count, -1) for leaf in self.leaves]
+        return np.concatenate(parts, -1)
 
     @property
     def kept_space(self) -> spaces.Space[Any]:

@@ -34,7 +34,7 @@ RUN_FILES = (
     *("config.json", "manifest.json", "evaluations.jsonl", "metrics.jsonl", "metrics.csv"),
     *(f"policy/{name}" for name in POLICY_FILES),
 )
-RESUMING = re.compile(r"checkpoints/\d+/(state\.safetensors|checkpoint\.json)|replay/seed-\d+\.records")
+RESUMING = re.compile(r"checkpoints/\d+/(state\.safetensors|checkpoint\.json)|replay/seed-\d+\.(records|frames)")
 REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 Progress = Callable[[int, int], None]
 
@@ -171,7 +171,7 @@ def _gathered(
             f"checkpoints/{run.checkpoints[newest].name}/{one.name}"
             for one in sorted(run.checkpoints[newest].iterdir())
         ]
-        places += [f"replay/{one.name}" for one in sorted((run.path / "replay").glob("*.records"))]
+        places += [f"replay/{one.name}" for one in sorted((run.path / "replay").glob("seed-*"))]
     files = {place: run.path / place for place in places}
     return run.path.name, "run", files, run_card(run, repository)
 

@@ -230,16 +230,16 @@ class Collector:
         try:
             row = self._reset(key)
             self.earned[key] = 0.0
-            past = self.replay.files[s].read(int(self.began[key]), self.replay.count)[e :: self.episodes.shape[1]]
-            columns = past["actions"].reshape(1, len(past), max(1, math.prod(self.layout.shape)))
-            for record, action in zip(past, environment_actions(columns, self.space)[0], strict=True):
+            past = self.replay.past(s, slice(int(self.began[key]) + e, self.replay.count, self.episodes.shape[1]))
+            columns = past["actions"].reshape(1, len(past["actions"]), max(1, math.prod(self.layout.shape)))
+            for t, action in enumerate(environment_actions(columns, self.space)[0]):
                 observation, reward, *ends = self._step(key, action)
                 following = self._flattened([observation])[0]
                 if not (
-                    np.array_equal(row, record["observations"])
-                    and np.array_equal(following, record["next_observations"])
-                    and np.float32(reward) == record["rewards"]
-                    and ends == [record["terminations"], record["truncations"]]
+                    np.array_equal(row, past["observations"][t])
+                    and np.array_equal(following, past["next_observations"][t])
+                    and np.float32(reward) == past["rewards"][t]
+                    and ends == [past["terminations"][t], past["truncations"][t]]
                 ):
                     return False
                 row, self.earned[key] = following, self.earned[key] + reward

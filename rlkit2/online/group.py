@@ -123,13 +123,7 @@ class OnlineGroup(SeedGroup):
 
     def state(self) -> dict[str, Tensor]:
         """Generators, episodes in progress, and what the files of the replay hold."""
-        digests = [torch.tensor(list(file.digest()), dtype=torch.uint8) for file in self.replay.files]
-        return {
-            **super().state(),
-            **self.explorer.state(),
-            **self.collector.state(),
-            "online.sha256": torch.stack(digests),
-        }
+        return {**super().state(), **self.explorer.state(), **self.collector.state(), **self.replay.state()}
 
     @property
     def facts(self) -> dict[int, Any]:
@@ -145,7 +139,7 @@ class OnlineGroup(SeedGroup):
         super().load_state(state, facts)
         self.explorer.load_state(state)
         envs = self.options.num_envs
-        self.replay.load(math.ceil(self.step / envs) * envs, [bytes(own.tolist()) for own in state["online.sha256"]])
+        self.replay.load_state(math.ceil(self.step / envs) * envs, state)
         self.replay.cuts = [set(facts.get(seed, ())) for seed in self.agent.seeds]
         with subnormals_flushed():  # as when it was collected
             lost = self.collector.load_state(state)
@@ -157,9 +151,7 @@ class OnlineGroup(SeedGroup):
 
     def sync(self) -> None:
         """Write what was collected, and wait until it is on the disk."""
-        self.replay.flush()
-        for file in self.replay.files:
-            file.sync()
+        self.replay.sync()
 
     def close(self) -> None:
         """Close files and environments."""

@@ -12,7 +12,7 @@ from minari import MinariDataset
 from rlkit2.data.dataset import TransitionDataset, dataset_from_arrays
 from rlkit2.data.records import FIELDS
 from rlkit2.errors import ConfigError
-from rlkit2.online.replay import online_dtype, replay_path
+from rlkit2.online.replay import read_rows
 from rlkit2.training.building import stored_spec
 from rlkit2.training.run import Run
 
@@ -36,10 +36,11 @@ def collected(run: Run) -> TransitionDataset:
         raise ConfigError(f"{run.path} has not collected anything yet")
     parts = []
     for seed in run.config["seeds"]:
-        rows = np.fromfile(replay_path(run.path, seed), online_dtype(spec), count)
-        rows["truncations"][checkpoint.facts.get("of_groups", {}).get(str(seed), [])] = True
+        given_up = np.zeros(count, bool)
+        given_up[checkpoint.facts.get("of_groups", {}).get(str(seed), [])] = True
         for env in range(envs):
-            own = rows[env::envs].copy()
+            own = read_rows(run.path, spec, seed, slice(env, count, envs))
+            own["truncations"] = own["truncations"] | given_up[env::envs]
             own["truncations"][-1] |= not own["terminations"][-1]
             parts.append(own)
     fields: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,21 @@ from torch import Tensor
 
 from rlkit2.data.batch import LookaheadBatch, RowBatch
 from rlkit2.data.dataset import Lookahead
-from rlkit2.data.records import Records, record_dtype
+from rlkit2.data.records import FIELDS, OBSERVATIONS, Records, record_dtype
 from rlkit2.data.spaces import action_layout
 from rlkit2.data.spec import DatasetSpec
 from rlkit2.errors import RunError
-from rlkit2.files import make_folder, writing
+from rlkit2.online.frames import Frames, frame_layout, frames_path, read_frames
+from rlkit2.online.record_file import RecordFile
 
 SINGLE_STEPS = Lookahead()
-PIECE = 1 << 24  # bytes that are read at once
 
 
 def online_dtype(spec: DatasetSpec) -> np.dtype[Any]:
-    """The layout of one collected transition: both observations whole, images too."""
+    """The layout of one collected transition: both observations, or the numbers of the frames in them where they hold images."""
     flat, actions = spec.flattener, action_layout(spec.action_space)
+    if spec.images:
+        return record_dtype((spec.frame_stack,), np.int64, actions.shape, actions.dtype)
     return record_dtype(flat.shape, flat.dtype, actions.shape, actions.dtype)
 
 
@@ -36,73 +36,19 @@ def replay_path(run: Path, seed: int) -> Path:
     return run / "replay" / f"seed-{seed}.records"
 
 
-class RecordFile:
-    """A file of records that only grows; what a checkpoint remembers of it is how many there are and their SHA-256.
-
-    Args:
-        path: made if it is missing, with its folder.
-        dtype: of a record.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.dtype = path, dtype
-        make_folder(path.parent)
-        with writing(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self.length = 0
-        self._hash = hashlib.sha256()
-
-    def cut(self, length: int, digest: bytes) -> None:
-        """Go back to the first `length` records, what came behind them is of steps that are done again.
-
-        Raises:
-            RunError: there are fewer, or they are not what was written.
-        """
-        self._hash, left = hashlib.sha256(), length * self.dtype.itemsize
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        while left and (piece := os.read(self._descriptor, min(left, PIECE))):
-            self._hash.update(piece)
-            left -= len(piece)
-        if left or self._hash.digest() != digest:
-            what = (
-                "is shorter than the run's checkpoint says"
-                if left
-                else "does not have the checksum it was written with"
-            )
-            raise RunError(
-                f"{self.path} {what}: what the run has collected is damaged; restore the file, or begin the online run again"
-            )
-        with writing(self.path):
-            os.ftruncate(self._descriptor, length * self.dtype.itemsize)
-        self.length = length
-
-    def append(self, records: NDArray[Any]) -> None:
-        """Add records, one a row; the process may be killed at any moment of it."""
-        content = records.tobytes()
-        left = memoryview(content)
-        with writing(self.path):
-            os.lseek(self._descriptor, self.length * self.dtype.itemsize, os.SEEK_SET)
-            while left:  # a nearly full disk takes a part of it before it says so
-                left = left[os.write(self._descriptor, left) :]
-        self._hash.update(content)
-        self.length += len(records)
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The records from `start` to before `stop`."""
-        return np.fromfile(self.path, self.dtype, stop - start, offset=start * self.dtype.itemsize)
-
-    def digest(self) -> bytes:
-        """SHA-256 of all records."""
-        return self._hash.digest()
-
-    def sync(self) -> None:
-        """Wait until all of them are on the disk."""
-        with writing(self.path):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+def read_rows(run: Path, spec: DatasetSpec, seed: int, rows: slice) -> dict[str, NDArray[Any]]:
+    """What the files of a run say of these transitions of a seed, as arrays of the fields of a transition, `[n, ...]`."""
+    dtype, layout, flat = online_dtype(spec), frame_layout(spec), spec.flattener
+    found = np.fromfile(
+        replay_path(run, seed), dtype, max(0, rows.stop - rows.start), offset=rows.start * dtype.itemsize
+    )
+    found = found[:: rows.step]
+    fields = {name: found[name] for name in FIELDS}
+    if layout is not None:
+        for name in OBSERVATIONS:
+            seen = read_frames(frames_path(run, seed), layout, fields[name])
+            fields[name] = flat.joined(torch.from_numpy(seen)).numpy()
+    return fields
 
 
 class Replay:
@@ -130,11 +76,14 @@ class Replay:
         lookahead: Lookahead = SINGLE_STEPS,
         reward: Callable[[Tensor], Tensor] = lambda reward: reward,
     ) -> None:
+        self.spec, self.seeds, self.run = spec, tuple(seeds), run
         self.num_envs, self.capacity, self.lookahead, self.reward = num_envs, capacity, lookahead, reward
         dtype = online_dtype(spec)
         self.array = np.zeros((len(seeds), capacity), dtype)  # pages are taken as they are written
         self.records = Records.from_numpy(self.array.reshape(-1))
         self.files = [RecordFile(replay_path(run, seed), dtype) for seed in seeds]
+        layout, frames = frame_layout(spec), capacity + num_envs * (spec.frame_stack + 1)
+        self.frames = None if layout is None else Frames(layout, seeds, frames, run)
         self.count = 0  # rows of every seed, those that are overwritten in memory included
         self.cuts: list[set[int]] = [
             set() for _ in seeds
@@ -150,28 +99,95 @@ class Replay:
         """One step of every environment: fields `[S, E, ...]`."""
         if self.count - self.files[0].length == self.capacity:
             self.flush()
+        if self.frames is not None:
+            step = self._numbered(self.frames, step)
         start = self.count % self.capacity
         for name, values in step.items():
             self.array[name][:, start : start + self.num_envs] = values
         self.count += self.num_envs
 
+    def _numbered(self, frames: Frames, step: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The step with the numbers of its frames, which are kept, in the place of its observations."""
+        size, envs = self.spec.frame_stack, self.num_envs
+        frames.reserve(envs * (size + 1), self._oldest_frames(envs))
+        seen, after = (self.spec.flattener.parted(step[name], size) for name in OBSERVATIONS)
+        numbers = {name: np.zeros((len(self.seeds), envs, size), np.int64) for name in OBSERVATIONS}
+        begins, last = self._begins()
+        for s, e in np.ndindex(begins.shape):
+            here = last[s, e]
+            if begins[s, e]:  # the first observation is there for those before it
+                new = seen[s, e, :1] if (seen[s, e] == seen[s, e, :1]).all() else seen[s, e]
+                here = frames.add(s, new) + np.arange(size) * (len(new) > 1)
+            numbers["observations"][s, e] = here
+            numbers["next_observations"][s, e] = [*here[1:], frames.add(s, after[s, e, -1:])]
+        return {**step, **numbers}
+
+    def _begins(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Whether an episode of each environment begins with the row to come, `[S, E]`, and what the row before it led to, `[S, E, ...]`."""
+        rows = np.arange(self.count - self.num_envs, self.count)
+        last = self.array[:, rows % self.capacity]
+        cut = np.array([[row in own for row in rows] for own in self.cuts])
+        return (self.count == 0) | last["terminations"] | last["truncations"] | cut, last["next_observations"]
+
+    def _oldest_frames(self, more: int) -> NDArray[np.int64]:
+        """The smallest number of a frame that is shown by the rows in memory when `more` have come, and by those to come, `[S]`."""
+        if not self.count:
+            return np.zeros(len(self.seeds), np.int64)
+        rows = np.arange(max(0, self.count + more - self.capacity), self.count)[: self.num_envs]
+        known = [self.array["observations"][:, rows % self.capacity], self._begins()[1]]
+        oldest: NDArray[np.int64] = np.concatenate([part.reshape(len(self.seeds), -1) for part in known], 1).min(1)
+        return oldest
+
     def flush(self) -> None:
         """Write what is not yet in the files."""
+        if self.frames is not None:
+            self.frames.flush()
         words = self.array.view(np.int64).reshape(*self.array.shape, -1)  # numpy does not copy what lies between fields
         for file, own in zip(self.files, words, strict=True):
             file.append(own[np.arange(file.length, self.count) % self.capacity])
 
-    def load(self, count: int, digests: Sequence[bytes]) -> None:
-        """Continue from the first `count` rows of the files.
+    def sync(self) -> None:
+        """Write what is not yet in the files, and wait until all of them are on the disk."""
+        self.flush()
+        for file in self._all_files:
+            file.sync()
+
+    @property
+    def _all_files(self) -> list[RecordFile]:
+        return self.files + ([] if self.frames is None else self.frames.files)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the files hold, with the seed axis in front: their checksums, and how many frames there are."""
+        found = {"online.sha256": _digests(self.files)}
+        if self.frames is not None:
+            found |= {
+                "online.frames": torch.tensor(self.frames.counts),
+                "online.frames_sha256": _digests(self.frames.files),
+            }
+        return found
+
+    def load_state(self, count: int, state: Mapping[str, Tensor]) -> None:
+        """Continue from the first `count` rows of the files, as they were at `state()`.
 
         Raises:
-            RunError: a file is damaged.
+            RunError: a file is damaged, or of an earlier version.
         """
+        if self.frames is not None and "online.frames" not in state:
+            raise RunError(
+                f"{self.run} was begun by an earlier version, which kept every image twice; begin the online run again, or continue with that version"
+            )
         self.count = count
         rows = np.arange(self.oldest, count)
-        for file, digest, own in zip(self.files, digests, self.array, strict=True):
-            file.cut(count, digest)
+        for file, digest, own in zip(self.files, state["online.sha256"], self.array, strict=True):
+            file.cut(count, bytes(digest.tolist()))
             own[rows % self.capacity] = file.read(self.oldest, count)
+        if self.frames is not None:
+            digests = [bytes(digest.tolist()) for digest in state["online.frames_sha256"]]
+            self.frames.load(state["online.frames"].tolist(), digests, self._oldest_frames(0))
+
+    def past(self, place: int, rows: slice) -> dict[str, NDArray[Any]]:
+        """Transitions of the seed at this place from the files, `[n, ...]`."""
+        return read_rows(self.run, self.spec, self.seeds[place], rows)
 
     def gather(self, rows: Tensor) -> RowBatch:
         """The transitions at `rows [S, B]`, as `TransitionDataset.gather`."""
@@ -193,11 +209,17 @@ class Replay:
             ahead["steps"] = torch.div(last - rows, self.num_envs, rounding_mode="floor") + 1
         if self.lookahead.next_actions:
             after = torch.where(follows, last + self.num_envs, last)
-            ahead |= {"next_actions": self._fields(after)["actions"], "followed": follows}
+            ahead |= {"next_actions": self._stored(after, ("actions",))["actions"], "followed": follows}
         return LookaheadBatch(**fields | ahead, rows=rows)
 
+    def _stored(self, rows: Tensor, names: Collection[str] = FIELDS) -> dict[str, Tensor]:
+        return self.records.views(self.records.gather(rows % self.capacity + self._first), names)
+
     def _fields(self, rows: Tensor) -> dict[str, Tensor]:
-        fields = self.records.views(self.records.gather(rows % self.capacity + self._first))
+        fields = self._stored(rows)
+        if self.frames is not None:
+            for name in OBSERVATIONS:
+                fields[name] = self.spec.flattener.joined(self.frames.gather(fields[name]))
         return {**fields, "rewards": self.reward(fields["rewards"])}
 
     def _follows(self, rows: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
@@ -210,5 +232,9 @@ class Replay:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self.files:
+        for file in self._all_files:
             file.close()
+
+
+def _digests(files: Sequence[RecordFile]) -> Tensor:
+    return torch.stack([torch.tensor(list(file.digest()), dtype=torch.uint8) for file in files])

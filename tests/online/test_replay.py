@@ -122,11 +122,11 @@ def test_a_seed_draws_the_same_rows_beside_any_other(tmp_path):
 def test_a_torn_or_changed_file_is_seen(tmp_path):
     replay, joined = filled(tmp_path)
     replay.flush()
-    digests = [file.digest() for file in replay.files]
+    state = replay.state()
     for step in steps(5, seed=1):
         replay.add(step)
     replay.flush()
-    replay.load(60, digests)  # what came after the checkpoint is cut off
+    replay.load_state(60, state)  # what came after the checkpoint is cut off
     assert replay_path(tmp_path, 4).stat().st_size == 60 * replay.array.itemsize
     np.testing.assert_array_equal(
         replay.gather(torch.tensor([[59], [59]])).rewards[:, 0], joined["rewards"][:, 59].astype(np.float32)
@@ -135,10 +135,10 @@ def test_a_torn_or_changed_file_is_seen(tmp_path):
     data[100] ^= 1
     replay_path(tmp_path, 7).write_bytes(data)
     with pytest.raises(RunError, match=r"seed-7.records does not have the checksum"):
-        replay.load(60, digests)
+        replay.load_state(60, state)
     os.truncate(replay_path(tmp_path, 4), 1000)
     with pytest.raises(RunError, match=r"seed-4.records is shorter than the run's checkpoint says"):
-        replay.load(60, digests)
+        replay.load_state(60, state)
 
 
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path, monkeypatch):
