@@ -286,8 +286,9 @@ class Agent:
 
         `decay` in [0, 1); 0 leaves the weights as they are.
 
-        The mean over all updates so far, from 1 / (1 - decay) updates on an exponential one: a policy that is played for thousands of steps
-        is at the mercy of the last few minibatches otherwise (Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992).
+        A policy that is played for thousands of steps is at the mercy of the last few minibatches otherwise (Polyak and Juditsky, "Acceleration of
+        Stochastic Approximation by Averaging", 1992). Until about 4 / (1 - decay) updates are done, it is mostly one of the last quarter of them,
+        whatever their number (polynomial decay with eta = 3; Shamir and Zhang, ICML 2013), from then on an exponential one.
         """
         if decay > 0.0:
             self.policy_ema = decay
@@ -312,7 +313,7 @@ class Agent:
         """One `update`, and the running mean of the policy where there is one."""
         metrics = self.update(batch)
         if self.policy_ema:
-            self.follow_policy((1.0 / self.step[0].to(self.dtype)).clamp(min=1.0 - self.policy_ema))
+            self.follow_policy((4.0 / (self.step[0].to(self.dtype) + 3.0)).clamp(min=1.0 - self.policy_ema))
         return metrics
 
     @classmethod
@@ -340,6 +341,11 @@ class Agent:
             dataset: transitions that it will learn from; None: it learns from transitions as they come, in an environment.
         """
         return config, None
+
+    @classmethod
+    def default_policy_ema(cls, config: Any) -> float:
+        """`policy_ema` of a run with this config that does not say its own."""
+        return 0.0
 
     @classmethod
     def needs_episodes(cls, config: Any) -> bool:

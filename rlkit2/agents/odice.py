@@ -287,6 +287,11 @@ class ODICE(Agent):
         return replace(config, weight_residual=kind), text
 
     @classmethod
+    def default_policy_ema(cls, config: ODICEConfig) -> float:
+        """For the default weights a long mean: the noise in what followed, which long training learns by heart, averages out a second time."""
+        return 0.9999 if config.weight == "above_quantile" else 0.0
+
+    @classmethod
     def needs_episodes(cls, config: ODICEConfig) -> bool:
         """Where what followed decides the weights."""
         return config.weight_residual in ("return", "mixed")

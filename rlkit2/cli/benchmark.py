@@ -22,7 +22,7 @@ def benchmark(
     steps: int = 50_000,
     batch_size: int = 256,
     schedule: Schedule = "constant",
-    policy_ema: float = 0.0,
+    policy_ema: float | None = None,
     hidden_sizes: tuple[int, ...] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -51,7 +51,7 @@ def benchmark(
         steps: updates per seed.
         batch_size: transitions per update and seed.
         schedule: learning rates of all networks: constant, or falling to zero along half a cosine or a line.
-        policy_ema: decay of the running mean of the policy's weights that is evaluated; 0: the weights as they are.
+        policy_ema: decay of the running mean of the policy's weights that is evaluated; 0: the weights as they are; default: each agent's own.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between two evaluations; default: a tenth of the steps.
         eval_episodes: episodes per evaluation and seed.

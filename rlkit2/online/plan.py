@@ -31,6 +31,7 @@ from rlkit2.training.building import (
     own_agent,
     run_class,
     run_config,
+    settled_training,
     stored_config,
     stored_spec,
 )
@@ -72,6 +73,7 @@ def begin_from(
     config = _settled(cls, stored_config(cls, {**run.config["config"], **read_fields(cls.config_class, overrides)}))
     inherited = {name: run.config["training"][name] for name in INHERITED if name in run.config["training"]}
     training = TrainingOptions(**{**inherited, **given["training"], "steps": steps})
+    training = settled_training(cls, config, training)
     options = check_options(OnlineOptions(**given["online"]), DataOptions(**run.config["data"]))
     options = options.settled(steps, scratch=False)
     checkpoint = run.checkpoint(run.step)

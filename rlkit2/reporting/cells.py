@@ -42,6 +42,9 @@ except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
 TRAINING = ("steps", "batch_size", "schedule", "policy_ema", "eval_every", "eval_episodes")
+FORMER: dict[str, dict[str, Any]] = {
+    "training": {"policy_ema": 0.0}
+}  # of runs from before the option, where the default is another now
 DIGITS = 3  # decimals of a score that are kept
 
 
@@ -160,7 +163,8 @@ def same_setting(stored: Mapping[str, Any], wanted: Mapping[str, Any], kind: str
         )
         alike = one == other
         for name, options in (("data", DataOptions), ("training", TrainingOptions)):
-            alike = alike and options(**stored[name]) == options(**wanted[name])
+            past = FORMER.get(name, {})
+            alike = alike and options(**past | stored[name]) == options(**past | wanted[name])
         return bool(alike)
     return False  # a field that is no more
 

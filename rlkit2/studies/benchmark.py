@@ -39,6 +39,7 @@ from rlkit2.reporting.cells import (
 from rlkit2.sweeps import Experiment, Sweep, run_sweep, sweep_status
 from rlkit2.sweeps.engines import check_engine
 from rlkit2.sweeps.experiment import find_run
+from rlkit2.training.building import settled_training
 from rlkit2.training.options import DataOptions, TrainingOptions
 
 DATASETS = ("builtin/rooms/stitch-sparse-v0", "builtin/pendulum/mixed-v0", "builtin/cartpole/mixed-v0")
@@ -79,7 +80,7 @@ def run_benchmark(
     steps: int = 50_000,
     batch_size: int = 256,
     schedule: Schedule = "constant",
-    policy_ema: float = 0.0,
+    policy_ema: float | None = None,
     hidden_sizes: Sequence[int] | None = None,
     eval_every: int | None = None,
     eval_episodes: int = 10,
@@ -102,7 +103,7 @@ def run_benchmark(
         out: folder of the runs (`out/runs`), the table and the page.
         datasets, agents: what `load_dataset` finds by name, and registered names.
         seeds: n for seeds 0 to n - 1, or the integers; those that the results have are not trained again.
-        steps, batch_size, schedule, policy_ema, eval_episodes: as for `rlkit2.train`, the same for all.
+        steps, batch_size, schedule, policy_ema, eval_episodes: as for `rlkit2.train`, the same for all; `policy_ema` is each agent's own by default.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between evaluations; default: a tenth of the steps.
         normalize_observations: standardise them over the dataset, as `rlkit2.train` does where it is told to; images are left as they are.
@@ -170,15 +171,15 @@ def run_benchmark(
     return Benchmark(board, table, sheet, file, failed)
 
 
-def _config(agent: str, dataset: TransitionDataset, hidden_sizes: Sequence[int] | None) -> dict[str, Any]:
-    """The agent's default config for a dataset with the wanted sizes, as the fields that make it."""
+def _config(agent: str, dataset: TransitionDataset, hidden_sizes: Sequence[int] | None) -> Any:
+    """The agent's default config for a dataset with the wanted sizes."""
     kind = dataset.spec.action_kind
     cls = agent_class(agent, kind)
     names = field_types(cls.config_class)
     sized = [name for name in names if name == "hidden_sizes"] or [n for n in names if n.endswith("hidden_sizes")]
     config = make_config(agent, kind, **({} if hidden_sizes is None else dict.fromkeys(sized, tuple(hidden_sizes))))
     config, _ = cls.settled(config, dataset)
-    return {name: getattr(config, name) for name in names}
+    return config
 
 
 def _opened(dataset: str, trust_env: bool) -> TransitionDataset:
@@ -203,9 +204,10 @@ def _place(
     spec = transitions.spec
     kind = spec.action_kind
     cls = agent_class(agent, kind)
-    setting = make_setting(
-        agent, _config(agent, transitions, hidden_sizes), dataclasses.asdict(data), dataclasses.asdict(training)
-    )
+    config = _config(agent, transitions, hidden_sizes)
+    own = settled_training(cls, config, training)
+    fields = {name: getattr(config, name) for name in field_types(cls.config_class)}
+    setting = make_setting(agent, fields, dataclasses.asdict(data), dataclasses.asdict(own))
     code = code_digest(cls)
     if kind not in cls.action_kinds:
         return Place(dataset, agent, setting, code, "not for these actions", None, ())
@@ -336,7 +338,7 @@ def _command(
     words += ["--batch-size", training.batch_size, "--eval-every", training.eval_every]
     words += ["--eval-episodes", training.eval_episodes, "--against", against]
     words += [] if training.schedule == "constant" else ["--schedule", training.schedule]
-    words += ["--policy-ema", training.policy_ema] if training.policy_ema else []
+    words += [] if training.policy_ema is None else ["--policy-ema", training.policy_ema]
     words += [] if hidden_sizes is None else ["--hidden-sizes", *hidden_sizes]
     words += [] if normalize_observations else ["--no-normalize-observations"]
     words += [] if results is None else ["--results", results]

@@ -199,7 +199,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
             return_std=return_std,
         )
         agent = make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
-        agent.average_policy(training.policy_ema)
+        agent.average_policy(training.policy_ema or 0.0)
         if "online" not in run_config:  # there every learning rate stays what the config says
             agent.follow_schedule(training.schedule, training.steps)
         return agent
@@ -306,6 +306,13 @@ def describe_images(agent: Agent, dataset: TransitionDataset, seeds: int, batch_
     return f"images of {seen}, encoder {agent.encoder['name']}; memory at least: {costs}"
 
 
+def settled_training(cls: type[Agent], config: Any, training: TrainingOptions) -> TrainingOptions:
+    """The options with what they leave to the agent filled in."""
+    if training.policy_ema is not None:
+        return training
+    return dataclasses.replace(training, policy_ema=cls.default_policy_ema(config))
+
+
 def run_config(
     *,
     agent: str,
@@ -331,6 +338,7 @@ def run_config(
     An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
     spec, rows = (dataset, 0) if isinstance(dataset, DatasetSpec) else (dataset.spec, len(dataset))
+    training = settled_training(agent_class(config), config, training)
     return {
         "format": 1,
         "agent": agent,

@@ -56,8 +56,9 @@ class TrainingOptions(Checked):
     batch_size: Count = 256
     # learning rates of all networks: constant, or falling to zero at the last step, along half a cosine or a line
     schedule: Schedule = "constant"
-    # decay of a running mean of the policy's weights, which is then what is evaluated and saved (.999: about the last 1000 updates); 0: as they are
-    policy_ema: Annotated[float, Interval("[0, 1)")] = 0.0
+    # decay of a running mean of the policy's weights, which is then what is evaluated and saved (.999: about the last 1000 updates); 0: as they are;
+    # default: the agent's own, 0 for most
+    policy_ema: Annotated[float, Interval("[0, 1)")] | None = None
     # updates between two lines of metrics; default: a hundredth of the steps, at most 1000
     log_every: Count | None = None
     # updates between two evaluations; 0: none at all; default: one, at the end
