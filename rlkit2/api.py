@@ -630,6 +630,11 @@ def _plan(
         env=typed_again(env) if isinstance(env, str) else None,
         recipe=str(recipe.path) if recipe else None,
     )
+    if "schedule_curves" in plan:
+        known = ", ".join(plan["schedule_curves"])
+        shown.message(
+            f"learning rates by the gradients of {plan['training']['refine_from']}: {known}; others fall along a line"
+        )
     return plan, transitions
 
 

@@ -20,6 +20,7 @@ import itertools
 import math
 import numbers
 import operator
+import os
 import re
 import tokenize
 import types
@@ -158,6 +159,8 @@ def read_value(value: Any, hint: Any) -> Any:
     """
     if isinstance(value, np.generic):  # a name or number out of an array
         value = value.item()
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         read = read_value(value, arguments[0])

@@ -275,11 +275,16 @@ class Agent:
             for names in places:
                 names.update({name: new for name, value in names.items() if value is old})
 
-    def follow_schedule(self, schedule: Schedule, steps: int) -> None:
-        """Let the learning rates of all optimisers fall to zero over a run of `steps` updates; "constant" leaves what the config says."""
-        if schedule != "constant":
-            for optimizer in self._optimizers.values():
-                optimizer.follow(schedule, steps, self.step)
+    def follow_schedule(
+        self, schedule: Schedule, steps: int, curves: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        """Let the learning rates of all optimisers fall to zero over a run of `steps` updates; "constant" leaves what the config says.
+
+        `curves`: of "refined", by part of the agent; a part without one follows a line.
+        """
+        for part, optimizer in self._optimizers.items() if schedule != "constant" else ():
+            curve = (curves or {}).get(part)
+            optimizer.follow("linear" if schedule == "refined" and curve is None else schedule, steps, self.step, curve)
 
     def average_policy(self, decay: float) -> None:
         """Let `policy` be a running mean of the trained policy's weights; to be called before the first update and after `replace_network`.

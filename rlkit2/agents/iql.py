@@ -15,7 +15,7 @@ a categorical policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -90,9 +90,11 @@ class IQL(UncertainAgent):
         steps = None if config.policy_cosine_steps == "run" else config.policy_cosine_steps
         self.actor = self._build_policy(actor, config.policy_learning_rate, cosine_steps=steps)
 
-    def follow_schedule(self, schedule: Schedule, steps: int) -> None:
+    def follow_schedule(
+        self, schedule: Schedule, steps: int, curves: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
         """The policy's step size falls along half a cosine of its own where the run has no schedule for all."""
-        super().follow_schedule(schedule, steps)
+        super().follow_schedule(schedule, steps, curves)
         if schedule == "constant" and self.depends_on_steps(self.config):
             self.policy_optimizer.follow("cosine", steps, self.step)
 

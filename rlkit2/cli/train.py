@@ -165,7 +165,7 @@ def _group(title: str, classes: Classes) -> Any:
         _, kind, _, meaning = found[0]
         if len({row[1] for row in found}) > 1:
             kind = "; ".join(f"{whose}: {own}" for whose, own, _, _ in found)
-        typed = bool if kind == "true or false" else tuple[str, ...] if kind.startswith("[") else str
+        typed = bool if kind.startswith("true or false") else tuple[str, ...] if kind.startswith("[") else str
         fields[name] = _option(kind, f"{meaning}{_default(found, len(classes))}", typed, name.rstrip("_"))
     return TypedDict(title, fields, total=False)  # type: ignore[operator]
 

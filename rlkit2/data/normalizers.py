@@ -16,6 +16,8 @@ CHUNK = 1 << 18
 def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation plus `epsilon` of every observation column, each `[obs]` float32, accumulated in float64.
 
+    Of what is finite: one broken value spoils its own row, and not what all others are seen as.
+
     Source: the state normalisation of TD3+BC (Fujimoto & Gu 2021, section 5), `(s - mean) / (std + 1e-3)`.
     """
     observations = dataset.observations
@@ -25,13 +27,20 @@ def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) ->
         )
     total = torch.zeros(observations.shape[1], dtype=torch.float64)
     square = total.clone()
-    shift = observations[0].double().cpu()  # keeps the squares small where a column is far from zero
+    count = total.clone()
+    shift = (
+        observations[0].double().cpu().nan_to_num(0.0, 0.0, 0.0)
+    )  # keeps the squares small where a column is far from zero
     for start in range(0, len(observations), CHUNK):
         part = observations[start : start + CHUNK].double().cpu() - shift
+        finite = part.isfinite()
+        part = torch.where(finite, part, 0.0)
         total += part.sum(0)
         square += (part * part).sum(0)
-    mean = total / len(observations)
-    variance = (square / len(observations) - mean * mean).clamp(min=0)
+        count += finite.sum(0)
+    count.clamp_(min=1.0)
+    mean = total / count
+    variance = (square / count - mean * mean).clamp(min=0)
     return (mean + shift).float(), (variance.sqrt() + epsilon).float()
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-Schedule = Literal["constant", "cosine", "linear"]
-"""How a step size falls to zero over a number of steps: not at all, along half a cosine, along a line."""
+Schedule = Literal["constant", "cosine", "linear", "refined"]
+"""How a step size falls to zero over a number of steps: not at all, along half a cosine, along a line, along a curve of its own."""
 
 
 class Adam:
@@ -63,20 +63,24 @@ class Adam:
         if cosine_steps:
             self.follow("cosine", cosine_steps)
 
-    def follow(self, schedule: Schedule, steps: int, clock: Tensor | None = None) -> None:
+    def follow(
+        self, schedule: Schedule, steps: int, clock: Tensor | None = None, curve: Sequence[float] | None = None
+    ) -> None:
         """From now on the learning rate falls from its start to zero over `steps`, on the device.
 
         Args:
             schedule: the curve.
             steps: where it arrives.
             clock: `[S]`, how many are done; None counts this optimiser's own.
+            curve: of "refined", shares of the learning rate at equal distances from the first step to the last, straight in between.
         """
         self._schedule, self._steps, self._clock = schedule, steps, clock
+        self._curve = None if curve is None else torch.tensor(curve, dtype=self._rate.dtype, device=self._rate.device)
 
     def restarted(self, module: nn.Module) -> Adam:
         """A fresh one of the same settings for another module."""
         fresh = Adam(module, self._base_rate, **self._options)
-        fresh.follow(self._schedule, self._steps, self._clock)
+        fresh.follow(self._schedule, self._steps, self._clock, None if self._curve is None else self._curve.tolist())
         return fresh
 
     @torch.no_grad()
@@ -117,6 +121,13 @@ class Adam:
         elif self._schedule == "linear":
             left = (1.0 - done * (1.0 / self._steps)).clamp(min=0.0)
             torch.mul(left, self._base_rate, out=self._rate)
+        elif self._schedule == "refined":
+            assert self._curve is not None
+            last = len(self._curve) - 1
+            place = (done * (last / self._steps)).clamp(max=last)
+            before = place.floor().clamp(max=last - 1)
+            low, high = self._curve[before.long()], self._curve[before.long() + 1]
+            torch.mul(torch.lerp(low, high, place - before), self._base_rate, out=self._rate)
         else:
             angle = (done * (math.pi / self._steps)).clamp(max=math.pi)
             torch.add(self._half_rate, angle.cos(), alpha=0.5 * self._base_rate, out=self._rate)

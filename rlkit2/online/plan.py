@@ -123,14 +123,14 @@ def begin_afresh(
         ConfigError: an option needs data, or the agent cannot learn in an environment.
         EnvironmentUnavailableError: the environment cannot be made.
     """
-    data = DataOptions(**given["data"])
+    data = DataOptions(**{"normalize_observations": False, **given["data"]})
     if dataset is None:
         if source is None:
             raise ConfigError(
                 "no environment is named; name one with --env ID or --env my_envs.py:make_env (env=... in Python)"
             )
         for name, value in given["data"].items():
-            if name in NEEDING_DATA and value != getattr(DataOptions(), name):
+            if name in NEEDING_DATA and value and value != getattr(DataOptions(), name):
                 raise ConfigError(f"{name} needs data to begin with; leave it out, or give some with --dataset")
         spec = environment_spec(source, given["reading"].get("observation_keys"))
     else:
@@ -156,7 +156,9 @@ def begin_afresh(
         source="" if dataset is None else dataset[0],
         seeds=as_seeds(seeds),
         data=data,
-        training=TrainingOptions(**{**given["training"], "steps": steps}),
+        training=TrainingOptions(
+            **{"policy_ema": 0.0, **given["training"], "steps": steps}
+        ),  # a mean lags behind what improves
         env=env,
         recipe=None,
         reading=ReadingOptions(**given["reading"]),

@@ -42,9 +42,8 @@ except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
 TRAINING = ("steps", "batch_size", "schedule", "policy_ema", "eval_every", "eval_episodes")
-FORMER: dict[str, dict[str, Any]] = {
-    "training": {"policy_ema": 0.0}
-}  # of runs from before the option, where the default is another now
+# of settings from before an option, where the default is another now
+FORMER: dict[str, dict[str, Any]] = {"training": {"policy_ema": 0.0}, "data": {"normalize_observations": False}}
 DIGITS = 3  # decimals of a score that are kept
 
 

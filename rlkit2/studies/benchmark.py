@@ -39,7 +39,7 @@ from rlkit2.reporting.cells import (
 from rlkit2.sweeps import Experiment, Sweep, run_sweep, sweep_status
 from rlkit2.sweeps.engines import check_engine
 from rlkit2.sweeps.experiment import find_run
-from rlkit2.training.building import settled_training
+from rlkit2.training.building import settled_data, settled_training
 from rlkit2.training.options import DataOptions, TrainingOptions
 
 DATASETS = ("builtin/rooms/stitch-sparse-v0", "builtin/pendulum/mixed-v0", "builtin/cartpole/mixed-v0")
@@ -106,7 +106,7 @@ def run_benchmark(
         steps, batch_size, schedule, policy_ema, eval_episodes: as for `rlkit2.train`, the same for all; `policy_ema` is each agent's own by default.
         hidden_sizes: hidden layers of every network; default: each agent's own.
         eval_every: updates between evaluations; default: a tenth of the steps.
-        normalize_observations: standardise them over the dataset, as `rlkit2.train` does where it is told to; images are left as they are.
+        normalize_observations: standardise them over the dataset, as `rlkit2.train` does; images are left as they are.
         against: agent that probabilities of improvement refer to; default: `bc` if it is among them, else the first.
         results: file of finished cells, made or added to as trainings end; default: `out/results.json`.
         anew: train cells again whose agent's code is not what they were trained with.
@@ -125,6 +125,10 @@ def run_benchmark(
     against = against or ("bc" if "bc" in agents else next(iter(agents), ""))
     if against not in agents:
         raise ConfigError(f"the agent to hold the others against, {against!r}, is not among {', '.join(agents)}")
+    if schedule == "refined":
+        raise ConfigError(
+            "a benchmark has one schedule for all, and a refined one comes from a run of one agent; choose constant, cosine or linear"
+        )
     training = TrainingOptions(
         steps=steps,
         batch_size=batch_size,
@@ -135,7 +139,7 @@ def run_benchmark(
     )
     if not training.eval_every:
         raise ConfigError("a benchmark needs evaluations; eval_every must be at least 1")
-    data = DataOptions(normalize_observations=normalize_observations)
+    data = DataOptions(normalize_observations=None if normalize_observations else False)
     named = tuple(dict.fromkeys(builtin_id(name) if name.startswith("builtin/") else name for name in datasets))
     names = tuple(dict.fromkeys(agents))
     for name in names:  # a wrong one is said first
@@ -205,9 +209,9 @@ def _place(
     kind = spec.action_kind
     cls = agent_class(agent, kind)
     config = _config(agent, transitions, hidden_sizes)
-    own = settled_training(cls, config, training)
+    own = settled_data(data, spec), settled_training(cls, config, training)
     fields = {name: getattr(config, name) for name in field_types(cls.config_class)}
-    setting = make_setting(agent, fields, dataclasses.asdict(data), dataclasses.asdict(own))
+    setting = make_setting(agent, fields, *map(dataclasses.asdict, own))
     code = code_digest(cls)
     if kind not in cls.action_kinds:
         return Place(dataset, agent, setting, code, "not for these actions", None, ())

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlkit2.agents import (
@@ -33,6 +34,8 @@ from rlkit2.nn.encoders import encoded_size, images_of, plans_of
 from rlkit2.training.groups import BLOCK
 from rlkit2.training.memory import total_memory
 from rlkit2.training.options import DataOptions, TrainingOptions
+from rlkit2.training.refinement import refined_curves
+from rlkit2.training.run import Run
 
 AgentFactory = Callable[[Sequence[int], "torch.device | str"], Agent]
 
@@ -201,7 +204,7 @@ def agent_factory(run_config: Mapping[str, Any], dataset: TransitionDataset | No
         agent = make_agent(config, spec, seeds=seeds, device=device, normalizer=normalizer, cls=cls)
         agent.average_policy(training.policy_ema or 0.0)
         if "online" not in run_config:  # there every learning rate stays what the config says
-            agent.follow_schedule(training.schedule, training.steps)
+            agent.follow_schedule(training.schedule, training.steps, run_config.get("schedule_curves"))
         return agent
 
     return build
@@ -313,6 +316,24 @@ def settled_training(cls: type[Agent], config: Any, training: TrainingOptions) -
     return dataclasses.replace(training, policy_ema=cls.default_policy_ema(config))
 
 
+def schedule_curves(agent: str, training: TrainingOptions) -> dict[str, Any]:
+    """What a run's config keeps of the run that shapes its learning rates: it is resumed without that one.
+
+    Raises:
+        ConfigError, RunError: that run is none, or says nothing of this agent.
+    """
+    if training.refine_from is None:
+        return {}
+    return {"schedule_curves": refined_curves(Run(training.refine_from), agent)}
+
+
+def settled_data(options: DataOptions, spec: DatasetSpec) -> DataOptions:
+    """The options with what they leave to the data filled in."""
+    if options.normalize_observations is not None:
+        return options
+    return dataclasses.replace(options, normalize_observations=spec.flattener.dtype != np.uint8)
+
+
 def run_config(
     *,
     agent: str,
@@ -338,7 +359,7 @@ def run_config(
     An agent of the user's own leaves what to type for it (`agent_source`, for people to read and never imported) and the hash of its code.
     """
     spec, rows = (dataset, 0) if isinstance(dataset, DatasetSpec) else (dataset.spec, len(dataset))
-    training = settled_training(agent_class(config), config, training)
+    data, training = settled_data(data, spec), settled_training(agent_class(config), config, training)
     return {
         "format": 1,
         "agent": agent,
@@ -354,6 +375,7 @@ def run_config(
         "seeds": list(seeds),
         "data": dataclasses.asdict(data),
         "training": dataclasses.asdict(training),
+        **schedule_curves(agent, training),
         "reading": dataclasses.asdict(reading or ReadingOptions()),
         "env": env,
         "recipe": recipe,

@@ -32,8 +32,8 @@ from rlkit2.training.selection import read_goal
 class DataOptions(Checked):
     """How the dataset is seen by the agent."""
 
-    # shift and scale every observation feature to mean 0 and deviation 1 over the dataset
-    normalize_observations: bool = False
+    # shift and scale every observation feature to mean 0 and deviation 1 over the dataset; default: yes, but for bytes and for what begins online
+    normalize_observations: bool | None = None
     # show the last so many observations as one, oldest first; before the first of an episode stands the first
     frame_stack: Annotated[int, Interval("[1, 255]")] = 1
     # targets hold the discounted rewards of up to so many steps of an episode, then the value behind them; for agents with critics
@@ -54,8 +54,10 @@ class TrainingOptions(Checked):
     steps: Count = 100_000
     # transitions per update and seed
     batch_size: Count = 256
-    # learning rates of all networks: constant, or falling to zero at the last step, along half a cosine or a line
+    # learning rates of all networks: constant, or falling to zero at the last step, along half a cosine, a line or a curve of their own (refine_from)
     schedule: Schedule = "constant"
+    # a run of the same agent, whose gradients shape the "refined" schedule
+    refine_from: str | None = None
     # decay of a running mean of the policy's weights, which is then what is evaluated and saved (.999: about the last 1000 updates); 0: as they are;
     # default: the agent's own, 0 for most
     policy_ema: Annotated[float, Interval("[0, 1)")] | None = None
@@ -76,6 +78,10 @@ class TrainingOptions(Checked):
         super().__post_init__()
         if self.stop_when is not None:
             read_goal(self.stop_when)
+        if (self.schedule == "refined") != (self.refine_from is not None):
+            raise ConfigError(
+                "schedule = 'refined' and refine_from, the run whose gradients shape it, go together; leave both out, or name both"
+            )
         defaults = {
             "log_every": max(1, min(1000, self.steps // 100)),
             "eval_every": self.steps,

@@ -31,6 +31,7 @@ CONFIG_MORE: Schema = {
     "agent_source": str | None,
     "online": Object,
     "origin": Object | None,
+    "schedule_curves": Object,
 }
 ORIGIN: Schema = {"run": str, "id": str, "step": Natural}
 DATASET: Schema = {"id": str, "source": str, "content_hash": str}
@@ -93,6 +94,9 @@ def check_config(values: Any) -> None:
     if values.get("origin") is not None:
         check(values["origin"], ORIGIN, where="origin.")
     check(values["dataset"], DATASET, DATASET_MORE, where="dataset.")
+    for part, curve in values.get("schedule_curves", {}).items():
+        if not isinstance(curve, list) or len(curve) < 2 or not all(_is_share(share) for share in curve):
+            raise SchemaError(f"schedule_curves.{part} must be two or more numbers from 0 to 1")
     seeds = values["seeds"]
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < LARGEST for seed in seeds):
         raise SchemaError(f"seeds must be distinct whole numbers of at least 0, not {_shown(seeds)}")
@@ -101,6 +105,10 @@ def check_config(values: Any) -> None:
             kind(**read_fields(kind, values.get(name, {})))
         except (ConfigError, TypeError) as error:
             raise SchemaError(f"{name}: {error}") from error
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_manifest(values: Any) -> None:

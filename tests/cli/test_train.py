@@ -74,7 +74,7 @@ def test_every_option_arrives_where_it_belongs(capsys):
     config = Run("there/odice-tiny-walk-v0-001").config
     assert config["training"] == {
         "steps": 8, "batch_size": 8, "log_every": 3, "eval_every": 0, "eval_episodes": 2, "checkpoint_every": 2,
-        "stop_when": None, "patience": 5, "schedule": "constant", "policy_ema": 0.9999,
+        "stop_when": None, "patience": 5, "schedule": "constant", "policy_ema": 0.9999, "refine_from": None,
     }  # fmt: skip
     assert config["data"] == {
         "normalize_observations": True, "reward_transform": "return_range", "reward_scale": 0.5, "frame_stack": 1,

@@ -18,6 +18,7 @@ from rlkit2.data import (
     ReplayBuffer,
     TransitionDataset,
     dataset_from_arrays,
+    normalizers,
     observation_statistics,
     read_dataset,
     reward_transform,
@@ -200,6 +201,23 @@ def test_observation_statistics_match_numpy() -> None:
     mean, std = observation_statistics(dataset_from_arrays(**given_arrays))
     np.testing.assert_allclose(mean, given_arrays["observations"].astype(np.float64).mean(0), rtol=1e-6)
     np.testing.assert_allclose(std, given_arrays["observations"].astype(np.float64).std(0) + 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_observation_statistics_are_those_of_finite_values(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalizers, "CHUNK", 16)
+    rng, given = np.random.default_rng(seed), arrays([30, 40])
+    broken = rng.uniform(size=given["observations"].shape) < 0.1
+    broken[0] = seed % 2  # the row that all are counted from
+    if seed == 5:
+        broken[:, 0] = True  # nothing is known of a column
+    given["observations"] = np.where(
+        broken, rng.choice([np.nan, np.inf, -np.inf], broken.shape), 1e3 + given["observations"]
+    ).astype(np.float32)
+    mean, std = observation_statistics(dataset_from_arrays(**given))
+    kept = np.ma.masked_array(given["observations"].astype(np.float64), broken)
+    np.testing.assert_allclose(mean, kept.mean(0).filled(0.0), rtol=1e-6)
+    np.testing.assert_allclose(std, kept.std(0).filled(0.0) + 1e-3, rtol=1e-4)
 
 
 def test_reward_transforms() -> None:

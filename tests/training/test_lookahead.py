@@ -17,7 +17,7 @@ from rlkit2.training.groups import BatchIndices
 from tests.training.tiny_problem import tiny_dataset
 
 DATASET = tiny_dataset(length=7)
-OPTIONS = {"eval_every": 0, "batch_size": 16, "progress": False, "compile": "off"}
+OPTIONS = {"eval_every": 0, "batch_size": 16, "progress": False, "compile": "off", "normalize_observations": False}
 SMALL = {"hidden_sizes": [8], "discount": 0.9}
 
 
