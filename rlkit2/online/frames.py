@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlkit2.data.records import WORD, FrameLayout
 from rlkit2.data.spec import DatasetSpec
+from rlkit2.errors import RunError
 from rlkit2.online.record_file import RecordFile
 
 GROWTH = 1.25  # of the memory, where short episodes show more frames than there was room for
@@ -115,9 +116,17 @@ class Frames:
 
 
 def read_frames(path: Path, layout: FrameLayout, numbers: NDArray[np.int64]) -> NDArray[Any]:
-    """The observations of frames `numbers [...]` in a file, `[..., size]`."""
+    """The observations of frames `numbers [...]` in a file, `[..., size]`.
+
+    Raises:
+        RunError: the file is missing, as in runs of an earlier version.
+    """
     if not numbers.size:
         return np.zeros((*numbers.shape, *layout.shape), layout.dtype)
+    if not path.is_file():
+        raise RunError(
+            f"{path} is missing, which holds what the run has seen; restore it (a run that an earlier version began never had one)"
+        )
     first, last = int(numbers.min()), int(numbers.max())
     kept = np.fromfile(path, frames_dtype(layout), last + 1 - first, offset=first * layout.nbytes)
     words = torch.from_numpy(_as_bytes(kept).view(np.int64))

@@ -185,6 +185,9 @@ def test_a_damaged_file_of_frames_is_seen_and_an_earlier_version_told_apart(tmp_
     path.write_bytes(data)
     with pytest.raises(RunError, match=r"seed-0.frames does not have the checksum"):
         replay.load_state(20, state)
+    path.unlink()
+    with pytest.raises(RunError, match=r"seed-0.frames is missing, which holds what the run has seen"):
+        read_rows(tmp_path, spec, 0, slice(0, 20, 1))
 
 
 @pytest.mark.parametrize("stack", [1, 3])
