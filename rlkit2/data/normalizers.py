@@ -16,7 +16,8 @@ CHUNK = 1 << 18
 def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation plus `epsilon` of every observation column, each `[obs]` float32, accumulated in float64.
 
-    Of what is finite: one broken value spoils its own row, and not what all others are seen as.
+    Of what is finite: one broken value spoils its own row, and not what all others are seen as. A column that is always the same counts as having a
+    deviation of 1: divided by next to nothing, the first other value that a policy meets would drown all else.
 
     Source: the state normalisation of TD3+BC (Fujimoto & Gu 2021, section 5), `(s - mean) / (std + 1e-3)`.
     """
@@ -41,7 +42,9 @@ def observation_statistics(dataset: TransitionDataset, epsilon: float = 1e-3) ->
     count.clamp_(min=1.0)
     mean = total / count
     variance = (square / count - mean * mean).clamp(min=0)
-    return (mean + shift).float(), (variance.sqrt() + epsilon).float()
+    mean, std = mean + shift, variance.sqrt()
+    std = torch.where(std > 1e-7 * mean.abs(), std + epsilon, 1.0)
+    return mean.float(), std.float()
 
 
 Rewards = Callable[[Tensor], Tensor]

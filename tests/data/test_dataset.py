@@ -217,7 +217,16 @@ def test_observation_statistics_are_those_of_finite_values(seed: int, monkeypatc
     mean, std = observation_statistics(dataset_from_arrays(**given))
     kept = np.ma.masked_array(given["observations"].astype(np.float64), broken)
     np.testing.assert_allclose(mean, kept.mean(0).filled(0.0), rtol=1e-6)
-    np.testing.assert_allclose(std, kept.std(0).filled(0.0) + 1e-3, rtol=1e-4)
+    np.testing.assert_allclose(std, (kept.std(0) + 1e-3).filled(1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e6, 1e-6])
+def test_a_column_that_never_changes_is_not_blown_up(value: float) -> None:
+    given = arrays([30, 40])
+    given["observations"][:, 0] = value
+    _, std = observation_statistics(dataset_from_arrays(**given))
+    assert std[0] == 1.0
+    assert (std[1:] != 1.0).all()
 
 
 def test_reward_transforms() -> None:
