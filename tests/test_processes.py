@@ -14,6 +14,7 @@ import pytest
 
 import rlkit2
 from rlkit2.errors import RunError
+from rlkit2.files import write_atomically
 from rlkit2.processes import run_jobs
 
 
@@ -55,7 +56,7 @@ if __name__ == "__main__":
 
 
 def wait_for_ever(folder: str, number: int) -> None:
-    Path(folder, str(number)).write_text(str(os.getpid()))
+    write_atomically(Path(folder, str(number)), str(os.getpid()))  # a busy machine shows the file before what is in it
     time.sleep(600)
 
 
