@@ -282,7 +282,9 @@ class Agent:
 
         `curves`: of "refined", by part of the agent; a part without one follows a line.
         """
-        for part, optimizer in self._optimizers.items() if schedule != "constant" else ():
+        if schedule == "constant":
+            return
+        for part, optimizer in self._optimizers.items():
             curve = (curves or {}).get(part)
             optimizer.follow("linear" if schedule == "refined" and curve is None else schedule, steps, self.step, curve)
 
