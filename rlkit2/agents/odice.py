@@ -50,7 +50,7 @@ from rlkit2.agents.odice_diagnostics import (
     sample_share,
     signs_of_trouble,
 )
-from rlkit2.agents.odice_episodes import advantages, episode_weights, in_spreads
+from rlkit2.agents.odice_episodes import advantages, are_rewards_sparse, episode_weights, in_spreads
 from rlkit2.agents.odice_projection import coefficients, orthogonal_by_layer, orthogonal_by_sample
 from rlkit2.data.batch import Batch, LookaheadBatch
 from rlkit2.errors import ConfigError
@@ -63,9 +63,6 @@ from rlkit2.losses.divergences import (
 )
 from rlkit2.nn import Adam, Critic, layer_sizes, lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback, StackedPullback
-
-SPARSE = 0.9
-"""Rewards of which so many are the same number are taken for sparse."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,9 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     # share of the weight that "above_quantile" spreads evenly over the batch
     weight_floor: Fraction = 0.2
     # what the policy weight ranks transitions by: the "return" to go less V; "mixed": its sum with R, each in its own spread; R "expected" over s' by
-    # a network e(s, a); R as "sampled", luck included; "auto": "mixed" where nine in ten rewards are the same number, else "return", and "expected"
-    # where transitions come without their episodes, or for another weight than "above_quantile"
+    # a network e(s, a); R as "sampled", luck included; "auto": "mixed" where rewards are sparse (nine in ten the same number, and half
+    # of the episodes earned the same), else "return", and "expected" where transitions come without their episodes, or for another weight than
+    # "above_quantile"
     weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "auto"
     # how much whole episodes count ("return" and "mixed"): exp(this times the return above V at an episode's start, in deviations); 0: none
     trajectory_weight: NonNegative = 1.0
@@ -277,12 +275,8 @@ class ODICE(Agent):
             return replace(config, weight_residual="sampled"), text
         if dataset is None or kind != "auto" or config.weight != "above_quantile":
             return config, None
-        share = float(dataset.rewards.unique(return_counts=True)[1].max()) / len(dataset)
-        kind, why = (
-            ("mixed", f"sparse rewards ({share:.0%} of them are the same number)")
-            if share >= SPARSE
-            else ("return", "dense rewards")
-        )
+        sparse, why = are_rewards_sparse(dataset)
+        kind = "mixed" if sparse else "return"
         text = f"odice: weight_residual = '{kind}', as for {why}; --weight-residual chooses another"
         return replace(config, weight_residual=kind), text
 

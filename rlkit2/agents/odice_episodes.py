@@ -1,4 +1,4 @@
-"""What O-DICE's weights know of whole episodes: what followed every transition, and what its episode earned from the start."""
+"""What O-DICE's weights know of whole episodes: whether they differ, what followed every transition, what its episode earned from the start."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ import torch
 from torch import Tensor
 
 from rlkit2.data.batch import LookaheadBatch
+from rlkit2.data.dataset import TransitionDataset
+
+EQUAL_REWARDS = 0.9
+EQUAL_RETURNS = 0.5  # of two outcomes, a goal reached or not, one is that of half the episodes at least
+
+
+def are_rewards_sparse(dataset: TransitionDataset) -> tuple[bool, str]:
+    """Whether what an episode earned tells little: most rewards are the same number, and many episodes earned the same; and what was found, in words.
+
+    A cost for every step until an episode ends is the same number, too, but there episodes earn as much less as they last longer.
+    """
+    returns = dataset.episode_returns
+    unit = returns.abs().max().clamp(min=1e-30) * 1e-6  # what differs by less does so by the rounding of sums
+    rewards, earned = _commonest(dataset.rewards), _commonest((returns / unit).round())
+    if rewards < EQUAL_REWARDS:
+        return False, "dense rewards"
+    if earned < EQUAL_RETURNS:
+        return (
+            False,
+            f"rewards that are mostly the same number ({rewards:.0%}) in episodes that earned different amounts",
+        )
+    return True, f"sparse rewards ({rewards:.0%} are the same number, and {earned:.0%} of the episodes earned the same)"
+
+
+def _commonest(values: Tensor) -> float:
+    """The share of the most common value."""
+    counts: Tensor = torch.unique(values, return_counts=True)[1]
+    return float(counts.max()) / len(values)
 
 
 def advantages(

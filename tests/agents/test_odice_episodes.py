@@ -185,15 +185,39 @@ def test_the_better_of_two_kinds_of_episodes_is_cloned() -> None:
     assert abs(acted[1.0]) < 0.1
 
 
-@settings(max_examples=30, deadline=None)
-@given(same=st.integers(0, 40), value=st.sampled_from([-1.0, 0.0, 1.0]))
-def test_the_data_decide_by_how_many_rewards_are_equal(same: int, value: float) -> None:
-    rewards = torch.arange(40.0) + 5.0
+@settings(max_examples=60, deadline=None)
+@given(
+    same=st.integers(0, 40),
+    value=st.sampled_from([-1.0, 0.0, 0.1, 1.0]),
+    lengths=st.lists(st.integers(3, 13), min_size=4, max_size=4),
+)
+def test_the_data_decide_by_equal_rewards_and_episodes(same: int, value: float, lengths: list[int]) -> None:
+    """Nine in ten rewards equal, and of the episodes half: a goal that is reached or not, but not how many steps it takes."""
+    rewards = torch.arange(float(sum(lengths))) + 5.0
     rewards[:same] = value
-    config, said = ODICE.settled(ODICEConfig(), data([10] * 4, rewards=rewards))
-    assert config.weight_residual == ("mixed" if same >= 36 else "return")
+    dataset = data(lengths, rewards=rewards)
+    earned = [round(float(part.double().sum()), 4) for part in rewards.split(lengths)]
+    equal = max(earned.count(found) for found in earned)
+    common = max(same, 1) >= 0.9 * len(rewards)
+    config, said = ODICE.settled(ODICEConfig(), dataset)
+    assert config.weight_residual == ("mixed" if common and equal >= 2 else "return")
     assert said is not None
     assert "--weight-residual" in said
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "lengths", "kind"),
+    [
+        (0.0, 1.0, [9, 20, 31, 40], "mixed"),  # a goal, reached always
+        (-1.0, -1.0, [50, 50, 50, 20], "mixed"),  # a cost a step, most never arrive
+        (-1.0, 0.0, [20, 31, 42, 50], "return"),  # a cost a step until it arrives
+        (1.0, 1.0, [20, 31, 42, 50], "return"),  # alive as long as it can
+    ],
+)
+def test_what_is_sparse(step: float, last: float, lengths: list[int], kind: str) -> None:
+    rewards = torch.full((sum(lengths),), step)
+    rewards[torch.tensor(lengths).cumsum(0) - 1] = last
+    assert ODICE.settled(ODICEConfig(), data(lengths, rewards=rewards))[0].weight_residual == kind
 
 
 @pytest.mark.parametrize("kind", ["return", "mixed", "expected", "sampled"])
