@@ -293,7 +293,7 @@ def train_online(
     if begun is not None:
         if values or overrides or seeds != 1:
             raise ConfigError(
-                f"{begun.path} learns in an environment already; resume it without other options than steps"
+                f"{begun.path} learns in an environment already and keeps its options; leave all out but --online STEPS (steps=... in Python)"
             )
         plan = prolonged(begun, steps)
     elif steps is None:

@@ -274,7 +274,7 @@ def test_a_prolonged_run_is_the_longer_run(offline, tmp_path):
     short = online(offline(), tmp_path / "a", steps=40, **even)
     with pytest.raises(ConfigError, match=r"is a run of 40 steps; it cannot be resumed with 30"):
         rlkit2.train_online(short, DATASET, steps=30, env=LongWalk)
-    with pytest.raises(ConfigError, match="resume it without other options than steps"):
+    with pytest.raises(ConfigError, match="leave all out but --online STEPS"):
         rlkit2.train_online(short, DATASET, steps=60, env=LongWalk, offline_share=0.1)
     with pytest.raises(ConfigError, match="resume it without other options"):
         rlkit2.train(resume=short, steps=60)
