@@ -147,7 +147,7 @@ TASKS = {
     ),
     "maze": Task(
         "zoo/pointmaze-umaze/scripted-v0",
-        {**RAW_UNITS, "residual_scale": 1.0, "hidden_sizes": (128, 128)},
+        {**RAW_UNITS, "residual_scale": 1.0, "hidden_sizes": (64, 64)},
         4000,
         True,
         {"score": None, "noise": maze},
