@@ -355,6 +355,18 @@ class Agent:
         return 0.0
 
     @classmethod
+    def labels_data(cls, config: Any) -> bool:
+        """Whether what its updates need is computed for the whole dataset, once an epoch, by `label`."""
+        return False
+
+    def label(self, dataset: Any, *, anew: bool = True) -> None:
+        """Compute that for every row of `dataset`, by what the agent knows now, or (`anew` = False, at a resume) by what it knew the last time.
+
+        The trainer calls it, outside of `update`; whoever calls `update` without a trainer does so, too. Batches must know their rows
+        (`TransitionDataset.gather`), and tensors stay where they are, so that a recorded update reads the new numbers.
+        """
+
+    @classmethod
     def needs_episodes(cls, config: Any) -> bool:
         """Whether its batches must say what their episodes earned (`TransitionDataset.looking_ahead(episodes=True)`)."""
         return False

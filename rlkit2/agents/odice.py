@@ -50,9 +50,16 @@ from rlkit2.agents.odice_diagnostics import (
     sample_share,
     signs_of_trouble,
 )
-from rlkit2.agents.odice_episodes import advantages, are_rewards_sparse, episode_weights, in_spreads
+from rlkit2.agents.odice_episodes import (
+    advantages,
+    are_rewards_sparse,
+    discounted_sums,
+    episode_weights,
+    in_spreads,
+)
 from rlkit2.agents.odice_projection import coefficients, orthogonal_by_layer, orthogonal_by_sample
 from rlkit2.data.batch import Batch, LookaheadBatch
+from rlkit2.data.dataset import Lookahead, TransitionDataset
 from rlkit2.errors import ConfigError
 from rlkit2.fields import Count, Finite, Fraction, Inside, Interval, NonNegative, Positive, Rate, Widths
 from rlkit2.losses.divergences import (
@@ -63,6 +70,8 @@ from rlkit2.losses.divergences import (
 )
 from rlkit2.nn import Adam, Critic, layer_sizes, lerp_, target_copy, unflatten, vjp
 from rlkit2.nn.mlp import Pullback, StackedPullback
+
+LABELLED_AT_ONCE = 4096  # rows
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     # of the episodes earned the same), else "return", and "expected" where transitions come without their episodes, or for another weight than
     # "above_quantile"
     weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "auto"
+    # how far "return" and "mixed" look before they take V's word: a residual counts for (gae_lambda gamma)^k k steps earlier; 1: to the end
+    gae_lambda: Fraction = 1.0
     # how much whole episodes count ("return" and "mixed"): exp(this times the return above V at an episode's start, in deviations); 0: none
     trajectory_weight: NonNegative = 1.0
     # upper bound of the policy weight
@@ -148,6 +159,10 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
             raise ConfigError(
                 f"weight_residual = '{self.weight_residual}' has no residual for weight = '{self.weight}'; choose 'expected' or 'sampled', "
                 "or weight = 'above_quantile'"
+            )
+        if self.gae_lambda < 1.0 and self.weight_residual not in ("auto", "return", "mixed"):
+            raise ConfigError(
+                f"gae_lambda is about what followed, and weight_residual = '{self.weight_residual}' is about one step; leave it at 1"
             )
         if self.projection != "batch" and self.gradient_rule != "orthogonal":
             raise ConfigError(f"gradient_rule = '{self.gradient_rule}' projects nothing; leave projection = 'batch'")
@@ -252,6 +267,10 @@ class ODICE(Agent):
             self._register(buffers={"residual_scale": self.residual_scale})
         if config.residual_unit == "spread":
             self._register(buffers={"residual_spread": self.residual_spread})
+        if self.labels_data(config):
+            self.labelling_value = target_copy(self.value_network)
+            self._register({"labelling_value": self.labelling_value})
+        self.advantage_labels: Tensor | None = None
         self.expects = config.weight_residual in ("auto", "expected")
         if self.expects:
             self._build_expected_residual()
@@ -272,7 +291,7 @@ class ODICE(Agent):
             config
         ):  # what is collected is learnt from before its episode has ended
             text = f"odice learns from what it collects before an episode has ended: weight_residual = 'sampled' instead of '{kind}'"
-            return replace(config, weight_residual="sampled"), text
+            return replace(config, weight_residual="sampled", gae_lambda=1.0), text
         if dataset is None or kind != "auto" or config.weight != "above_quantile":
             return config, None
         sparse, why = are_rewards_sparse(dataset)
@@ -289,6 +308,22 @@ class ODICE(Agent):
     def needs_episodes(cls, config: ODICEConfig) -> bool:
         """Where what followed decides the weights."""
         return config.weight_residual in ("return", "mixed")
+
+    @classmethod
+    def labels_data(cls, config: ODICEConfig) -> bool:
+        """Where V has its say in what followed."""
+        return cls.needs_episodes(config) and config.gae_lambda < 1.0
+
+    @torch.no_grad()
+    def label(self, dataset: TransitionDataset, *, anew: bool = True) -> None:
+        """The advantage of every row, by V_target as it is now and is kept for a resume."""
+        if anew:
+            lerp_(self.labelling_value, self.value_target, 1.0)
+        found = self.lambda_advantages(dataset)
+        if self.advantage_labels is None:
+            self.advantage_labels = found
+        else:
+            self.advantage_labels.copy_(found)
 
     @classmethod
     def return_discount(cls, config: ODICEConfig) -> float | None:
@@ -425,14 +460,34 @@ class ODICE(Agent):
     def advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What followed each row of a normalised batch, and what followed the first row of its episode, less V_target there, `[S, 1, B]` each.
 
-        Both to the end of the episode, plus V_target there where it was cut off.
+        Both to the end of the episode, plus V_target there where it was cut off; the first, where gae_lambda < 1, as `label` found it.
         """
         if not isinstance(batch, LookaheadBatch) or batch.returns_to_go is None:
             raise ConfigError(
                 f"weight_residual = '{self.config.weight_residual}' needs whole episodes: take batches from "
                 "dataset.looking_ahead(discount=..., episodes=True), or choose 'expected' or 'sampled'"
             )
-        return advantages(batch, self.target_value, self.config.discount, *self.value_units())
+        followed, whole = advantages(batch, self.target_value, self.config.discount, *self.value_units())
+        if self.config.gae_lambda < 1.0:
+            if self.advantage_labels is None:
+                raise ConfigError("gae_lambda < 1 needs agent.label(dataset), once an epoch; the trainer does that")
+            followed = self.advantage_labels.gather(1, batch.rows).unsqueeze(1)
+        return followed, whole
+
+    def lambda_advantages(self, dataset: TransitionDataset) -> Tensor:
+        """sum_k (gae_lambda gamma)^k R_(t+k) to the end of every row's episode, by V of the last `label`, `[S, N]`.
+
+        Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (ICLR 2016), equation 16.
+        """
+        single = replace(dataset, lookahead=Lookahead())
+        parts = []
+        for rows in torch.split(torch.arange(len(dataset), device=dataset.device), LABELLED_AT_ONCE):
+            raw = single.gather(rows.expand(len(self.seeds), -1)).to(self.device)
+            batch = self.normalize(raw)
+            here, there = (self.labelling_value(seen).amin(1) for seen in (batch.observations, batch.next_observations))
+            parts.append(batch.rewards + self.bootstrap(batch) * there - here)
+        decay = self.config.gae_lambda * self.config.discount
+        return discounted_sums(torch.cat(parts, 1), dataset.steps_to_go.to(self.device), decay)
 
     def value_units(self) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation that V counts in, `[S, 1]`; 0 and 1 where it counts in rewards."""

@@ -72,6 +72,22 @@ def advantages(
     return less(here, batch.returns_to_go, batch.steps_to_go), less(first, batch.first_returns, batch.first_steps)
 
 
+def discounted_sums(values: Tensor, steps_to_go: Tensor, discount: float) -> Tensor:
+    """sum_(k < steps to go) discount^k values[t + k] of every row t, `[S, N]`, by doubling: as many steps as the longest episode has binary digits.
+
+    Args:
+        values: `[S, N]`, episode after episode.
+        steps_to_go: `[N]`, see `TransitionDataset.steps_to_go`.
+        discount: in [0, 1].
+    """
+    sums, reach, longest = values, 1, int(steps_to_go.max())
+    while reach < longest and discount > 0.0:
+        later = torch.where(steps_to_go[:-reach] > reach, sums[:, reach:], 0.0)
+        sums = torch.cat([sums[:, :-reach] + discount * later, sums[:, -reach:]], 1)
+        reach, discount = 2 * reach, discount * discount
+    return sums
+
+
 def episode_weights(earned: Tensor, strength: float, floor: float) -> Tensor | None:
     """Weights of the batch's episodes, `[S, 1, B]` of mean 1: (1 - floor) exp(strength A / sd) / mean + floor; None: all the same.
 

@@ -206,6 +206,11 @@ class TransitionDataset:
         rows = ends.nonzero().squeeze(1)
         return rows[torch.searchsorted(rows, torch.arange(len(self), device=self.device))]
 
+    @property
+    def steps_to_go(self) -> Tensor:
+        """The steps from every row to the end of its episode, or to the first flag that says so, itself included, `[N]` int64."""
+        return self._final_rows - torch.arange(len(self), device=self.device) + 1
+
     @cached_property
     def _piece_starts(self) -> Tensor:
         """The rows after an end of `_final_rows`, and row 0: where an episode begins, or what follows a flag in its middle."""

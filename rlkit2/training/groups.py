@@ -211,12 +211,19 @@ class SeedGroup:
         self.step = 0
         self.indices = BatchIndices(dataset, agent.seeds, batch_size)
         self.metrics = MetricRows(len(agent.seeds))
+        self.epoch = -(-len(dataset) // batch_size)  # updates
+        self.labels, self.labelled = agent.labels_data(agent.config), False
+        if self.labels:  # for the trial of the update
+            agent.label(dataset, anew=False)
         self.update, self.note = choose_update(agent, dataset, batch_size, device, compile)
 
     def advance(self, target: int, stop: Event | None = None) -> None:
         """Update until `target` updates are done in all, or until `stop` is set."""
         with subnormals_flushed():
             while self.step < target and not (stop is not None and stop.is_set()):
+                if self.labels and (self.step % self.epoch == 0 or not self.labelled):
+                    self.agent.label(self.dataset, anew=self.step % self.epoch == 0)
+                    self.labelled = True
                 self.metrics.add(self.update(self.indices.next()))
                 self.step += 1
 

@@ -17,6 +17,11 @@ class Halving:
 
     seeds: tuple[int, ...] = (0,)
     phases = 1
+    config = None
+
+    @staticmethod
+    def labels_data(config: None) -> bool:
+        return False
 
     def __init__(self, start: float) -> None:
         self.weight = torch.full((1,), start)
