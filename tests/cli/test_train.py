@@ -134,7 +134,7 @@ def test_resume_prolongs_a_run(capsys):
     [
         (["odcie"], "unknown agent 'odcie'; did you mean odice?"),
         (["xyz"], "unknown agent 'xyz'; there are awac, bc, "),
-        (["odice", "--lamda", "1"], "unknown option '--lamda'; did you mean --lambda?"),
+        (["odice", "--lamda", "1"], "unknown option '--lamda'; did you mean --lambda or --gae-lambda?"),
         (["odice", "--policy_hidden_size", "8"], "did you mean --policy-hidden-sizes"),
         (["odice", "--zzz"], "unknown option '--zzz'; rlkit2 train odice --help shows all options"),
         (["--learning-rate", "3"], "unknown option '--learning-rate'; name the agent first"),
