@@ -36,6 +36,8 @@ def main(path: Path) -> None:
     dataset = load_dataset(run.config["dataset"]["source"])
     if agent.needs_episodes(agent.config):
         dataset = dataset.looking_ahead(discount=agent.config.discount, episodes=True)
+    if agent.labels_data(agent.config):
+        agent.label(dataset, anew=False)
     every = dataset.gather(torch.arange(len(dataset)).expand(len(agent.seeds), -1))
     terms = agent.terms(every)
     # the agent's V and R have units of their own: here both are in units of reward
