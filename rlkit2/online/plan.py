@@ -40,6 +40,7 @@ from rlkit2.training.run import Run, RunWarning, agent_state, fitting
 
 REPLAYING = ("offline_share", "warmup", "capacity", "update_ratio", "exploration_noise", "epsilon", "epsilon_steps")
 NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
+PASSING = ("policy_average.", "labelling_value.")  # parts of an agent that one of two runs may have without the other
 INHERITED = ("batch_size", "eval_episodes", "policy_ema")  # of the training that a run in an environment continues
 
 
@@ -252,12 +253,11 @@ def continuing(factory: AgentFactory, plan: Mapping[str, Any]) -> AgentFactory:
         agent = factory(chosen, device)
         places = [seeds.index(seed) for seed in chosen]
         own = agent.state_dict()
-        averaged = {name for name in own if name.startswith("policy_average.")}
-        begun = {name for name in state if name.startswith("policy_average.")}
+        kept = {name: tensor for name, tensor in own.items() if name.startswith(PASSING)}
         with fitting(checkpoint, run.path):
-            loaded = {name: tensor[places] for name, tensor in state.items() if name in averaged or name not in begun}
-            agent.load_state_dict({name: own[name] for name in averaged} | loaded)
-        if averaged and not begun:
+            known = {name: part[places] for name, part in state.items() if name in own or not name.startswith(PASSING)}
+            agent.load_state_dict(kept | known)
+        if agent.policy_ema and not any(name.startswith("policy_average.") for name in state):
             agent.follow_policy()
         return agent
 

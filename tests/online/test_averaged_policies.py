@@ -69,3 +69,15 @@ def test_ppo_averages_what_it_trains(tmp_path):
     averaged = parts(runs[0.5], "policy_average")
     assert differ(averaged, parts(runs[0.5], "policy"))
     assert differ(averaged, parts(fresh, "policy"))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_what_labelled_the_data_stays_behind(tmp_path, decay):
+    """Generalized advantages are of whole episodes: the value that labels them has no place in an environment."""
+    begun = offline_run(tmp_path, "odice", policy_ema=decay, overrides={"gae_lambda": 0.5, "weight_residual": "return"})
+    assert parts(begun, "labelling_value")
+    with pytest.warns(UserWarning, match="'sampled' instead of 'return'"):
+        run = online(begun, tmp_path, eval_every=0)
+    assert not parts(run, "labelling_value")
+    assert (run.config["config"]["gae_lambda"], run.config["config"]["weight_residual"]) == (1.0, "sampled")
+    assert bool(parts(run, "policy_average")) == (decay > 0.0)
