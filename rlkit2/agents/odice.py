@@ -126,7 +126,8 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
     # of the episodes earned the same), else "return", and "expected" where transitions come without their episodes, or for another weight than
     # "above_quantile"
     weight_residual: Literal["auto", "return", "mixed", "expected", "sampled"] = "auto"
-    # how far "return" and "mixed" look before they take V's word: a residual counts for (gae_lambda gamma)^k k steps earlier; 1: to the end
+    # lambda of generalized advantage estimation, of "return" and "mixed": a residual counts for (gae_lambda gamma)^k k steps before it; 1: V has no
+    # say before the end of the episode
     gae_lambda: Fraction = 1.0
     # how much whole episodes count ("return" and "mixed"): exp(this times the return above V at an episode's start, in deviations); 0: none
     trajectory_weight: NonNegative = 1.0
@@ -160,9 +161,12 @@ class ODICEConfig(EncoderOptions, PolicyOptions):
                 f"weight_residual = '{self.weight_residual}' has no residual for weight = '{self.weight}'; choose 'expected' or 'sampled', "
                 "or weight = 'above_quantile'"
             )
-        if self.gae_lambda < 1.0 and self.weight_residual not in ("auto", "return", "mixed"):
+        if self.gae_lambda < 1.0 and (
+            self.weight_residual in ("expected", "sampled") or self.weight != "above_quantile"
+        ):
             raise ConfigError(
-                f"gae_lambda is about what followed, and weight_residual = '{self.weight_residual}' is about one step; leave it at 1"
+                f"gae_lambda is about what followed, and weight_residual = '{self.weight_residual}' with weight = '{self.weight}' is about one step; "
+                "leave it at 1"
             )
         if self.projection != "batch" and self.gradient_rule != "orthogonal":
             raise ConfigError(f"gradient_rule = '{self.gradient_rule}' projects nothing; leave projection = 'batch'")
@@ -267,7 +271,11 @@ class ODICE(Agent):
             self._register(buffers={"residual_scale": self.residual_scale})
         if config.residual_unit == "spread":
             self._register(buffers={"residual_spread": self.residual_spread})
-        if self.labels_data(config):
+        if config.gae_lambda < 1.0:
+            if not self.labels_data(config):
+                raise ConfigError(
+                    "gae_lambda < 1 needs weight_residual = 'return' or 'mixed'; the trainer chooses one by the data, here you do"
+                )
             self.labelling_value = target_copy(self.value_network)
             self._register({"labelling_value": self.labelling_value})
         self.advantage_labels: Tensor | None = None
@@ -292,6 +300,9 @@ class ODICE(Agent):
         ):  # what is collected is learnt from before its episode has ended
             text = f"odice learns from what it collects before an episode has ended: weight_residual = 'sampled' instead of '{kind}'"
             return replace(config, weight_residual="sampled", gae_lambda=1.0), text
+        if dataset is None and config.gae_lambda < 1.0:
+            text = f"odice learns from what it collects before an episode has ended: gae_lambda = 1 instead of {config.gae_lambda:g}"
+            return replace(config, gae_lambda=1.0), text
         if dataset is None or kind != "auto" or config.weight != "above_quantile":
             return config, None
         sparse, why = are_rewards_sparse(dataset)

@@ -40,7 +40,10 @@ from rlkit2.training.run import Run, RunWarning, agent_state, fitting
 
 REPLAYING = ("offline_share", "warmup", "capacity", "update_ratio", "exploration_noise", "epsilon", "epsilon_steps")
 NEEDING_DATA = ("normalize_observations", "held_out", "reward_transform")
-PASSING = ("policy_average.", "labelling_value.")  # parts of an agent that one of two runs may have without the other
+OPTIONAL_PARTS = (
+    "policy_average.",
+    "labelling_value.",
+)  # parts of an agent that one of two runs may have without the other
 INHERITED = ("batch_size", "eval_episodes", "policy_ema")  # of the training that a run in an environment continues
 
 
@@ -253,9 +256,11 @@ def continuing(factory: AgentFactory, plan: Mapping[str, Any]) -> AgentFactory:
         agent = factory(chosen, device)
         places = [seeds.index(seed) for seed in chosen]
         own = agent.state_dict()
-        kept = {name: tensor for name, tensor in own.items() if name.startswith(PASSING)}
+        kept = {name: tensor for name, tensor in own.items() if name.startswith(OPTIONAL_PARTS)}
         with fitting(checkpoint, run.path):
-            known = {name: part[places] for name, part in state.items() if name in own or not name.startswith(PASSING)}
+            known = {
+                name: part[places] for name, part in state.items() if name in own or not name.startswith(OPTIONAL_PARTS)
+            }
             agent.load_state_dict(kept | known)
         if agent.policy_ema and not any(name.startswith("policy_average.") for name in state):
             agent.follow_policy()

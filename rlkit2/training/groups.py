@@ -212,8 +212,8 @@ class SeedGroup:
         self.indices = BatchIndices(dataset, agent.seeds, batch_size)
         self.metrics = MetricRows(len(agent.seeds))
         self.epoch = -(-len(dataset) // batch_size)  # updates
-        self.labels, self.labelled = agent.labels_data(agent.config), False
-        if self.labels:  # for the trial of the update
+        self.labelling, self.labelled = agent.labels_data(agent.config), False
+        if self.labelling:  # for the trial of the update
             agent.label(dataset, anew=False)
         self.update, self.note = choose_update(agent, dataset, batch_size, device, compile)
 
@@ -221,7 +221,8 @@ class SeedGroup:
         """Update until `target` updates are done in all, or until `stop` is set."""
         with subnormals_flushed():
             while self.step < target and not (stop is not None and stop.is_set()):
-                if self.labels and (self.step % self.epoch == 0 or not self.labelled):
+                if self.labelling and (self.step % self.epoch == 0 or not self.labelled):
+                    # also after a resume, where rounding is that of training (subnormals, library of the products)
                     self.agent.label(self.dataset, anew=self.step % self.epoch == 0)
                     self.labelled = True
                 self.metrics.add(self.update(self.indices.next()))

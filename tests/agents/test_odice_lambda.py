@@ -121,5 +121,13 @@ def test_who_asks_for_it_in_vain_is_told() -> None:
     for kind in ("expected", "sampled"):
         with pytest.raises(ConfigError, match="gae_lambda is about what followed"):
             ODICEConfig(weight_residual=kind, gae_lambda=0.5)  # type: ignore[arg-type]
+    for weight in ("positive_residual", "conjugate_grad"):
+        with pytest.raises(ConfigError, match="gae_lambda is about what followed"):
+            ODICEConfig(weight=weight, gae_lambda=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs weight_residual = 'return' or 'mixed'"):
+        agent_for(dataset, gae_lambda=0.5, weight_residual="auto")  # it would be ignored
+    alone, said = ODICE.settled(ODICEConfig(gae_lambda=0.5))
+    assert (alone.weight_residual, alone.gae_lambda) == ("auto", 1.0)
+    assert said is not None
     online, _ = ODICE.settled(ODICEConfig(gae_lambda=0.5, weight_residual="return"))
     assert (online.weight_residual, online.gae_lambda) == ("sampled", 1.0)
